@@ -1,0 +1,553 @@
+// Compiled once per instruction set: the four primitives over the column grid, in OpenMP threads.
+// All sums are float64; partial sums belong to grid tasks, not to threads, and are added in task order.
+#include <omp.h>
+
+#include "select.h"
+#include "tiles.h"
+
+namespace rk {
+namespace RK_ISA {
+namespace {
+
+template <class S>
+using ComputeOf = typename Storage<S>::Compute;
+
+// ---- select_columns ------------------------------------------------------------------------------------
+
+// mixed[r * tile + j] = sum over i of weights[r, i] * src[i][j], rows of weight 0 left out.
+template <class C>
+void mix_tile(const double* weights, int64_t k, int64_t n, const C* const* src, int64_t columns, int64_t tile,
+              double* mixed) {
+  for (int64_t r = 0; r < k; ++r) {
+    double* dst = mixed + r * tile;
+    for (int64_t j = 0; j < columns; j += kDoubles) {
+      F64 sum = {};
+      for (int64_t i = 0; i < n; ++i) {
+        const double w = weights[r * n + i];
+        if (w != 0) sum = fmadd(F64{} + w, load_double(src[i] + j), sum);
+      }
+      store(dst + j, sum);
+    }
+  }
+}
+
+// sum over the tile of ((a[j] - c[j]) * scale)^2.
+template <class A, class C>
+RK_INLINE double sq_distance(const A* a, const C* c, int64_t columns, double scale) {
+  F64 sum = {};
+  int64_t j = 0;
+  for (; j + kDoubles <= columns; j += kDoubles) {
+    const F64 difference = (load_double(a + j) - load_double(c + j)) * scale;
+    sum = fmadd(difference, difference, sum);
+  }
+  double total = sum_lanes(sum);
+  for (; j < columns; ++j) {
+    const double difference =
+        (static_cast<double>(load_scalar(a + j)) - static_cast<double>(load_scalar(c + j))) * scale;
+    total += difference * difference;
+  }
+  return total;
+}
+
+template <class C>
+void note_nonfinite(const C* const* src, int64_t n, int64_t columns, uint8_t* nonfinite) {
+  for (int64_t i = 0; i < n; ++i) {
+    C check = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      const C x = load_scalar(src[i] + j);
+      check += x - x;
+    }
+    if (check != 0) nonfinite[i] = 1;
+  }
+}
+
+template <class S>
+struct SelectParts {  // a thread's scratch
+  using C = ComputeOf<S>;
+  int64_t buffer, src, mixed, mixed_rounded, mixed_src, measured, network, out, rounded, nonfinite, mixed_nonfinite;
+};
+
+template <class S>
+Status select_columns_of(const Rows& rows, const Select& select, int threads) {
+  using C = ComputeOf<S>;
+  constexpr int64_t lanes = Simd<C>::lanes;
+  const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
+  const int64_t n_measured = select.measure ? select.n_measured : n;
+  const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
+  const int64_t tile = tile_columns(max64(n, k), select.mix ? 8 : sizeof(C));
+  Grid grid = streaming_grid(rows, tile);
+  // The partial distances stay far below the input: at least 512 columns to a task.
+  if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
+
+  Window window{k, select.lo, select.hi, select.multiplicities, 0, nullptr, 0};
+  if (!prepare_window(window)) return Status::out_of_memory;
+  Workspace space;
+  SelectParts<S> at;
+  at.buffer = space.reserve<C>(n * tile);
+  at.src = space.reserve<const C*>(n);
+  at.mixed = space.reserve<double>(select.mix ? k * tile : 0);
+  at.mixed_rounded = space.reserve<C>(select.mix ? k * tile : 0);
+  at.mixed_src = space.reserve<const C*>(k);
+  at.measured = space.reserve<double>(remeasure ? n_measured * tile : 0);
+  at.network = space.reserve<C>(select_scratch(window, sizeof(C) == 8));
+  at.out = space.reserve<C>(tile);
+  at.rounded = space.reserve<S>(tile);
+  at.nonfinite = space.reserve<uint8_t>(n);
+  at.mixed_nonfinite = space.reserve<uint8_t>(k);
+  Workspace sums;
+  const int64_t partial = sums.reserve<double>(select.sq_distances ? grid.n_tasks * n_measured : 0);
+  if (!space.allocate(threads) || !sums.allocate(1)) {
+    release_window(window);
+    return Status::out_of_memory;
+  }
+  double* partials = sums.part<double>(0, partial);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    C* buffer = space.part<C>(thread, at.buffer);
+    const C** src = space.part<const C*>(thread, at.src);
+    double* mixed = space.part<double>(thread, at.mixed);
+    C* mixed_rounded = space.part<C>(thread, at.mixed_rounded);
+    const C** mixed_src = space.part<const C*>(thread, at.mixed_src);
+    double* measured = space.part<double>(thread, at.measured);
+    C* network = space.part<C>(thread, at.network);
+    C* out = space.part<C>(thread, at.out);
+    S* rounded = space.part<S>(thread, at.rounded);
+    uint8_t* nonfinite = space.part<uint8_t>(thread, at.nonfinite);
+    uint8_t* mixed_nonfinite = space.part<uint8_t>(thread, at.mixed_nonfinite);
+    memset(nonfinite, 0, static_cast<size_t>(n));
+
+    // One tile whose columns are whole vectors, or a tail below one vector.
+    const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns, double* distances) {
+      const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+      read_tile<S>(rows, segment, first, columns, tile, buffer, src);
+      const C* const* selected = src;
+      if (select.mix) {
+        mix_tile(select.mix, k, n, src, padded, tile, mixed);
+        for (int64_t r = 0; r < k; ++r) {
+          mixed_src[r] = mixed_rounded + r * tile;
+          for (int64_t j = 0; j < padded; j += kDoubles)
+            store_rounded(mixed_rounded + r * tile + j, load_double(mixed + r * tile + j));
+        }
+        memset(mixed_nonfinite, 0, static_cast<size_t>(k));
+        select_tile(window, mixed_src, padded, network, out, mixed_nonfinite);
+        bool any = false;
+        for (int64_t r = 0; r < k; ++r) any |= mixed_nonfinite[r] != 0;
+        if (any) note_nonfinite(selected, n, columns, nonfinite);
+      } else {
+        select_tile(window, selected, padded, network, out, nonfinite);
+      }
+      const S* result = rounded;
+      narrow_run(out, columns, rounded);
+      if (select.out)
+        memcpy(static_cast<S*>(select.out[segment]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
+      if (!distances) return;
+      // Distances are to what is stored: 16-bit results are widened again.
+      widen_run(result, columns, out);
+      if (remeasure) mix_tile(select.measure, n_measured, n, src, padded, tile, measured);
+      const double* virtual_rows = remeasure ? measured : mixed;
+      for (int64_t i = 0; i < n_measured; ++i)
+        distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, out, columns, select.scale)
+                                       : sq_distance(src[i], out, columns, select.scale);
+    };
+
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < grid.n_tasks; ++task) {
+      double* distances = select.sq_distances ? partials + task * n_measured : nullptr;
+      if (distances) memset(distances, 0, sizeof(double) * static_cast<size_t>(n_measured));
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+        const int64_t whole = count / lanes * lanes;
+        for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j), distances);
+        if (whole < count) run_tile(segment, first + whole, count - whole, distances);
+      });
+    }
+#pragma omp critical
+    for (int64_t i = 0; i < n; ++i) select.nonfinite[i] |= nonfinite[i];
+  }
+  if (select.sq_distances) {
+    for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] = 0;
+    for (int64_t task = 0; task < grid.n_tasks; ++task)
+      for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] += partials[task * n_measured + i];
+  }
+  release_window(window);
+  return Status::ok;
+}
+
+// ---- gram ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kGramTasks = 64;      // partial Grams at most
+constexpr int64_t kGramTaskRows = 128;  // above, one Gram is shared and its blocks are split among threads
+constexpr int64_t kGramBlock = 4;       // rows of a register tile,
+constexpr int64_t kGramRight = kVectorBytes == 64 ? 4 : 2;  // and rows it is multiplied with: sums fit the registers
+constexpr int64_t kGramTile = 256;                          // columns centred by one thread at a time, at most
+constexpr int64_t kPanelColumns = 512;                      // columns centred at a time where the Gram is shared
+
+// gram[i + p, q] += <rows i + p, row q> over a tile, for the rows of one register tile and all q up to them.
+RK_INLINE void add_products(const double* x, int64_t i, int64_t stride, int64_t columns, double* gram, int64_t m) {
+  const double* a = x + i * stride;
+  for (int64_t j = 0; j < i + kGramBlock; j += kGramRight) {
+    F64 sum[kGramBlock][kGramRight] = {};
+    const double* b = x + j * stride;
+    for (int64_t c = 0; c < columns; c += kDoubles) {
+      F64 left[kGramBlock];
+#pragma GCC unroll 4
+      for (int64_t p = 0; p < kGramBlock; ++p) left[p] = load(a + p * stride + c);
+#pragma GCC unroll 4
+      for (int64_t q = 0; q < kGramRight; ++q) {
+        const F64 right = load(b + q * stride + c);
+#pragma GCC unroll 4
+        for (int64_t p = 0; p < kGramBlock; ++p) sum[p][q] = fmadd(left[p], right, sum[p][q]);
+      }
+    }
+    for (int64_t p = 0; p < kGramBlock; ++p)
+      for (int64_t q = 0; q < kGramRight; ++q) gram[(i + p) * m + j + q] += sum_lanes(sum[p][q]);
+  }
+}
+
+template <class S>
+struct Centring {
+  using C = ComputeOf<S>;
+  Window window;
+  double scale;
+  int64_t tile;
+  bool origin;
+
+  // One tile of the rows minus their lower median as float64, into x (rows `stride` apart); the rest is zeros.
+  void run(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t stride, C* buffer, const C** src,
+           C* network, C* centre, double* x, uint8_t* nonfinite) const {
+    constexpr int64_t lanes = Simd<C>::lanes;
+    const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+    const int64_t n = rows.n;
+    memset(nonfinite, 0, static_cast<size_t>(n));
+    read_tile<S>(rows, segment, first, columns, tile, buffer, src);
+    select_tile(window, src, padded, network, centre, nonfinite);
+    bool careful = false;
+    for (int64_t i = 0; i < n; ++i) careful |= nonfinite[i] != 0;
+    if (careful)  // a median that is no number centres nothing
+      for (int64_t j = 0; j < padded; ++j)
+        if (centre[j] - centre[j] != 0) centre[j] = 0;
+    double minus[kGramTile];  // the centre's share: products with a power of two are exact
+    const F64 factor = F64{} + scale;
+    for (int64_t j = 0; j < padded; j += kDoubles) store(minus + j, load_double(centre + j) * -factor);
+    for (int64_t i = 0; i < n; ++i) {
+      double* dst = x + i * stride;
+      if (nonfinite[i]) {
+        memset(dst, 0, sizeof(double) * static_cast<size_t>(padded));
+        continue;
+      }
+      for (int64_t j = 0; j < padded; j += kDoubles)
+        store(dst + j, fmadd(load_double(src[i] + j), factor, load(minus + j)));
+    }
+    if (origin) memcpy(x + n * stride, minus, sizeof(double) * static_cast<size_t>(padded));
+  }
+};
+
+template <class S>
+Status gram_of(const Rows& rows, bool origin, double scale, double* out, int threads) {
+  using C = ComputeOf<S>;
+  const int64_t n = rows.n, m = n + (origin ? 1 : 0);
+  const int64_t m_padded = (m + kGramBlock - 1) / kGramBlock * kGramBlock;
+  const bool shared = n > kGramTaskRows;
+  const int64_t tile = max64(min64(tile_columns(m_padded, 16), kGramTile), 64);
+  Centring<S> centring{{n, (n - 1) / 2, (n - 1) / 2 + 1, nullptr, 0, nullptr, 0}, scale, tile, origin};
+  if (!prepare_window(centring.window)) return Status::out_of_memory;
+
+  // Tasks of whole tiles; where the Gram is shared, one task after another is a panel of columns.
+  const int64_t columns = rows.columns();
+  const int64_t per_task = (columns + kGramTasks - 1) / kGramTasks;
+  const Grid grid = make_grid(columns, shared ? kPanelColumns : max64((per_task + tile - 1) / tile, 1) * tile);
+  const int64_t stride =
+      (shared ? kPanelColumns : tile) + 8;  // not a power of two: rows fall into different cache sets
+
+  Workspace space;
+  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
+  const int64_t at_network = space.reserve<C>(select_scratch(centring.window, sizeof(C) == 8));
+  const int64_t at_centre = space.reserve<C>(tile), at_seen = space.reserve<uint8_t>(n);
+  const int64_t at_bad = space.reserve<uint8_t>(n);
+  const int64_t at_x = space.reserve<double>(shared ? 0 : m_padded * stride);
+  Workspace sums;
+  const int64_t n_grams = shared ? 1 : grid.n_tasks;
+  const int64_t at_panel = sums.reserve<double>(shared ? m_padded * stride : 0);
+  const int64_t at_grams = sums.reserve<double>(n_grams * m_padded * m_padded);
+  if (!space.allocate(threads) || !sums.allocate(1)) {
+    release_window(centring.window);
+    return Status::out_of_memory;
+  }
+  double* panel = sums.part<double>(0, at_panel);
+  double* grams = sums.part<double>(0, at_grams);
+  memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * m_padded * m_padded));
+  uint8_t* bad_rows = static_cast<uint8_t*>(calloc(static_cast<size_t>(n + 1), 1));
+  if (!bad_rows) {
+    release_window(centring.window);
+    return Status::out_of_memory;
+  }
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    C* buffer = space.part<C>(thread, at_buffer);
+    const C** src = space.part<const C*>(thread, at_src);
+    C* network = space.part<C>(thread, at_network);
+    C* centre = space.part<C>(thread, at_centre);
+    uint8_t* seen = space.part<uint8_t>(thread, at_seen);
+    uint8_t* bad = space.part<uint8_t>(thread, at_bad);
+    memset(bad, 0, static_cast<size_t>(n));
+    const auto centre_tile = [&](int64_t segment, int64_t first, int64_t count, double* x) {
+      centring.run(rows, segment, first, count, stride, buffer, src, network, centre, x, seen);
+      for (int64_t i = 0; i < n; ++i) bad[i] |= seen[i];
+    };
+    if (!shared) {
+      double* x = space.part<double>(thread, at_x);
+      memset(x, 0, sizeof(double) * static_cast<size_t>(m_padded * stride));
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < grid.n_tasks; ++task) {
+        double* gram = grams + task * m_padded * m_padded;
+        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+          for (int64_t j = 0; j < count; j += tile) {
+            const int64_t part = min64(tile, count - j);
+            centre_tile(segment, first + j, part, x);
+            const int64_t padded = (part + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
+            for (int64_t p = 0; p < m_padded; p += kGramBlock) add_products(x, p, stride, padded, gram, m_padded);
+          }
+        });
+      }
+    } else {
+      // Panel after panel: the threads centre its tiles, then share out the blocks of the one Gram. Each
+      // entry grows in column order whoever adds to it, so bits do not depend on the number of threads.
+      const int64_t blocks = m_padded / kGramBlock;
+#pragma omp for
+      for (int64_t i = n; i < m_padded; ++i)
+        memset(panel + i * stride, 0, sizeof(double) * static_cast<size_t>(stride));
+      for (int64_t task = 0; task < grid.n_tasks; ++task) {
+        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+          const int64_t tiles = (count + tile - 1) / tile;
+#pragma omp for schedule(dynamic)
+          for (int64_t t = 0; t < tiles; ++t)
+            centre_tile(segment, first + t * tile, min64(tile, count - t * tile), panel + t * tile);
+          const int64_t padded = (count + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
+#pragma omp for schedule(dynamic)
+          for (int64_t p = blocks - 1; p >= 0; --p)
+            add_products(panel, p * kGramBlock, stride, padded, grams, m_padded);
+        });
+      }
+    }
+#pragma omp critical
+    for (int64_t i = 0; i < n; ++i) bad_rows[i] |= bad[i];
+  }
+  release_window(centring.window);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      double sum = 0;
+      for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * m_padded * m_padded + i * m_padded + j];
+      if ((i < n && bad_rows[i]) || (j < n && bad_rows[j])) sum = __builtin_nan("");
+      out[i * m + j] = out[j * m + i] = sum;
+    }
+  free(bad_rows);
+  return Status::ok;
+}
+
+// ---- row_sq_distances ----------------------------------------------------------------------------------
+
+// A sum of float64 and what its roundings lost (Dekker; Knuth's two-sum): about 106 bits.
+struct DoubledSum {
+  F64 high, low;
+};
+
+RK_INLINE F64 product_error(F64 a, F64 product) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  return fmadd(a, a, -product);
+#else
+  const F64 split = a * 134217729.0, head = split - (split - a), tail = a - head;
+  return ((head * head - product) + 2.0 * head * tail) + tail * tail;
+#endif
+}
+
+RK_INLINE void two_sum(F64 a, F64 b, F64& sum, F64& error) {
+  sum = a + b;
+  const F64 virtual_b = sum - a;
+  error = (a - (sum - virtual_b)) + (b - virtual_b);
+}
+
+RK_INLINE void add_square(DoubledSum& total, F64 a, F64 b) {
+  F64 difference, lost;
+  two_sum(a, -b, difference, lost);
+  const F64 square = difference * difference;
+  const F64 square_lost = product_error(difference, square) + 2.0 * difference * lost;
+  F64 carried;
+  two_sum(total.high, square, total.high, carried);
+  total.low += carried + square_lost;
+}
+
+RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
+  const double sum = high + more_high, virtual_b = sum - high;
+  low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
+  high = sum;
+}
+
+template <class S>
+Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, double scale, double* out, int threads) {
+  using C = ComputeOf<S>;
+  constexpr int64_t lanes = Simd<C>::lanes;
+  const int64_t n = rows.n, tile = tile_columns(n + 1, sizeof(C));
+  const Grid base = streaming_grid(rows, tile);
+  const Grid grid = make_grid(base.columns, max64(base.task_columns, (1023 + tile) / tile * tile));
+  const Rows centre_row{centre_data, rows.offsets, rows.n_segments, 1, rows.dtype};
+  Workspace space, sums;
+  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
+  const int64_t at_centre = space.reserve<C>(tile), at_total = space.reserve<DoubledSum>(n);
+  const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
+  if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
+  double* partials = sums.part<double>(0, at_partials);
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    C* buffer = space.part<C>(thread, at_buffer);
+    const C** src = space.part<const C*>(thread, at_src);
+    C* centre_buffer = space.part<C>(thread, at_centre);
+    DoubledSum* total = space.part<DoubledSum>(thread, at_total);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < grid.n_tasks; ++task) {
+      memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n));
+      const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
+        const C* centre;
+        read_tile<S>(rows, segment, first, columns, tile, buffer, src);
+        read_tile<S>(centre_row, segment, first, columns, tile, centre_buffer, &centre);
+        for (int64_t i = 0; i < n; ++i) {
+          DoubledSum sum = total[i];
+          for (int64_t j = 0; j < columns; j += kDoubles)  // padding: zeros on both sides
+            add_square(sum, load_double(src[i] + j) * scale, load_double(centre + j) * scale);
+          total[i] = sum;
+        }
+      };
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+        const int64_t whole = count / lanes * lanes;
+        for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j));
+        if (whole < count) run_tile(segment, first + whole, count - whole);
+      });
+      for (int64_t i = 0; i < n; ++i) {
+        double high = 0, low = 0;
+        for (int lane = 0; lane < kDoubles; ++lane) add_doubled(high, low, total[i].high[lane], total[i].low[lane]);
+        partials[2 * (task * n + i)] = high;
+        partials[2 * (task * n + i) + 1] = low;
+      }
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    double high = 0, low = 0, plain = 0;
+    for (int64_t task = 0; task < grid.n_tasks; ++task) {
+      add_doubled(high, low, partials[2 * (task * n + i)], partials[2 * (task * n + i) + 1]);
+      plain += partials[2 * (task * n + i)];
+    }
+    out[i] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
+  }
+  return Status::ok;
+}
+
+// ---- weighted_row_sum ----------------------------------------------------------------------------------
+
+template <class S>
+Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
+  using C = ComputeOf<S>;
+  constexpr int64_t unroll = 4 * kDoubles;
+  const int64_t n = rows.n, tile = max64(tile_columns(n, sizeof(C)), unroll);
+  const Grid grid = streaming_grid(rows, tile);
+  Workspace space;
+  const int64_t at_used = space.reserve<int64_t>(n), at_rows = space.reserve<const void*>(n);
+  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
+  const int64_t at_sum = space.reserve<C>(tile), at_rounded = space.reserve<S>(tile);
+  if (!space.allocate(threads)) return Status::out_of_memory;
+
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num();
+    // Only rows with some weight are looked at, in row order.
+    int64_t* used = space.part<int64_t>(thread, at_used);
+    const void** used_rows = space.part<const void*>(thread, at_rows);
+    C* buffer = space.part<C>(thread, at_buffer);
+    const C** src = space.part<const C*>(thread, at_src);
+    C* sums = space.part<C>(thread, at_sum);
+    S* rounded = space.part<S>(thread, at_rounded);
+    int64_t n_used = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      bool any = false;
+      for (int64_t r = 0; r < k; ++r) any |= weights[r * n + i] != 0;
+      if (any) used[n_used++] = i;
+    }
+    const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
+      for (int64_t i = 0; i < n_used; ++i) used_rows[i] = rows.data[segment * n + used[i]];
+      const Rows part{used_rows, rows.offsets, 1, n_used, rows.dtype};
+      read_tile<S>(part, 0, first, columns, tile, buffer, src);
+      for (int64_t r = 0; r < k; ++r) {
+        const double* w = weights + r * n;
+        int64_t j = 0;
+        for (; j + unroll <= columns; j += unroll) {
+          F64 sum[4] = {};
+          for (int64_t i = 0; i < n_used; ++i) {
+            const double weight = w[used[i]];
+            if (weight == 0) continue;
+            const F64 factor = F64{} + weight;
+            const C* row = src[i] + j;
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < 4; ++v) sum[v] = fmadd(factor, load_double(row + v * kDoubles), sum[v]);
+            __builtin_prefetch(row + 8 * unroll);
+          }
+          for (int64_t v = 0; v < 4; ++v) store_rounded(sums + j + v * kDoubles, sum[v]);
+        }
+        for (; j < columns; ++j) {
+          double sum = 0;
+          for (int64_t i = 0; i < n_used; ++i)
+            if (w[used[i]] != 0) sum += w[used[i]] * static_cast<double>(load_scalar(src[i] + j));
+          sums[j] = static_cast<C>(sum);
+        }
+        narrow_run(sums, columns, rounded);
+        memcpy(static_cast<S*>(out[segment * k + r]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
+      }
+    };
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < grid.n_tasks; ++task)
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+        for (int64_t j = 0; j < count; j += tile) run_tile(segment, first + j, min64(tile, count - j));
+      });
+  }
+  return Status::ok;
+}
+
+// ---- storage types -------------------------------------------------------------------------------------
+
+template <class F>
+Status by_dtype(DType dtype, F&& call) {
+  switch (dtype) {
+    case DType::float16:
+      return call(Half{});
+    case DType::bfloat16:
+      return call(Bfloat{});
+    case DType::float32:
+      return call(float{});
+    default:
+      return call(double{});
+  }
+}
+
+Status select_columns(const Rows& rows, const Select& select, int threads) {
+  return by_dtype(rows.dtype, [&](auto s) { return select_columns_of<decltype(s)>(rows, select, threads); });
+}
+Status gram(const Rows& rows, bool origin, double scale, double* out, int threads) {
+  return by_dtype(rows.dtype, [&](auto s) { return gram_of<decltype(s)>(rows, origin, scale, out, threads); });
+}
+Status row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, int threads) {
+  return by_dtype(rows.dtype,
+                  [&](auto s) { return row_sq_distances_of<decltype(s)>(rows, centre, scale, out, threads); });
+}
+Status weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
+  return by_dtype(rows.dtype, [&](auto s) { return weighted_row_sum_of<decltype(s)>(rows, weights, k, out, threads); });
+}
+
+}  // namespace
+
+extern const Kernels table;
+const Kernels table{RK_ISA_NAME, select_columns, gram, row_sq_distances, weighted_row_sum};
+
+}  // namespace RK_ISA
+}  // namespace rk

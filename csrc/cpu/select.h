@@ -1,0 +1,33 @@
+// Selection on one tile: out[j] = mean of the cells [lo, hi) of the sorted values of column j.
+#pragma once
+#include "../kernels.h"
+
+namespace rk {
+namespace RK_ISA {
+
+struct Comparators;  // a network built at run time, for what is not unrolled
+
+// What one selection needs besides the tile; built once per call, read by all threads.
+struct Window {
+  int64_t n, lo, hi;
+  const int64_t* multiplicities;  // or null
+  int64_t total;                  // their sum
+  void* network;                  // owned; null where the unrolled code serves
+  int64_t comparators;
+};
+
+bool prepare_window(Window& window);  // false: out of memory
+void release_window(Window& window);
+
+// Scratch values (of the compute type) that select_tile needs.
+int64_t select_scratch(const Window& window, bool is_double);
+
+// src: n pointers to `columns` values, a multiple of the vector; `valid` columns of them count.
+// nonfinite[i] becomes 1 where row i holds a NaN or Inf.
+void select_tile(const Window&, const float* const* src, int64_t columns, float* scratch, float* out,
+                 uint8_t* nonfinite);
+void select_tile(const Window&, const double* const* src, int64_t columns, double* scratch, double* out,
+                 uint8_t* nonfinite);
+
+}  // namespace RK_ISA
+}  // namespace rk

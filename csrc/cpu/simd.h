@@ -1,0 +1,245 @@
+// Vectors of RK_VECTOR_BYTES through the compiler's vector types, in the namespace of one instruction set.
+// Only raw pointers and fixed buffers in files that include this: an inline std function compiled here could
+// be the copy the linker keeps for everybody, with instructions that other machines lack.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../kernels.h"
+
+#define RK_INLINE inline __attribute__((always_inline))
+
+namespace rk {
+namespace RK_ISA {
+
+constexpr int kVectorBytes = RK_VECTOR_BYTES;
+
+template <class C>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(RK_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
+  using IndexScalar = int32_t;
+  typedef int32_t Index __attribute__((vector_size(RK_VECTOR_BYTES)));
+  static constexpr int lanes = RK_VECTOR_BYTES / 4;
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(RK_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
+  using IndexScalar = int64_t;
+  typedef int64_t Index __attribute__((vector_size(RK_VECTOR_BYTES)));
+  static constexpr int lanes = RK_VECTOR_BYTES / 8;
+};
+
+using F32 = Simd<float>::V;
+using F64 = Simd<double>::V;
+typedef float HalfF32 __attribute__((vector_size(RK_VECTOR_BYTES / 2), aligned(1), may_alias));
+constexpr int kDoubles = Simd<double>::lanes;
+
+template <class C>
+RK_INLINE typename Simd<C>::V load(const C* p) {
+  return *reinterpret_cast<const typename Simd<C>::Unaligned*>(p);
+}
+
+template <class C>
+RK_INLINE void store(C* p, typename Simd<C>::V v) {
+  *reinterpret_cast<typename Simd<C>::Unaligned*>(p) = v;
+}
+
+// kDoubles values as float64, exactly.
+RK_INLINE F64 load_double(const double* p) { return load(p); }
+RK_INLINE F64 load_double(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfF32*>(p), F64); }
+
+RK_INLINE void store_rounded(double* p, F64 v) { store(p, v); }
+RK_INLINE void store_rounded(float* p, F64 v) { *reinterpret_cast<HalfF32*>(p) = __builtin_convertvector(v, HalfF32); }
+
+// One value at any alignment.
+template <class C>
+RK_INLINE C load_scalar(const C* p) {
+  C value;
+  memcpy(&value, p, sizeof(C));
+  return value;
+}
+
+// min and max for numbers: what they do with a NaN differs between machines, so none may come here.
+#if defined(__AVX512F__)
+RK_INLINE F32 vmin(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+RK_INLINE F32 vmax(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+RK_INLINE F64 vmin(F64 a, F64 b) { return _mm512_min_pd(a, b); }
+RK_INLINE F64 vmax(F64 a, F64 b) { return _mm512_max_pd(a, b); }
+RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
+RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+#elif defined(__AVX2__)
+RK_INLINE F32 vmin(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+RK_INLINE F32 vmax(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+RK_INLINE F64 vmin(F64 a, F64 b) { return _mm256_min_pd(a, b); }
+RK_INLINE F64 vmax(F64 a, F64 b) { return _mm256_max_pd(a, b); }
+RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
+RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
+#elif defined(__x86_64__)
+RK_INLINE F32 vmin(F32 a, F32 b) { return _mm_min_ps(a, b); }
+RK_INLINE F32 vmax(F32 a, F32 b) { return _mm_max_ps(a, b); }
+RK_INLINE F64 vmin(F64 a, F64 b) { return _mm_min_pd(a, b); }
+RK_INLINE F64 vmax(F64 a, F64 b) { return _mm_max_pd(a, b); }
+RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return a * b + c; }
+RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return a * b + c; }
+#else
+RK_INLINE F32 vmin(F32 a, F32 b) { return a < b ? a : b; }
+RK_INLINE F32 vmax(F32 a, F32 b) { return a < b ? b : a; }
+RK_INLINE F64 vmin(F64 a, F64 b) { return a < b ? a : b; }
+RK_INLINE F64 vmax(F64 a, F64 b) { return a < b ? b : a; }
+RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return a * b + c; }
+RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return a * b + c; }
+#endif
+
+// True where some lane is a NaN (of a sum of 0 * x: where some x was NaN or Inf).
+template <class V>
+RK_INLINE bool any_nan(V v) {
+  const auto unequal = v != v;
+  const char* bytes = reinterpret_cast<const char*>(&unequal);
+  uint64_t words[RK_VECTOR_BYTES / 8];
+  memcpy(words, bytes, sizeof(words));
+  uint64_t any = 0;
+  for (unsigned i = 0; i < RK_VECTOR_BYTES / 8; ++i) any |= words[i];
+  return any != 0;
+}
+#if defined(__AVX512F__)
+template <>
+RK_INLINE bool any_nan<F32>(F32 v) {
+  return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0;
+}
+template <>
+RK_INLINE bool any_nan<F64>(F64 v) {
+  return _mm512_cmp_pd_mask(v, v, _CMP_UNORD_Q) != 0;
+}
+#elif defined(__AVX2__)
+template <>
+RK_INLINE bool any_nan<F32>(F32 v) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0;
+}
+template <>
+RK_INLINE bool any_nan<F64>(F64 v) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(v, v, _CMP_UNORD_Q)) != 0;
+}
+#endif
+
+// Sum of the lanes, always in the same order.
+RK_INLINE double sum_lanes(F64 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd(v);
+#elif defined(__AVX2__)
+  const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+#else
+  double sum = v[0];
+  for (int i = 1; i < kDoubles; ++i) sum += v[i];
+  return sum;
+#endif
+}
+
+// ---- 16-bit storage -------------------------------------------------------------------------------
+
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat {
+  uint16_t bits;
+};
+
+RK_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+RK_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+RK_INLINE float widen(Bfloat x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+RK_INLINE float widen(Half x) {
+  // Move exponent and mantissa into place, then multiply by 2^112: exact, subnormals included.
+  const uint32_t magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+  const uint32_t finite = float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f);
+  const uint32_t special = 0x7f800000u | (magnitude << 13);
+  return bits_to_float(sign | (magnitude >= 0x7c00u ? special : finite));
+}
+
+RK_INLINE Bfloat narrow(float x, Bfloat) {
+  const uint32_t bits = float_to_bits(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // stays a NaN
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};                  // to nearest even
+}
+RK_INLINE Half narrow(float x, Half) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t result;
+  if (magnitude > 0x7f800000u) {
+    result = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    result = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: let float addition at 2^-24 spacing do the rounding
+    result = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  } else {
+    result = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | result)};
+}
+
+// What rows of a storage type are computed in.
+template <class S>
+struct Storage {
+  using Compute = S;
+  static constexpr bool direct = true;  // tiles are used where they lie
+};
+template <>
+struct Storage<Half> {
+  using Compute = float;
+  static constexpr bool direct = false;
+};
+template <>
+struct Storage<Bfloat> {
+  using Compute = float;
+  static constexpr bool direct = false;
+};
+
+template <class S>
+RK_INLINE void widen_run(const S* src, int64_t count, float* dst) {
+  int64_t j = 0;
+#if defined(__F16C__)
+  if constexpr (__is_same(S, Half))
+    for (; j + 8 <= count; j += 8)
+      _mm256_storeu_ps(dst + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + j))));
+#endif
+  for (; j < count; ++j) dst[j] = widen(load_scalar(src + j));
+}
+RK_INLINE void widen_run(const float* src, int64_t count, float* dst) {
+  memcpy(dst, src, 4 * static_cast<size_t>(count));
+}
+RK_INLINE void widen_run(const double* src, int64_t count, double* dst) {
+  memcpy(dst, src, 8 * static_cast<size_t>(count));
+}
+
+template <class S>
+RK_INLINE void narrow_run(const float* src, int64_t count, S* dst) {
+  for (int64_t j = 0; j < count; ++j) {
+    const S value = narrow(src[j], S{});
+    memcpy(dst + j, &value, sizeof(S));
+  }
+}
+RK_INLINE void narrow_run(const float* src, int64_t count, float* dst) {
+  memcpy(dst, src, 4 * static_cast<size_t>(count));
+}
+RK_INLINE void narrow_run(const double* src, int64_t count, double* dst) {
+  memcpy(dst, src, 8 * static_cast<size_t>(count));
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

@@ -1,0 +1,112 @@
+// How the columns are walked: a fixed grid of tasks (so that bits do not depend on the number of threads),
+// tasks cut at segment borders into pieces, pieces walked in tiles that stay in cache.
+#pragma once
+#include <stdlib.h>
+
+#include "simd.h"
+
+namespace rk {
+namespace RK_ISA {
+
+RK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+RK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Columns per tile: about 64 KiB of values, a multiple of 64 (16 for thousands of rows).
+RK_INLINE int64_t tile_columns(int64_t n, int64_t value_bytes) {
+  const int64_t fit = 65536 / (max64(n, 1) * value_bytes);
+  return fit >= 64 ? min64(fit / 64 * 64, 1024) : 16;
+}
+
+struct Grid {
+  int64_t columns, task_columns, n_tasks;
+};
+
+RK_INLINE Grid make_grid(int64_t columns, int64_t task_columns) {
+  return {columns, task_columns, (columns + task_columns - 1) / task_columns};
+}
+
+// Tasks of about a million values: small enough to balance, large enough to hide their overhead.
+RK_INLINE Grid streaming_grid(const Rows& rows, int64_t tile) {
+  const int64_t wanted = (int64_t{1} << 18) / max64(rows.n, 1);
+  return make_grid(rows.columns(), max64(wanted / tile, 1) * tile);
+}
+
+// body(segment, first column within it, columns) for each piece of the columns [begin, end) of all segments.
+template <class Body>
+RK_INLINE void for_pieces(const Rows& rows, int64_t begin, int64_t end, Body&& body) {
+  int64_t low = 0, high = rows.n_segments - 1;  // the last segment that starts at or before begin
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (rows.offsets[middle] <= begin)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  for (int64_t s = low; begin < end; ++s) {
+    const int64_t stop = min64(end, rows.offsets[s + 1]);
+    if (stop > begin) body(s, begin - rows.offsets[s], stop - begin);
+    begin = max64(begin, stop);
+  }
+}
+
+template <class Body>
+RK_INLINE void for_task_pieces(const Rows& rows, const Grid& grid, int64_t task, Body&& body) {
+  const int64_t begin = task * grid.task_columns;
+  for_pieces(rows, begin, min64(begin + grid.task_columns, grid.columns), body);
+}
+
+// One aligned block cut into typed parts, one of them per thread; freed at the end of the scope.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { free(base_); }
+
+  // Reserves count values and returns the part's offset; call before allocate().
+  template <class T>
+  int64_t reserve(int64_t count) {
+    const int64_t at = bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
+    return at;
+  }
+  bool allocate(int threads) {
+    stride_ = (bytes_ + 4095) / 4096 * 4096 + 64;
+    base_ = static_cast<char*>(aligned_alloc(64, static_cast<size_t>((stride_ * threads + 63) / 64 * 64)));
+    return base_ != nullptr;
+  }
+  template <class T>
+  T* part(int thread, int64_t offset) const {
+    return reinterpret_cast<T*>(base_ + thread * stride_ + offset);
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t bytes_ = 0, stride_ = 0;
+};
+
+// Points src[i] at `columns` values of row i in the compute type: in place where that is possible, otherwise
+// widened into `buffer` (n, tile). Columns after the last are zeros up to a whole vector.
+template <class S>
+RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t tile,
+                         typename Storage<S>::Compute* buffer, const typename Storage<S>::Compute** src) {
+  using C = typename Storage<S>::Compute;
+  constexpr int64_t lanes = Simd<C>::lanes;
+  const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const S* row = static_cast<const S*>(rows.data[segment * rows.n + i]) + first;
+    if constexpr (Storage<S>::direct) {
+      if (padded == columns) {
+        src[i] = row;
+        continue;
+      }
+    }
+    C* dst = buffer + i * tile;
+    widen_run(row, columns, dst);
+    for (int64_t j = columns; j < padded; ++j) dst[j] = 0;
+    src[i] = dst;
+  }
+}
+
+}  // namespace RK_ISA
+}  // namespace rk

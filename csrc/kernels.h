@@ -1,0 +1,68 @@
+// The contract of the four primitives on raw pointers: what robustkern/_kernels.py says in Python.
+// Nothing outside csrc/bindings knows Python; nothing here knows an instruction set.
+#pragma once
+#include <cstdint>
+
+namespace rk {
+
+enum class DType : std::int32_t { float16 = 0, bfloat16 = 1, float32 = 2, float64 = 3 };
+
+enum class Status : std::int32_t { ok = 0, out_of_memory = 1 };
+
+// n rows cut into the same segments (the leaves of a pytree; one segment for a plain array).
+// data[s * n + i] points at row i's part of segment s: contiguous, any alignment, never written.
+struct Rows {
+  const void* const* data;
+  const std::int64_t* offsets;  // (n_segments + 1) running column count, offsets[0] == 0
+  std::int64_t n_segments;
+  std::int64_t n;
+  DType dtype;
+
+  std::int64_t columns() const { return offsets[n_segments]; }
+};
+
+// select_columns: the mean of the cells [lo, hi) of each column's sorted values.
+// Without multiplicities a row is one cell; with them row i stands for multiplicities[i] equal cells.
+// With a mix, the selection is over the rows mix @ rows (never stored beyond one column tile).
+// With sq_distances, the squared distance of every row of measure @ rows (of the rows themselves
+// where measure is null) to the selected row as it is stored, summed in float64.
+// NaN ranks above +inf; a window that reaches a NaN gives NaN.
+struct Select {
+  std::int64_t lo, hi;
+  const std::int64_t* multiplicities;  // (selected rows) or null; their sum is below 2^62
+  const double* mix;                   // (n_mixed, n) or null; entries equal to 0 are never multiplied
+  std::int64_t n_mixed;
+  const double* measure;  // (n_measured, n) or null; may be the same pointer as mix
+  std::int64_t n_measured;
+  double scale;             // power of two by which differences are multiplied before squaring
+  void* const* out;         // (n_segments) in the rows' dtype, or null: only distances are wanted
+  double* sq_distances;     // (n_measured, or n) or null
+  std::uint8_t* nonfinite;  // (n) set to 1 for each row in which a NaN or Inf was seen
+};
+
+struct Kernels {
+  const char* isa;
+  Status (*select_columns)(const Rows&, const Select&, int threads);
+  // (m, m) inner products, m = n + origin, of the rows minus their column-wise lower median, times
+  // scale; the origin is one more row of zeros. Products and sums in float64. Rows that hold a NaN or
+  // Inf get NaN in their row and column of the result.
+  Status (*gram)(const Rows&, bool origin, double scale, double* out, int threads);
+  // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last
+  // bit but for rounding of about 1e-30. A NaN or Inf in the row or the centre gives NaN or Inf.
+  Status (*row_sq_distances)(const Rows&, const void* const* centre, double scale, double* out, int threads);
+  // out[s * k + j] = segment s of row j of weights (k, n) @ rows, summed in float64 in row order.
+  // Rows of weight 0 are never read.
+  Status (*weighted_row_sum)(const Rows&, const double* weights, std::int64_t k, void* const* out, int threads);
+};
+
+// The table for an instruction set by name, or null where it is not built or not supported here.
+const Kernels* kernels_for(const char* isa);
+// Names that kernels_for knows on this machine, best first, null-terminated.
+const char* const* supported_isas();
+
+// How many threads a call over this many bytes may use: `requested` (0: what OpenMP allows), fewer
+// for small inputs, one in a child forked after OpenMP was in use (its pool did not survive the fork).
+int usable_threads(int requested, std::int64_t bytes);
+int max_threads();
+
+}  // namespace rk

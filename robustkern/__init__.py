@@ -1,0 +1,84 @@
+"""Byzantine-robust aggregation of updates at the speed of memory.
+
+>>> import numpy as np, robustkern as rk
+>>> updates = np.array([[1.0, 2, 3], [2, 4, 1], [3, 0, 5], [100, -100, 7]])  # 4 workers, one of them hostile
+>>> rk.aggregate(updates, "ctma(geometric_median)", f=1)
+array([2., 2., 3.])
+"""
+
+from __future__ import annotations
+
+from robustkern import kernels
+from robustkern._registry import info, use_backend
+from robustkern._threads import set_num_threads
+from robustkern.api import (
+    Info,
+    aggregate,
+    bucketing,
+    ctma,
+    geometric_median,
+    krum,
+    mean,
+    median,
+    multi_krum,
+    nnm,
+    trimmed_mean,
+)
+from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
+from robustkern.rules import (
+    CTMA,
+    NNM,
+    Aggregator,
+    Bucketing,
+    Chain,
+    GeometricMedian,
+    Krum,
+    Mean,
+    Median,
+    Mixer,
+    MultiKrum,
+    Rule,
+    TrimmedMean,
+    available_rules,
+    parse_rule,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CTMA",
+    "NNM",
+    "Aggregator",
+    "BackendUnavailable",
+    "Bucketing",
+    "Chain",
+    "ConvergenceWarning",
+    "GeometricMedian",
+    "Info",
+    "Krum",
+    "Mean",
+    "Median",
+    "Mixer",
+    "MultiKrum",
+    "NonFiniteError",
+    "RobustkernError",
+    "Rule",
+    "TrimmedMean",
+    "__version__",
+    "aggregate",
+    "available_rules",
+    "bucketing",
+    "ctma",
+    "geometric_median",
+    "info",
+    "kernels",
+    "krum",
+    "mean",
+    "median",
+    "multi_krum",
+    "nnm",
+    "parse_rule",
+    "set_num_threads",
+    "trimmed_mean",
+    "use_backend",
+]

@@ -1,0 +1,242 @@
+"""The contract: rows as pointers, and the four primitives that every backend implements alike.
+
+`backends/reference.py` is this text as plain NumPy and the oracle of the tests; `csrc/kernels.h` is the same
+contract on raw pointers. Over a split of the columns `select_columns` and `weighted_row_sum` concatenate while
+`gram`, `row_sq_distances` and the distances of `select_columns` add: the column-block law, which threads, leaves of
+a pytree, blocks of a file and shards on several machines all rest on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DTYPES", "MAX_ROWS", "PRIMITIVES", "Kernels", "Matrix", "Rows", "Selected", "Vector", "Window"]
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+
+#: The dtypes of rows, in the order of their codes in csrc/kernels.h.
+DTYPES: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+    np.dtype(np.float32),
+    np.dtype(np.float64),
+)
+PRIMITIVES = ("select_columns", "gram", "row_sq_distances", "weighted_row_sum")
+MAX_ROWS = 65535
+
+
+class Window(NamedTuple):
+    """Half-open range of ranks [lo, hi) in a column's sorted values."""
+
+    lo: int
+    hi: int
+
+
+class _Memory:
+    """Lets NumPy view memory that somebody else keeps alive."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows of one dtype, cut into the same segments, used where they lie.
+
+    Parameters
+    ----------
+    addresses : (n_segments, n) uint64
+        Where each row's part of each segment begins: contiguous values, at any alignment.
+    offsets : (n_segments + 1,) int64
+        Running count of columns; ``offsets[0] == 0``, ``offsets[-1]`` is d.
+    dtype : numpy dtype
+        One of `DTYPES`.
+    owner : object
+        Keeps the memory alive.
+    """
+
+    addresses: NDArray[np.uint64]
+    offsets: NDArray[np.int64]
+    dtype: np.dtype[Any]
+    owner: Any
+
+    @classmethod
+    def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
+        """One segment: the rows of a 2-D array, or equally long contiguous 1-D arrays."""
+        if isinstance(arrays, np.ndarray):
+            n, d = arrays.shape
+            first, step = arrays.__array_interface__["data"][0], arrays.strides[0]
+            addresses = (first + step * np.arange(n, dtype=np.int64)).astype(np.uint64)
+            dtype = arrays.dtype
+        else:
+            d, dtype = arrays[0].shape[0], arrays[0].dtype
+            addresses = np.array([a.__array_interface__["data"][0] for a in arrays], dtype=np.uint64)
+        return cls(addresses.reshape(1, -1), np.array([0, d], dtype=np.int64), dtype, arrays)
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return self.addresses.shape[1]
+
+    @property
+    def d(self) -> int:
+        """Number of columns over all segments."""
+        return int(self.offsets[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.n * self.d * self.dtype.itemsize
+
+    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Rows:
+        """Return the given rows only; no data is touched."""
+        return Rows(np.ascontiguousarray(self.addresses[:, rows]), self.offsets, self.dtype, self.owner)
+
+    def array(self, segment: int, row: int) -> NDArray[Any]:
+        """Return one row's part of one segment as a NumPy view."""
+        count = int(self.offsets[segment + 1] - self.offsets[segment])
+        memory = _Memory(int(self.addresses[segment, row]), count * self.dtype.itemsize)
+        return np.asarray(memory).view(self.dtype)
+
+    def blocks(self, max_columns: int) -> Iterator[Rows]:
+        """Cut the columns into consecutive blocks of at most `max_columns` within each segment."""
+        for s, addresses in enumerate(self.addresses):
+            for begin in range(0, int(self.offsets[s + 1] - self.offsets[s]), max_columns):
+                end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
+                part = addresses + np.uint64(begin * self.dtype.itemsize)
+                yield Rows(part.reshape(1, -1), np.array([0, end - begin], dtype=np.int64), self.dtype, self.owner)
+
+
+class Selected(NamedTuple):
+    """What `Kernels.select_columns` returns besides the values it writes."""
+
+    sq_distances: Vector | None
+    nonfinite: NDArray[np.bool_]
+
+
+class Kernels(Protocol):
+    """The four primitives. All sums are float64 whatever the rows' dtype; inputs are never written.
+
+    The same input gives the same bits for any number of threads and from run to run.
+    """
+
+    name: str
+
+    def select_columns(
+        self,
+        rows: Rows,
+        window: Window,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        mix: Matrix | None = None,
+        measure: Matrix | None = None,
+        scale: float = 1.0,
+        distances: bool = False,
+        out: Rows | None = None,
+    ) -> Selected:
+        """Mean of a window of each column's sorted values, and on request the rows' distances to it.
+
+        Parameters
+        ----------
+        rows : Rows
+            n rows of d columns.
+        window : Window
+            Ranks [lo, hi) that are averaged, ``0 <= lo < hi <=`` number of cells. A row is one cell, or with
+            `multiplicities` as many equal cells as its entry says.
+        multiplicities : (k,) int64, optional
+            Non-negative, one for each selected row; the sum is below 2**62.
+        mix : (k, n) float64, optional
+            Select over the rows ``mix @ rows`` instead, made tile by tile. An entry that is exactly 0 is never
+            multiplied, so that a NaN or Inf in a left-out row stays out.
+        measure : (m, n) float64, optional
+            With `distances`: measure the rows ``measure @ rows`` instead of the rows themselves.
+        scale : float
+            A power of two by which differences are multiplied before they are squared (float64 rows whose
+            squares would overflow or vanish).
+        distances : bool
+            Also return the squared distance of each measured row to the result as it is stored.
+        out : Rows, optional
+            One row that receives the result; without it only the distances are computed.
+
+        Returns
+        -------
+        Selected
+            `sq_distances` (n or m,) float64 or None, NaN or inf where a row is not finite; `nonfinite` (n,) bool,
+            True for each row that holds a NaN or Inf.
+
+        Notes
+        -----
+        NaN ranks above +inf; a window that reaches a NaN gives NaN. Window means lose nothing to a common offset
+        and do not overflow. One read of the data; extra memory of one column tile per thread.
+        """
+
+    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+        """Inner products of the rows centred on their column-wise lower median.
+
+        Parameters
+        ----------
+        rows : Rows
+            n rows of d columns.
+        origin : bool
+            Append the origin as one more row (after centring it is minus the median).
+        scale : float
+            A power of two that multiplies the centred rows.
+
+        Returns
+        -------
+        (m, m) float64, m = n + origin
+            Row and column i are NaN where row i holds a NaN or Inf; the median, a finite number wherever fewer
+            than half of a column's values are NaN or Inf (0 elsewhere), keeps it from touching the others.
+
+        Notes
+        -----
+        Up to half of the rows cannot move the centre beyond the other rows, so no choice of rows costs the
+        others digits. One read of the data.
+        """
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """Squared distance of each row to a centre, correct to the last bit but for about 1e-30 relative.
+
+        Parameters
+        ----------
+        rows : Rows
+            n rows of d columns.
+        centre : Rows
+            One row with the same segments and dtype.
+        scale : float
+            A power of two that multiplies rows and centre.
+
+        Returns
+        -------
+        (n,) float64
+            NaN or inf where the row or the centre is not finite.
+
+        Notes
+        -----
+        Sums carry their rounding errors (doubled float64), so equal distances come out equal in whatever order
+        the same terms are met. One read of the data.
+        """
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """Write ``weights @ rows``.
+
+        Parameters
+        ----------
+        rows : Rows
+            n rows of d columns.
+        weights : (k, n) float64
+            Rows of weight exactly 0 are never read.
+        out : Rows
+            k rows with the same segments and dtype, written.
+
+        Notes
+        -----
+        Summed in float64 in row order, rounded once. One read of the rows that have some weight.
+        """

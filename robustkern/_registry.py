@@ -1,0 +1,227 @@
+"""The capability table: which backend runs which primitive for which dtype on which device, or why it does not.
+
+It decides the backend of a call, and feeds the error texts, `robustkern.info()`, the docs and the test ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from robustkern._kernels import DTYPES, PRIMITIVES, Kernels
+from robustkern.errors import BackendUnavailable
+
+__all__ = ["BACKENDS", "capabilities", "choose", "info", "load_backend", "use_backend"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the primitives."""
+
+    name: str
+    module: str
+    device: str
+    dtypes: tuple[np.dtype[Any], ...]
+    remedy: str
+
+
+#: Best first: "auto" takes the first that is here and can run the call.
+BACKENDS = (
+    Backend(
+        "cpp",
+        "robustkern.backends.cpp",
+        "cpu",
+        DTYPES,
+        "install a C++17 compiler with OpenMP, then run: pip install --force-reinstall --no-binary robustkern robustkern",
+    ),
+    Backend("numba", "robustkern.backends.numba", "cpu", DTYPES, "run: pip install 'robustkern[numba]'"),
+    Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),
+)
+
+_loaded: dict[str, Kernels | str] = {}  # the backend, or the reason why it is absent
+_override: ContextVar[str | None] = ContextVar("robustkern_backend", default=None)
+_warned = False
+
+
+def _load(backend: Backend) -> Kernels | str:
+    if backend.name not in _loaded:
+        try:
+            module = importlib.import_module(backend.module)
+        except ImportError as error:
+            _loaded[backend.name] = f"{error} ({backend.remedy})"
+        else:
+            _loaded[backend.name] = module.load()
+    return _loaded[backend.name]
+
+
+def load_backend(name: str) -> Kernels:
+    """Return a backend by name.
+
+    Raises
+    ------
+    ValueError
+        If there is no backend of that name.
+    BackendUnavailable
+        If it is not installed; the message says what to do.
+    """
+    backend = _by_name(name, "backend")
+    loaded = _load(backend)
+    if isinstance(loaded, str):
+        raise BackendUnavailable(f"backend {name!r} is not available: {loaded}")
+    return loaded
+
+
+def _by_name(name: str, source: str) -> Backend:
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    known = ", ".join(["auto", *(b.name for b in BACKENDS)])
+    raise ValueError(f"{source} must be one of {known}; got {name!r}")
+
+
+def capabilities() -> list[dict[str, str]]:
+    """Return one entry for each backend, primitive, dtype and device: "yes", or the reason why not."""
+    table = []
+    for backend in BACKENDS:
+        loaded = _load(backend)
+        for primitive in PRIMITIVES:
+            for dtype in DTYPES:
+                if isinstance(loaded, str):
+                    answer = loaded
+                elif dtype not in backend.dtypes:
+                    answer = f"not for {dtype.name}"
+                else:
+                    answer = "yes"
+                table.append(
+                    {
+                        "backend": backend.name,
+                        "primitive": primitive,
+                        "dtype": dtype.name,
+                        "device": backend.device,
+                        "available": answer,
+                    }
+                )
+    return table
+
+
+def choose(name: str, dtypes: set[np.dtype[Any]], device: str = "cpu") -> Kernels:
+    """Return the backend that runs a call.
+
+    Parameters
+    ----------
+    name : str
+        "auto", or one backend. "auto" obeys `use_backend`, then ``ROBUSTKERN_BACKEND``.
+    dtypes : set of numpy dtypes
+        Dtypes of the rows.
+    device : str
+        Where the rows are.
+
+    Raises
+    ------
+    BackendUnavailable
+        If none can; the message lists every backend with its reason.
+    """
+    source = "backend"
+    if name == "auto":
+        override = _override.get()
+        if override is not None:
+            name = override
+        elif os.environ.get("ROBUSTKERN_BACKEND"):
+            name, source = os.environ["ROBUSTKERN_BACKEND"], "ROBUSTKERN_BACKEND"
+    candidates = BACKENDS if name == "auto" else (_by_name(name, source),)
+    reasons = []
+    for backend in candidates:
+        unsupported = dtypes.difference(backend.dtypes)
+        if device != backend.device:
+            reasons.append(f"{backend.name}: runs on {backend.device}, the rows are on {device}")
+        elif unsupported:
+            reasons.append(f"{backend.name}: not for {', '.join(sorted(d.name for d in unsupported))}")
+        else:
+            loaded = _load(backend)
+            if not isinstance(loaded, str):
+                if name == "auto":
+                    _warn_of_fallback(backend)
+                return loaded
+            reasons.append(f"{backend.name}: {loaded}")
+    raise BackendUnavailable(f"no backend for rows on {device}: " + "; ".join(reasons))
+
+
+def _warn_of_fallback(backend: Backend) -> None:
+    """Say once a process that the compiled backend is missing."""
+    global _warned  # noqa: PLW0603
+    if backend.name == BACKENDS[0].name or _warned:
+        return
+    _warned = True
+    speed = {"numba": "about 3 times slower", "reference": "50 times slower and more"}[backend.name]
+    reasons = "; ".join(
+        f"{other.name}: {_load(other)}" for other in BACKENDS[: [b.name for b in BACKENDS].index(backend.name)]
+    )
+    warnings.warn(
+        f"robustkern runs on its {backend.name} backend, {speed} than compiled code. Missing: {reasons}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let every call with ``backend="auto"`` in this context use one backend.
+
+    Parameters
+    ----------
+    name : str
+        "auto", "cpp", "numba" or "reference". Also holds in the tasks started in the context (a context variable),
+        and not in other threads.
+
+    Raises
+    ------
+    ValueError, BackendUnavailable
+        If there is no such backend, or it is not installed.
+    """
+    if name != "auto":
+        load_backend(name)
+    token = _override.set(name)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def info() -> dict[str, Any]:
+    """Return versions, backends with the reason where one is absent, instruction set and threads.
+
+    Returns
+    -------
+    dict
+        ``version``, ``python``, ``numpy``, ``machine``, ``backends`` (name to "available" or the reason), ``isa`` and
+        ``isas`` (in use, and available, best first; None and empty without the compiled backend), ``threads``
+        (that a large call uses), ``gpus`` (none: this version has no GPU backend), ``capabilities``.
+    """
+    from robustkern import __version__
+    from robustkern._threads import requested_threads
+
+    backends = {b.name: loaded if isinstance(loaded := _load(b), str) else "available" for b in BACKENDS}
+    cpp: Any = _loaded["cpp"]
+    here = not isinstance(cpp, str)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "backends": backends,
+        "isa": cpp.isa if here else None,
+        "isas": cpp.supported_isas() if here else [],
+        "threads": requested_threads() or (cpp.max_threads() if here else cores),
+        "gpus": [],
+        "capabilities": capabilities(),
+    }

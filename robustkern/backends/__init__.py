@@ -1,0 +1,1 @@
+"""Implementations of the four primitives of `robustkern._kernels`, one module each."""

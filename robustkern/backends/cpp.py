@@ -1,0 +1,110 @@
+"""The compiled backend: hands pointers to `robustkern._cpu`, one instruction set at a time."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+from robustkern._threads import requested_threads
+
+__all__ = ["Cpp", "load"]
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def load() -> Cpp:
+    """Return the backend for the best instruction set, or the one that ``ROBUSTKERN_ISA`` names."""
+    from robustkern import _cpu
+
+    supported = _cpu.supported_isas()
+    isa = os.environ.get("ROBUSTKERN_ISA", "") or supported[0]
+    if isa not in supported:
+        raise ValueError(f"ROBUSTKERN_ISA must be one of {', '.join(supported)} on this machine; got {isa!r}")
+    return Cpp(isa)
+
+
+class Cpp:
+    """See `robustkern._kernels.Kernels`."""
+
+    name = "cpp"
+    dtypes = DTYPES
+
+    def __init__(self, isa: str) -> None:
+        from robustkern import _cpu
+
+        self._cpu: Any = _cpu
+        self.isa = isa
+
+    def supported_isas(self) -> list[str]:
+        """Return the instruction sets that can run here, best first."""
+        return list(self._cpu.supported_isas())
+
+    def max_threads(self) -> int:
+        """Return how many threads OpenMP would use."""
+        return int(self._cpu.max_threads())
+
+    def select_columns(
+        self,
+        rows: Rows,
+        window: Window,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        mix: Matrix | None = None,
+        measure: Matrix | None = None,
+        scale: float = 1.0,
+        distances: bool = False,
+        out: Rows | None = None,
+    ) -> Selected:
+        """See the contract."""
+        nonfinite = np.zeros(rows.n, dtype=np.uint8)
+        sq_distances = np.zeros(rows.n if measure is None else len(measure)) if distances else None
+        self._cpu.select_columns(
+            self.isa,
+            rows.addresses,
+            rows.offsets,
+            _CODES[rows.dtype],
+            window.lo,
+            window.hi,
+            multiplicities,
+            mix,
+            measure,
+            scale,
+            None if out is None else out.addresses[:, 0],
+            sq_distances,
+            nonfinite,
+            requested_threads(),
+        )
+        return Selected(sq_distances, nonfinite.view(np.bool_))
+
+    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+        """See the contract."""
+        out = np.zeros((rows.n + origin, rows.n + origin))
+        self._cpu.gram(
+            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], origin, scale, out, requested_threads()
+        )
+        return out
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """See the contract."""
+        out = np.zeros(rows.n)
+        self._cpu.row_sq_distances(
+            self.isa,
+            rows.addresses,
+            rows.offsets,
+            _CODES[rows.dtype],
+            centre.addresses[:, 0],
+            scale,
+            out,
+            requested_threads(),
+        )
+        return out
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """See the contract."""
+        self._cpu.weighted_row_sum(
+            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], weights, out.addresses, requested_threads()
+        )

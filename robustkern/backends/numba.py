@@ -1,0 +1,617 @@
+"""The primitives in Numba, for machines without the compiled module.
+
+Serial kernels that release the GIL run over a fixed grid of column tasks in a plain thread pool: Numba's own
+threading layers abort when several Python threads call at once, or in a forked child.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+
+from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+from robustkern._threads import requested_threads
+
+__all__ = ["Numba", "load"]
+
+TILE = 256  # columns sorted together: n rows of them stay in cache
+TASK_VALUES = 1 << 19
+GRAM_TASKS = 64
+LANES = 8  # independent sums in a loop that the compiler may not reorder
+
+T = TypeVar("T")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
+    """Turn an address into a pointer to the dtype of `like`."""
+    pointer = types.CPointer(like.dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return pointer(address, like), codegen
+
+
+def _widen(value, table):  # type: ignore[no-untyped-def]
+    raise TypeError("only for compiled code")
+
+
+@overload(_widen, inline="always")  # type: ignore[untyped-decorator]
+def _widen_overload(value, table):  # type: ignore[no-untyped-def]
+    """16-bit values are looked up in a table of float32, others are themselves."""
+    if isinstance(value, types.Integer):
+        return lambda value, table: table[value]
+    return lambda value, table: value
+
+
+@njit(nogil=True, cache=True)
+def _read(addresses, first, count, like, table, tile):  # type: ignore[no-untyped-def]
+    for i in range(len(addresses)):
+        row = carray(_pointer(addresses[i] + np.uint64(first * like.itemsize), like), (count,))
+        for j in range(count):
+            tile[i, j] = _widen(row[j], table)
+
+
+# ---- selection -------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True)
+def _note_nonfinite(tile, count, nonfinite):  # type: ignore[no-untyped-def]
+    for i in range(len(tile)):
+        check = tile.dtype.type(0)
+        for j in range(count):
+            check += tile[i, j] - tile[i, j]
+        if check != 0:
+            nonfinite[i] = True
+
+
+@njit(nogil=True, cache=True)
+def _sort(x, low, high, count):  # type: ignore[no-untyped-def]
+    for c in range(len(low)):
+        a, b = x[low[c]], x[high[c]]
+        for j in range(count):
+            p, q = a[j], b[j]
+            a[j] = p if p < q else q
+            b[j] = q if p < q else p
+
+
+@njit(nogil=True, cache=True)
+def _sort_with_rows(x, rows, low, high, count):  # type: ignore[no-untyped-def]
+    for c in range(len(low)):
+        a, b, r, s = x[low[c]], x[high[c]], rows[low[c]], rows[high[c]]
+        for j in range(count):
+            if b[j] < a[j]:
+                a[j], b[j] = b[j], a[j]
+                r[j], s[j] = s[j], r[j]
+
+
+@njit(nogil=True, cache=True)
+def _middle(a, b):  # type: ignore[no-untyped-def]
+    half = type(a)(0.5)
+    total = a + b
+    if total - total == 0:
+        return total * half
+    return a * half + b * half
+
+
+@njit(nogil=True, cache=True)
+def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
+    if hi - lo == 1:
+        for j in range(count):
+            out[j] = x[lo, j]
+    elif hi - lo == 2:
+        for j in range(count):
+            out[j] = _middle(x[lo, j], x[lo + 1, j])
+    else:
+        total = np.zeros(count)
+        for r in range(lo + 1, hi):
+            for j in range(count):
+                total[j] += np.float64(x[r, j]) - np.float64(x[lo, j])
+        for j in range(count):
+            mean = x[lo, j] + total[j] / (hi - lo)
+            if mean - mean != 0:
+                mean = 0.0
+                for r in range(lo, hi):
+                    mean += np.float64(x[r, j]) / (hi - lo)
+            out[j] = mean
+
+
+@njit(nogil=True, cache=True)
+def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: ignore[no-untyped-def]
+    for j in range(count):
+        before, used = 0, 0
+        base = centred = plain = first_share = last_share = last = 0.0
+        for r in range(len(x)):
+            after = before + multiplicities[rows[r, j]]
+            begin, end = max(before, lo), min(after, hi)
+            before = after
+            if end > begin:
+                share = (end - begin) / (hi - lo)
+                value = np.float64(x[r, j])
+                if used == 0:
+                    base, first_share = value, share
+                used += 1
+                centred += share * (value - base)
+                plain += share * value
+                last, last_share = value, share
+            if before >= hi:
+                break
+        if used == 1:
+            out[j] = base
+        elif used == 2 and first_share == last_share:
+            out[j] = _middle(out.dtype.type(base), out.dtype.type(last))
+        else:
+            mean = base + centred
+            out[j] = mean if mean - mean == 0 else plain
+
+
+@njit(nogil=True, cache=True)
+def _select_tile(x, low, high, lo, hi, multiplicities, total, count, out, nonfinite):  # type: ignore[no-untyped-def]
+    """Sorts x in place; NaN sort as +inf, and columns whose window reaches one are spoilt afterwards."""
+    check = 0.0
+    for i in range(len(x)):
+        for j in range(count):
+            check += x[i, j] * 0
+    careful = check != 0
+    nan_cells = np.zeros(count if careful else 0, dtype=np.int64)
+    if careful:
+        _note_nonfinite(x, count, nonfinite)
+        for i in range(len(x)):
+            cells = multiplicities[i] if len(multiplicities) else 1
+            for j in range(count):
+                if x[i, j] != x[i, j]:
+                    x[i, j] = np.inf
+                    nan_cells[j] += cells
+    if len(multiplicities):
+        rows = np.empty((len(x), count), dtype=np.int32)
+        for i in range(len(x)):
+            rows[i] = i
+        _sort_with_rows(x, rows, low, high, count)
+        _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out)
+    else:
+        _sort(x, low, high, count)
+        _store_mean(x, lo, hi, count, out)
+    if careful:
+        for j in range(count):
+            if nan_cells[j] and hi > total - nan_cells[j]:
+                out[j] = np.nan
+
+
+@njit(nogil=True, cache=True)
+def _mix(weights, tile, count, mixed):  # type: ignore[no-untyped-def]
+    for r in range(len(weights)):
+        mixed[r, :count] = 0.0
+        for i in range(len(tile)):
+            if weights[r, i] != 0:
+                for j in range(count):
+                    mixed[r, j] += weights[r, i] * tile[i, j]
+
+
+@njit(nogil=True, cache=True)
+def _add_sq_distances(x, centre, scale, count, total):  # type: ignore[no-untyped-def]
+    part = np.zeros(LANES)
+    for i in range(len(x)):
+        part[:] = 0.0
+        whole = count // LANES * LANES
+        for j in range(0, whole, LANES):
+            for lane in range(LANES):
+                difference = (np.float64(x[i, j + lane]) - np.float64(centre[j + lane])) * scale
+                part[lane] += difference * difference
+        for j in range(whole, count):
+            difference = (np.float64(x[i, j]) - np.float64(centre[j])) * scale
+            part[0] += difference * difference
+        for lane in range(LANES):
+            total[i] += part[lane]
+
+
+@njit(nogil=True, cache=True)
+def _select_piece(  # type: ignore[no-untyped-def]
+    addresses,
+    first,
+    count,
+    like,
+    table,
+    network,
+    window,
+    multiplicities,
+    mix,
+    measure,
+    remeasure,
+    scale,
+    rounding,
+    out,
+    distances,
+    nonfinite,
+):
+    low, high = network
+    lo, hi, total = window
+    n = len(addresses)
+    tile = np.empty((n, TILE), dtype=out.dtype)
+    k = len(mix) if len(mix) else n
+    work = np.empty((k, TILE), dtype=out.dtype)
+    mixed = np.empty((len(mix), TILE))
+    measured = np.empty((len(measure), TILE))
+    mixed_nonfinite = np.zeros(k, dtype=np.bool_)
+    for begin in range(0, count, TILE):
+        width = min(TILE, count - begin)
+        target = out[begin : begin + width]
+        _read(addresses, first + begin, width, like, table, tile)
+        if len(mix):
+            _mix(mix, tile, width, mixed)
+            mixed_nonfinite[:] = False
+            for i in range(k):
+                for j in range(width):
+                    work[i, j] = mixed[i, j]
+            _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, mixed_nonfinite)
+            if mixed_nonfinite.any():
+                _note_nonfinite(tile, width, nonfinite)
+        else:
+            for i in range(n):
+                for j in range(width):
+                    work[i, j] = tile[i, j]
+            _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, nonfinite)
+        if len(distances):
+            if len(rounding):  # distances are to what is stored: rounded to 16 bits
+                for j in range(width):
+                    target[j] = _rounded(target[j], rounding, table)
+            if not len(measure):
+                _add_sq_distances(tile, target, scale, width, distances)
+            elif remeasure:
+                _mix(measure, tile, width, measured)
+                _add_sq_distances(measured, target, scale, width, distances)
+            else:
+                _add_sq_distances(mixed, target, scale, width, distances)
+
+
+@njit(nogil=True, cache=True)
+def _rounded(value, finite, table):  # type: ignore[no-untyped-def]
+    """Nearest entry of the sorted finite values of a 16-bit dtype, the even one in a tie."""
+    if value - value != 0:
+        return value
+    magnitude = abs(value)
+    at = np.searchsorted(finite, magnitude)  # finite[k] is the value with bits k
+    if at == len(finite):
+        # Above the largest: it or infinity, whichever is nearer in the format's spacing.
+        spacing = np.float64(finite[at - 1]) - np.float64(finite[at - 2])
+        nearest = finite[at - 1] if magnitude < finite[at - 1] + spacing / 2 else np.float32(np.inf)
+    elif finite[at] == magnitude:
+        return value
+    else:
+        below, above = np.float64(finite[at - 1]), np.float64(finite[at])
+        down, up = magnitude - below, above - magnitude
+        nearest = finite[at - 1] if down < up or (down == up and (at - 1) % 2 == 0) else finite[at]
+    return nearest if value > 0 else -nearest
+
+
+# ---- sums ------------------------------------------------------------------------------------------------------
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _add_products(x, count, gram):  # type: ignore[no-untyped-def]
+    for i in range(len(x)):
+        for k in range(i + 1):
+            a, b = x[i], x[k]
+            total = 0.0
+            for j in range(count):
+                total += a[j] * b[j]
+            gram[i, k] += total
+
+
+@njit(nogil=True, cache=True)
+def _gram_piece(  # type: ignore[no-untyped-def]
+    addresses, first, count, like, table, network, origin, scale, empty, centre, gram, nonfinite
+):
+    low, high = network
+    n = len(addresses)
+    none = np.empty(0, dtype=np.int64)
+    middle = (n - 1) // 2
+    tile = np.empty((n, TILE), dtype=empty.dtype)
+    work = np.empty((n, TILE), dtype=empty.dtype)
+    x = np.zeros((n + origin, TILE))
+    seen = np.zeros(n, dtype=np.bool_)
+    for begin in range(0, count, TILE):
+        width = min(TILE, count - begin)
+        _read(addresses, first + begin, width, like, table, tile)
+        for i in range(n):
+            for j in range(width):
+                work[i, j] = tile[i, j]
+        seen[:] = False
+        _select_tile(work, low, high, middle, middle + 1, none, n, width, centre, seen)
+        if seen.any():
+            for j in range(width):
+                if centre[j] - centre[j] != 0:
+                    centre[j] = 0
+        for i in range(n):
+            nonfinite[i] |= seen[i]
+            for j in range(width):
+                x[i, j] = 0.0 if seen[i] else np.float64(tile[i, j]) * scale - np.float64(centre[j]) * scale
+        if origin:
+            for j in range(width):
+                x[n, j] = np.float64(centre[j]) * -scale
+        _add_products(x, width, gram)
+
+
+@njit(nogil=True, cache=True)
+def _add_doubled(high, low, more, more_low):  # type: ignore[no-untyped-def]
+    total = high + more
+    virtual = total - high
+    return total, low + ((high - (total - virtual)) + (more - virtual)) + more_low
+
+
+@njit(nogil=True, cache=True)
+def _sq_distances_piece(  # type: ignore[no-untyped-def]
+    addresses, centre_address, first, count, like, table, empty, scale, high, low
+):
+    n = len(addresses)
+    tile = np.empty((n, TILE), dtype=empty.dtype)
+    centre = np.empty((1, TILE), dtype=empty.dtype)
+    for begin in range(0, count, TILE):
+        width = min(TILE, count - begin)
+        _read(addresses, first + begin, width, like, table, tile)
+        _read(centre_address, first + begin, width, like, table, centre)
+        for i in range(n):
+            total, lost = high[i], low[i]
+            for j in range(width):
+                a, b = np.float64(tile[i, j]) * scale, -np.float64(centre[0, j]) * scale
+                difference = a + b
+                virtual = difference - a
+                rest = (a - (difference - virtual)) + (b - virtual)
+                square = difference * difference
+                split = difference * 134217729.0
+                head = split - (split - difference)
+                tail = difference - head
+                square_lost = ((head * head - square) + 2.0 * head * tail) + tail * tail
+                total, lost = _add_doubled(total, lost, square, square_lost + 2.0 * difference * rest)
+            high[i], low[i] = total, lost
+
+
+@njit(nogil=True, cache=True)
+def _weighted_piece(addresses, first, count, like, table, weights, out):  # type: ignore[no-untyped-def]
+    tile = np.empty((len(addresses), TILE), dtype=out.dtype)
+    total = np.empty((len(weights), TILE))
+    for begin in range(0, count, TILE):
+        width = min(TILE, count - begin)
+        _read(addresses, first + begin, width, like, table, tile)
+        _mix(weights, tile, width, total)
+        for r in range(len(weights)):
+            for j in range(width):
+                out[r, begin + j] = total[r, j]
+
+
+# ---- the grid --------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _network(n: int, lo: int, hi: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Batcher's merge exchange over n wires (Knuth, TAOCP 5.2.2), cut to what the ranks [lo, hi) need."""
+    layers: list[tuple[NDArray[np.intp], int]] = []
+    top = 1 << max((n - 1).bit_length() - 1, 0)
+    p = top if n > 1 else 0
+    while p > 0:
+        q, r, d = top, 0, p
+        while True:
+            wires = np.arange(n - d)
+            layers.append((wires[(wires & p) == r], d))
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    needed = np.zeros(n, dtype=np.bool_)
+    needed[lo:hi] = True
+    low: list[NDArray[np.intp]] = []
+    high: list[NDArray[np.intp]] = []
+    for wires, d in reversed(layers):  # the comparators of a layer touch different wires
+        kept = wires[needed[wires] | needed[wires + d]]
+        needed[kept] = needed[kept + d] = True
+        low.append(kept)
+        high.append(kept + d)
+    empty = [np.empty(0, dtype=np.intp)]
+    return (
+        np.concatenate(low[::-1] or empty).astype(np.int32),
+        np.concatenate(high[::-1] or empty).astype(np.int32),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _storage(dtype: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
+    """Return for a dtype: an empty array of the storage type and of the compute type, table, finite values."""
+    if dtype.itemsize > 2:
+        empty = np.empty(0, dtype=dtype)
+        return empty, empty, np.empty(0, dtype=np.float32), np.empty(0, dtype=np.float32)
+    table = np.arange(65536, dtype=np.uint16).view(dtype).astype(np.float32)
+    finite = table[:32768]
+    return np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.float32), table, finite[np.isfinite(finite)].copy()
+
+
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+
+
+def _run(tasks: int, body: Callable[[int], T]) -> list[T]:
+    """Run body(0..tasks-1) in threads; results in task order."""
+    threads = min(requested_threads() or len(os.sched_getaffinity(0)), tasks)
+    if threads <= 1:
+        return [body(task) for task in range(tasks)]
+    key = (os.getpid(), threads)  # a forked child makes its own
+    if key not in _pools:
+        _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="robustkern")
+    return list(_pools[key].map(body, range(tasks)))
+
+
+def _pieces(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Segment, first column within it and count for each piece of the columns [begin, end)."""
+    s = int(np.searchsorted(rows.offsets, begin, side="right")) - 1
+    while begin < end:
+        stop = min(end, int(rows.offsets[s + 1]))
+        if stop > begin:
+            yield s, begin - int(rows.offsets[s]), stop - begin
+        begin = max(begin, stop)
+        s += 1
+
+
+def _tasks(rows: Rows, columns: int) -> tuple[int, Callable[[int], Iterator[tuple[int, int, int]]]]:
+    return -(-rows.d // columns), lambda task: _pieces(rows, task * columns, min((task + 1) * columns, rows.d))
+
+
+def _task_columns(rows: Rows) -> int:
+    return max(TASK_VALUES // rows.n // TILE, 4) * TILE
+
+
+class Numba:
+    """See `robustkern._kernels.Kernels`."""
+
+    name = "numba"
+    dtypes = DTYPES
+
+    def select_columns(
+        self,
+        rows: Rows,
+        window: Window,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        mix: Matrix | None = None,
+        measure: Matrix | None = None,
+        scale: float = 1.0,
+        distances: bool = False,
+        out: Rows | None = None,
+    ) -> Selected:
+        """See the contract."""
+        like, empty, table, finite = _storage(rows.dtype)
+        k = rows.n if mix is None else len(mix)
+        network = _network(k, 0, k) if multiplicities is not None else _network(k, window.lo, window.hi)
+        cells = k if multiplicities is None else int(multiplicities.sum())
+        none = np.empty((0, rows.n))
+        n_measured = rows.n if measure is None else len(measure)
+        n_tasks, pieces = _tasks(rows, _task_columns(rows))
+
+        def run(task: int) -> tuple[Vector, NDArray[np.bool_]]:
+            total = np.zeros(n_measured if distances else 0)
+            nonfinite = np.zeros(rows.n, dtype=np.bool_)
+            for s, first, count in pieces(task):
+                values = np.empty(count, dtype=empty.dtype)
+                _select_piece(
+                    rows.addresses[s],
+                    first,
+                    count,
+                    like,
+                    table,
+                    network,
+                    (window.lo, window.hi, cells),
+                    np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities,
+                    none if mix is None else mix,
+                    none if measure is None else measure,
+                    measure is not mix,
+                    scale,
+                    finite,
+                    values,
+                    total,
+                    nonfinite,
+                )
+                if out is not None:
+                    with np.errstate(all="ignore"):
+                        out.array(s, 0)[first : first + count] = values.astype(rows.dtype, copy=False)
+            return total, nonfinite
+
+        parts = _run(n_tasks, run)
+        flags = np.zeros(rows.n, dtype=np.bool_)
+        sums = np.zeros(n_measured)
+        for part, nonfinite in parts:
+            flags |= nonfinite
+            if distances:
+                sums += part
+        return Selected(sums if distances else None, flags)
+
+    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+        """See the contract."""
+        like, empty, table, _ = _storage(rows.dtype)
+        m = rows.n + origin
+        middle = (rows.n - 1) // 2
+        network = _network(rows.n, middle, middle + 1)
+        # Few partial Grams, so that thousands of rows do not need gigabytes.
+        most = max(min(GRAM_TASKS, (1 << 20) // m**2), 1)
+        columns = max(-(-rows.d // most // TILE) * TILE, TILE)
+        n_tasks, pieces = _tasks(rows, columns)
+
+        def run(task: int) -> tuple[Matrix, NDArray[np.bool_]]:
+            total = np.zeros((m, m))
+            nonfinite = np.zeros(rows.n, dtype=np.bool_)
+            centre = np.empty(TILE, dtype=empty.dtype)
+            for s, first, count in pieces(task):
+                _gram_piece(
+                    rows.addresses[s],
+                    first,
+                    count,
+                    like,
+                    table,
+                    network,
+                    int(origin),
+                    scale,
+                    empty,
+                    centre,
+                    total,
+                    nonfinite,
+                )
+            return total, nonfinite
+
+        gram = np.zeros((m, m))
+        flags = np.zeros(m, dtype=np.bool_)
+        for part, nonfinite in _run(n_tasks, run):
+            gram += part
+            flags[: rows.n] |= nonfinite
+        gram = np.tril(gram) + np.tril(gram, -1).T
+        gram[flags, :] = np.nan
+        gram[:, flags] = np.nan
+        return gram
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """See the contract."""
+        like, empty, table, _ = _storage(rows.dtype)
+        n_tasks, pieces = _tasks(rows, _task_columns(rows))
+
+        def run(task: int) -> tuple[Vector, Vector]:
+            high, low = np.zeros(rows.n), np.zeros(rows.n)
+            for s, first, count in pieces(task):
+                _sq_distances_piece(
+                    rows.addresses[s], centre.addresses[s], first, count, like, table, empty, scale, high, low
+                )
+            return high, low
+
+        high, low, plain = np.zeros(rows.n), np.zeros(rows.n), np.zeros(rows.n)
+        with np.errstate(all="ignore"):
+            for part, part_low in _run(n_tasks, run):
+                high, low = _add_doubled.py_func(high, low, part, part_low)
+                plain += part
+            return np.where(np.isfinite(plain), high + low, plain)
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """See the contract."""
+        like, empty, table, _ = _storage(rows.dtype)
+        used = np.flatnonzero((weights != 0).any(axis=0))
+        rows, weights = rows.take(used), np.ascontiguousarray(weights[:, used])
+        n_tasks, pieces = _tasks(out, _task_columns(out))
+
+        def run(task: int) -> None:
+            for s, first, count in pieces(task):
+                values = np.empty((len(weights), count), dtype=empty.dtype)
+                _weighted_piece(rows.addresses[s], first, count, like, table, weights, values)
+                with np.errstate(all="ignore"):
+                    for r, row in enumerate(values.astype(out.dtype, copy=False)):
+                        out.array(s, r)[first : first + count] = row
+
+        _run(n_tasks, run)
+
+
+def load() -> Numba:
+    """Return the backend; importing Numba takes about half a second."""
+    return Numba()

@@ -1,0 +1,142 @@
+"""The primitives as plain NumPy in float64: their definition, and the oracle of every other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+
+__all__ = ["Reference", "load"]
+
+# Columns looked at together: bounds the memory of the stacked float64 copy.
+BLOCK_VALUES = 1 << 20
+
+
+def load() -> Reference:
+    """Return the backend; it can always run."""
+    return Reference()
+
+
+class Reference:
+    """See `robustkern._kernels.Kernels`, which this spells out."""
+
+    name = "reference"
+    dtypes = DTYPES
+
+    def select_columns(
+        self,
+        rows: Rows,
+        window: Window,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        mix: Matrix | None = None,
+        measure: Matrix | None = None,
+        scale: float = 1.0,
+        distances: bool = False,
+        out: Rows | None = None,
+    ) -> Selected:
+        """See the contract."""
+        nonfinite = np.zeros(rows.n, dtype=np.bool_)
+        total = np.zeros(rows.n if measure is None else len(measure))
+        compute = _compute_dtype(rows.dtype)
+        with np.errstate(all="ignore"):
+            for block, target in _blocks(rows, out):
+                x = _stack(block)
+                nonfinite |= ~np.isfinite(x).all(axis=1)
+                chosen = x if mix is None else _mixed(mix, x).astype(compute).astype(np.float64)
+                values = _window_mean(chosen, window, multiplicities).astype(compute).astype(rows.dtype)
+                if target is not None:
+                    target.array(0, 0)[:] = values
+                if distances:
+                    measured = x if measure is None else _mixed(measure, x)
+                    difference = (measured - values.astype(np.float64)) * scale
+                    total += (difference * difference).sum(axis=1)
+        return Selected(total if distances else None, nonfinite)
+
+    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+        """See the contract."""
+        m = rows.n + origin
+        total = np.zeros((m, m))
+        bad = np.zeros(m, dtype=np.bool_)
+        with np.errstate(all="ignore"):
+            for block, _ in _blocks(rows, None):
+                x = _stack(block)
+                centre = _window_mean(x, Window((rows.n - 1) // 2, (rows.n - 1) // 2 + 1), None)
+                centre[~np.isfinite(centre)] = 0
+                if origin:
+                    x = np.vstack([x, np.zeros(x.shape[1])])
+                finite = np.isfinite(x).all(axis=1)
+                bad |= ~finite
+                x = np.where(finite[:, None], x * scale - centre * scale, 0.0)
+                total += x @ x.T
+        total[bad, :] = np.nan
+        total[:, bad] = np.nan
+        return total
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """See the contract: 80-bit sums where the machine has them."""
+        total = np.zeros(rows.n, dtype=np.longdouble)
+        with np.errstate(all="ignore"):
+            for block, point in _blocks(rows, centre):
+                assert point is not None
+                difference = (_stack(block).astype(np.longdouble) - _stack(point)) * scale
+                total += (difference * difference).sum(axis=1)
+        return total.astype(np.float64)
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """See the contract."""
+        with np.errstate(all="ignore"):
+            for block, target in _blocks(rows, out):
+                assert target is not None
+                for j, row in enumerate(_mixed(weights, _stack(block))):
+                    target.array(0, j)[:] = row.astype(_compute_dtype(rows.dtype)).astype(rows.dtype)
+
+
+def _compute_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def _blocks(rows: Rows, other: Rows | None) -> Iterator[tuple[Rows, Rows | None]]:
+    columns = max(BLOCK_VALUES // rows.n, 1)
+    if other is None:
+        yield from ((block, None) for block in rows.blocks(columns))
+    else:
+        yield from zip(rows.blocks(columns), other.blocks(columns), strict=True)
+
+
+def _stack(block: Rows) -> Matrix:
+    return np.stack([block.array(0, i).astype(np.float64) for i in range(block.n)])
+
+
+def _mixed(weights: Matrix, x: Matrix) -> Matrix:
+    """Return weights @ x in row order without ever multiplying by a weight of 0."""
+    mixed = np.zeros((len(weights), x.shape[1]))
+    for r, row in enumerate(weights):
+        for i in np.flatnonzero(row):
+            mixed[r] += row[i] * x[i]
+    return mixed
+
+
+def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | None) -> Vector:
+    """Mean over the cells [lo, hi) of each column's sorted values; NaN ranks last."""
+    order = np.argsort(x, axis=0, kind="stable")
+    ranked = np.take_along_axis(x, order, axis=0)
+    cells = np.ones(len(x), dtype=np.int64) if multiplicities is None else multiplicities
+    end = np.cumsum(cells[order], axis=0)
+    begin = end - cells[order]
+    share = np.clip(np.minimum(end, window.hi) - np.maximum(begin, window.lo), 0, None) / (window.hi - window.lo)
+    used = share > 0
+    first = np.take_along_axis(ranked, used.argmax(axis=0)[None], axis=0)[0]
+    # Relative to the smallest value used, so that a common offset costs nothing; plainly where that is not finite.
+    centred = first + np.where(used, share * (ranked - first), 0.0).sum(axis=0)
+    plain = np.where(used, share * ranked, 0.0).sum(axis=0)
+    mean = np.where(np.isfinite(centred), centred, plain)
+    two = (used.sum(axis=0) == 2) & (np.where(used, share, 0.5) == 0.5).all(axis=0)
+    last = np.take_along_axis(ranked, (len(x) - 1 - used[::-1].argmax(axis=0))[None], axis=0)[0]
+    middle = (first + last) * 0.5
+    middle = np.where(np.isfinite(middle), middle, first * 0.5 + last * 0.5)
+    return np.where(two, middle, np.where(used.sum(axis=0) == 1, first, mean))

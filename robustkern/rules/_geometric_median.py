@@ -1,0 +1,169 @@
+"""The geometric median of rows known by their inner products: a step costs n^2 or n^3, and nothing of d."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from robustkern._kernels import Matrix, Vector
+
+__all__ = ["converged_weights", "smoothed_weights"]
+
+MAX_STEPS = 300
+MAX_SMOOTHED_STEPS = 10_000
+TOLERANCE = 1e-10  # of the rows' spread
+
+
+def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector, int, bool]:
+    """Weights of the minimiser of sum s_i |x_i - y|, the number of steps, and whether they converged.
+
+    Starts at the best row: if no point is better (Kuhn's condition) that row is the median, and rows that are as good
+    share the weight, since on a line every point between them is a minimiser too. Otherwise the Vardi-Zhang step leaves
+    that row downhill, so no later iterate can meet a row; Newton steps in the span of the rows follow, or a Weiszfeld
+    step where Newton's does not descend.
+    """
+    norms = np.diagonal(gram)
+    distances = np.sqrt(np.maximum(norms[:, None] + norms - 2 * gram, 0.0))
+    noise = np.sqrt(rounding) * (np.sqrt(norms)[:, None] + np.sqrt(norms))
+    distances[distances <= noise] = 0.0
+    costs = distances @ s
+    best = int(np.argmin(costs))
+    here = distances[best] == 0
+    pull = np.divide(s, distances[best], out=np.zeros_like(s), where=~here)
+    # Inner products of x_i - x_best; the resultant of the unit vectors towards the other rows.
+    inner = gram - gram[best] - gram[:, [best]] + gram[best, best]
+    resultant = math.sqrt(max(float(pull @ inner @ pull), 0.0))
+    weight_here = float(s[here].sum())
+    if resultant <= weight_here * (1 + 1e-12):
+        return _shared(costs, distances, best, rounding), 0, True
+
+    w = pull / pull.sum()
+    stay = weight_here / resultant
+    w = (1 - stay) * w
+    w[best] += stay
+    cost, step = math.inf, math.inf
+    for iteration in range(1, MAX_STEPS + 1):
+        r = _radii(gram, w)
+        cost = float(s @ r)
+        spread = math.sqrt(float(s @ (r * r)) / float(s.sum()))
+        if spread == 0:
+            return w, iteration, True
+        previous_step, step = step, math.inf
+        for candidate, length in (_newton(gram, s, w, r), _weiszfeld(gram, s, w, r)):
+            if candidate is None:
+                continue
+            if float(s @ _radii(gram, candidate)) <= cost * (1 + 4e-16):
+                w, step = candidate, length
+                break
+        # Newton's steps shrink quadratically: once they stop shrinking, the rest is rounding.
+        if step <= 1e-15 * spread or (step <= TOLERANCE * spread and step >= previous_step / 2):
+            return w, iteration, True
+        if math.isinf(step):
+            return w, iteration, previous_step <= TOLERANCE * spread
+    return w, MAX_STEPS, step <= TOLERANCE * spread
+
+
+def _shared(costs: Vector, distances: Matrix, best: int, rounding: float) -> Vector:
+    """Equal weights for the distinct rows that cost no more than the best one."""
+    tied = np.flatnonzero(costs <= costs[best] * (1 + max(16 * rounding, 1e-12)))
+    distinct: list[int] = []
+    for i in tied:
+        if all(distances[i, j] > 0 for j in distinct):
+            distinct.append(int(i))
+    w = np.zeros_like(costs)
+    w[distinct] = 1.0 / len(distinct)
+    return w
+
+
+def _radii(gram: Matrix, w: Vector) -> Vector:
+    products = gram @ w
+    return np.sqrt(np.maximum(np.diagonal(gram) - 2 * products + w @ products, 0.0))
+
+
+def _length(gram: Matrix, change: Vector) -> float:
+    return math.sqrt(max(float(change @ gram @ change), 0.0))
+
+
+def _weiszfeld(gram: Matrix, s: Vector, w: Vector, r: Vector) -> tuple[Vector | None, float]:
+    if (r[s > 0] == 0).any():
+        return None, math.inf
+    pull = s / r
+    new = pull / pull.sum()
+    return new, _length(gram, new - w)
+
+
+def _newton(gram: Matrix, s: Vector, w: Vector, r: Vector) -> tuple[Vector | None, float]:
+    """Solve the Newton equation for a step that is a combination of the x_i - v.
+
+    With u = x_i - v, c = s/r and b = c/r^2 the Hessian is sum(c) I - sum b_i u_i u_i^T and the downhill gradient
+    sum c_i u_i; for a step sum a_i u_i, a = sqrt(b) z, that is (sum(c) I - sqrt(b) K sqrt(b)) z = r sqrt(c).
+    """
+    if (r == 0).any():
+        return None, math.inf
+    products = gram @ w
+    k = gram - products[:, None] - products + w @ products
+    c = s / r
+    root = np.sqrt(c) / r
+    matrix = c.sum() * np.eye(len(s)) - root[:, None] * k * root
+    try:
+        a = root * np.linalg.solve(matrix, r * np.sqrt(c))
+    except np.linalg.LinAlgError:  # all rows on a line through v
+        return None, math.inf
+    if not np.isfinite(a).all():
+        return None, math.inf
+    new = w + a - a.sum() * w
+    return new / new.sum(), _length(gram, new - w)
+
+
+def smoothed_weights(
+    gram: Matrix, s: Vector, nu: float, max_iter: int | None, origin: tuple[Vector, float] | None
+) -> tuple[Vector, int, bool]:
+    """Weights after Weiszfeld steps with distances below nu counted as nu, from the mean or from the origin.
+
+    At a row, with nu = 0, the Vardi-Zhang step is taken. `converged` tells whether the last step was below 1e-10 of the
+    spread, where it stops unless a number of steps is asked for.
+    """
+    norms = np.diagonal(gram)
+    w: Vector | None
+    if origin is None:
+        w = s / s.sum()
+        r = _radii(gram, w)
+    else:
+        w = None
+        with np.errstate(invalid="ignore", over="ignore"):
+            r = np.sqrt(np.maximum(norms - 2 * origin[0] + origin[1], 0.0))
+        if not np.isfinite(r).all():  # the origin is 1e150 spreads away: every row equally far
+            r = np.full_like(r, math.sqrt(np.finfo(np.float64).max))
+    limit = MAX_SMOOTHED_STEPS if max_iter is None else max_iter
+    converged = False
+    iteration = 0
+    for iteration in range(1, limit + 1):
+        new = _smoothed_step(gram, s, w, r, nu)
+        step = math.inf if w is None else _length(gram, new - w)
+        w = new
+        r = _radii(gram, w)
+        converged = step <= TOLERANCE * math.sqrt(float(s @ (r * r)) / float(s.sum()))
+        if step == 0 or (converged and max_iter is None):
+            break
+    assert w is not None
+    return w, iteration, converged
+
+
+def _smoothed_step(gram: Matrix, s: Vector, w: Vector | None, r: Vector, nu: float) -> Vector:
+    floored = np.maximum(r, nu)
+    here = floored == 0
+    if not here.any():
+        pull = s / floored
+        return np.asarray(pull / pull.sum())
+    # On a row: move only as far as the other rows outweigh it (Vardi and Zhang 2000).
+    row = int(np.flatnonzero(here)[0])
+    at_row = np.zeros_like(s)
+    at_row[row] = 1.0
+    pull = np.divide(s, r, out=np.zeros_like(s), where=~here)
+    if not pull.any():
+        return at_row
+    inner = gram - gram[row] - gram[:, [row]] + gram[row, row]
+    resultant = math.sqrt(max(float(pull @ inner @ pull), 0.0))
+    stay = min(1.0, float(s[here].sum()) / resultant) if resultant > 0 else 1.0
+    return np.asarray((1 - stay) * pull / pull.sum() + stay * at_row)

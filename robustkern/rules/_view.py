@@ -1,0 +1,412 @@
+"""What a rule sees: rows (perhaps mixtures of the input rows), their geometry in n-space, and nothing of d.
+
+A rule solves its problem here and returns a `Solution`: weights of the rows, or a window of each column. The one
+pass over the data that writes the result comes afterwards, in `emit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._arrays import Block, Source
+from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
+from robustkern.errors import NonFiniteError
+
+__all__ = ["Distances", "Geometry", "Mask", "Selection", "Solution", "View", "emit", "smallest", "start", "unscaled"]
+
+Mask = NDArray[np.bool_]
+
+EPSILON = 2.0**-53
+#: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
+RESCALE = 2.0**540
+REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of the rows a rule sees, centred robustly, and what follows from them.
+
+    Attributes
+    ----------
+    gram : (n, n) float64
+        Zero in the rows and columns of rows that are not finite.
+    finite : (n,) bool
+        False for rows that hold a NaN or Inf, or (float64 only) are 1e150 spreads away.
+    rounding : float
+        Bound of the relative error of the entries.
+    scale : float
+        Power of two by which the rows were multiplied; 1 but for extreme float64 rows.
+    origin : (n,) float64 and float, or None
+        Inner products of the rows with the origin, and of the origin with itself.
+    """
+
+    gram: Matrix
+    finite: Mask
+    rounding: float
+    scale: float
+    origin: tuple[Vector, float] | None
+
+    @functools.cached_property
+    def sq_distances(self) -> Matrix:
+        """(n, n) squared distances between the rows, inf from and to rows that are not finite."""
+        norms = np.diagonal(self.gram)
+        result = np.maximum(norms[:, None] + norms - 2 * self.gram, 0.0)
+        result[~self.finite, :] = np.inf
+        result[:, ~self.finite] = np.inf
+        np.fill_diagonal(result, 0.0)
+        return result
+
+    def pair_errors(self, row: int) -> Vector:
+        """Error bounds of `sq_distances[row]`."""
+        lengths = np.sqrt(np.diagonal(self.gram))
+        return np.asarray(self.rounding * (lengths + lengths[row]) ** 2)
+
+    def sq_distances_to(self, weights: Vector) -> Vector:
+        """Squared distances of the rows to the combination of them with these weights (of sum 1)."""
+        products = self.gram @ weights
+        result = np.maximum(np.diagonal(self.gram) - 2 * products + weights @ products, 0.0)
+        return np.where(self.finite, result, np.inf)
+
+    def errors_to(self, weights: Vector) -> Vector:
+        """Error bounds of `sq_distances_to`."""
+        length = math.sqrt(max(float(weights @ self.gram @ weights), 0.0))
+        return np.asarray(self.rounding * (np.sqrt(np.diagonal(self.gram)) + length) ** 2)
+
+
+class Distances(NamedTuple):
+    """Squared distances of a view's rows to a point, in units of 1/scale^2.
+
+    Attributes
+    ----------
+    values, errors : (n,) float64
+        Inf for rows that are not finite; bounds of the errors.
+    again : callable or None
+        Measures some rows exactly.
+    scale : float
+        As in `Geometry`.
+    """
+
+    values: Vector
+    errors: Vector
+    again: Callable[[NDArray[np.intp]], Vector | None] | None
+    scale: float
+
+
+@dataclass
+class _Input:
+    """The input rows of one call and what has been learnt about them."""
+
+    source: Source
+    kernels: Kernels
+    needs_origin: bool
+    geometry: Geometry | None = None
+    nonfinite: Mask = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+
+
+@dataclass(frozen=True)
+class View:
+    """The n rows that a rule sees: the input rows, or ``mix @`` them.
+
+    Attributes
+    ----------
+    f : int or None
+        How many of the rows may be Byzantine.
+    weights : (n,) float64 or None
+        Weights of the rows, where the caller gave any and they are not all equal.
+    mix : (n, input rows) float64 or None
+        None: the input rows themselves.
+    """
+
+    data: _Input
+    n: int
+    f: int | None
+    weights: Vector | None = None
+    mix: Matrix | None = None
+
+    def remixed(self, weights: Matrix) -> View:
+        """Return the view of the rows ``weights @ rows``."""
+        mix = weights if self.mix is None else weights @ self.mix
+        return replace(self, n=len(weights), mix=np.ascontiguousarray(mix))
+
+    # -- geometry ------------------------------------------------------------------------------------------------
+
+    def geometry(self) -> Geometry:
+        """Return the geometry; one read of the data on the first call, shared by all views."""
+        if self.data.geometry is None:
+            self.data.geometry = _measure(self.data)
+            self.data.nonfinite = ~self.data.geometry.finite
+        base = self.data.geometry
+        if self.mix is None:
+            return base
+        used = self.mix != 0
+        finite = ~(used & ~base.finite).any(axis=1)
+        mix = np.where(finite[:, None], self.mix, 0.0)
+        origin = None if base.origin is None else (mix @ base.origin[0], base.origin[1])
+        return Geometry(mix @ base.gram @ mix.T, finite, base.rounding * 4, base.scale, origin)
+
+    def require_finite(self, rule: str, finite: Mask) -> None:
+        """Raise if more rows are not finite than the rule tolerates (f, or without f fewer than half)."""
+        bad = np.flatnonzero(~finite)
+        if self.weights is not None:
+            total = float(self.weights.sum())
+            limit = total * self.f / self.n if self.f is not None else total / 2
+            spoilt = float(self.weights[bad].sum())
+            tolerated = spoilt <= limit if self.f is not None else spoilt < limit
+        else:
+            tolerated = bad.size <= (self.f if self.f is not None else (self.n - 1) // 2)
+        if not tolerated:
+            raise self.nonfinite_error(rule, bad)
+
+    def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
+        """Build the error that names rows which are not finite."""
+        rows = bad if self.mix is None else np.flatnonzero(self.data.nonfinite)
+        names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
+        tolerated = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        return NonFiniteError(
+            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {tolerated} that may be Byzantine; "
+            "drop them, or raise f",
+            tuple(int(i) for i in rows),
+        )
+
+    # -- distances -----------------------------------------------------------------------------------------------
+
+    def distances_to(self, solution: Solution) -> Distances:
+        """Measure this view's rows against a solution: in n-space, or in one read of the data."""
+        if solution.weights is not None:
+            geometry = self.geometry()
+            values, errors = geometry.sq_distances_to(solution.weights), geometry.errors_to(solution.weights)
+            return Distances(values, errors, None, geometry.scale)
+        selection = solution.selection
+        assert selection is not None
+        scale = 1.0
+        result = self._selection_distances(selection, scale)
+        if np.dtype(np.float64) in self.data.source.dtypes:
+            scale = _better_scale(result)
+            if scale != 1.0:
+                rescaled = self._selection_distances(selection, scale)
+                if _middle(rescaled) > 0:
+                    result = rescaled
+                else:
+                    scale = 1.0  # nothing had vanished: most rows are equal
+        errors = np.where(np.isfinite(result), result, 0.0) * _rounding(self.data.source.d)
+        again = functools.partial(self._measure_again, selection, scale) if self.mix is None else None
+        return Distances(result, errors, again, scale)
+
+    def _selection_distances(self, selection: Selection, scale: float) -> Vector:
+        total = np.zeros(self.n)
+        flags = np.zeros(self.data.source.n, dtype=np.bool_)
+        for block in self.data.source.blocks():
+            for rows in block.rows:
+                found = selection.run(self.data.kernels, rows, None, measure=self.mix, distances=True, scale=scale)
+                assert found.sq_distances is not None
+                total += found.sq_distances
+                flags |= found.nonfinite
+        self.data.nonfinite = flags
+        total[np.isnan(total)] = np.inf
+        return total
+
+    def _measure_again(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
+        """Exact squared distances of some input rows to a selection, a few columns of which are held at a time."""
+        parts = []
+        for block in self.data.source.blocks():
+            for rows in block.rows:
+                for piece in rows.blocks(REMEASURE_COLUMNS):
+                    anchor = np.empty((1, piece.d), dtype=piece.dtype)
+                    selection.run(self.data.kernels, piece, Rows.of(anchor))
+                    parts.append(
+                        self.data.kernels.row_sq_distances(piece.take(contenders), Rows.of(anchor), scale=scale)
+                    )
+        return _exact_sums(parts, len(contenders))
+
+    def exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector | None:
+        """Exact squared distances from one input row to others; None for mixed rows, which are not there to measure."""
+        if self.mix is not None:
+            return None
+        scale = self.geometry().scale
+        parts = [
+            self.data.kernels.row_sq_distances(rows.take(others), rows.take([row]), scale=scale)
+            for block in self.data.source.blocks()
+            for rows in block.rows
+        ]
+        return _exact_sums(parts, len(others))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A window of each column of a view's rows."""
+
+    view: View
+    window: Window
+    multiplicities: NDArray[np.int64] | None = None
+
+    def run(
+        self,
+        kernels: Kernels,
+        rows: Rows,
+        out: Rows | None,
+        *,
+        measure: Matrix | None = None,
+        distances: bool = False,
+        scale: float = 1.0,
+    ) -> Selected:
+        """Call `select_columns` on some columns."""
+        return kernels.select_columns(
+            rows,
+            self.window,
+            multiplicities=self.multiplicities,
+            mix=self.view.mix,
+            measure=measure,
+            distances=distances,
+            scale=scale,
+            out=out,
+        )
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A rule's answer for the rows of a view.
+
+    Exactly one of `weights` (of the view's rows) and `selection` is set; the rest is for `Info`.
+    """
+
+    weights: Vector | None = None
+    selection: Selection | None = None
+    kept: Mask | None = None
+    sq_distances: Vector | None = None
+    iterations: int | None = None
+    converged: bool | None = None
+
+
+def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple[Vector | None, Mask | None]:
+    """Write the result of some columns: the last pass over the data.
+
+    Returns
+    -------
+    sq_distances : (n,) float64 or None
+        Of the input rows to the result, where `distances` asks for them and the pass selects.
+    nonfinite : (n,) bool or None
+        Rows in which a selecting pass met a NaN or Inf.
+    """
+    total: Vector | None = None
+    flags: Mask | None = None
+    for rows, out in zip(block.rows, block.out, strict=True):
+        if solution.weights is not None:
+            weights = solution.weights if view.mix is None else solution.weights @ view.mix
+            view.data.kernels.weighted_row_sum(rows, np.ascontiguousarray(weights[None]), out)
+        else:
+            assert solution.selection is not None
+            found = solution.selection.run(view.data.kernels, rows, out, distances=distances)
+            flags = found.nonfinite if flags is None else flags | found.nonfinite
+            if found.sq_distances is not None:
+                total = found.sq_distances if total is None else total + found.sq_distances
+    return total, flags
+
+
+def smallest(
+    values: Vector,
+    errors: Vector,
+    count: int,
+    again: Callable[[NDArray[np.intp]], Vector | None] | None,
+) -> NDArray[np.intp]:
+    """Indices of exactly `count` smallest values, ascending by value; equal ones by the lowest index.
+
+    Where values at the cut differ by less than their errors, `again` measures those contenders exactly; what it cannot
+    measure, or finds equal within rounding, counts as equal.
+    """
+    order = np.argsort(values, kind="stable")
+    if count >= len(values):
+        return order
+    inside, outside = values[order[count - 1]], values[order[count]]
+    if not np.isfinite(outside):
+        return order[:count]
+    margin = 2 * float(np.max(errors[order[count - 1 : count + 1]]))
+    if outside - inside > margin:
+        return order[:count]
+    contenders = np.flatnonzero((values >= inside - margin) & (values <= outside + margin))
+    certain = np.array([i for i in order[:count] if values[i] < inside - margin], dtype=np.intp)
+    exact = again(contenders) if again is not None else None
+    missing = count - len(certain)
+    if exact is None:
+        chosen = contenders[:missing]
+    else:
+        # Correctly rounded sums: what still differs by a few roundings only is a tie.
+        at_cut = np.sort(exact)[missing - 1]
+        tolerance = 8 * EPSILON * at_cut
+        below = contenders[exact < at_cut - tolerance]
+        ties = contenders[np.abs(exact - at_cut) <= tolerance]
+        chosen = np.concatenate([below, ties[: missing - len(below)]])
+    return np.concatenate([certain, chosen[np.argsort(values[chosen], kind="stable")]])
+
+
+def _rounding(d: int) -> float:
+    """Bound of the relative error of float64 sums over d columns, as the kernels order them."""
+    return EPSILON * (256 + d / 2**15)
+
+
+def _exact_sums(parts: list[Vector], n: int) -> Vector:
+    return np.array([math.fsum(part[i] for part in parts) if _all_finite(parts, i) else math.inf for i in range(n)])
+
+
+def _all_finite(parts: list[Vector], i: int) -> bool:
+    return all(math.isfinite(part[i]) for part in parts)
+
+
+def _better_scale(sq_distances: Vector) -> float:
+    """Return the power of two at which the middle one of some squares is an ordinary number."""
+    middle = _middle(sq_distances)
+    if math.isinf(middle):
+        return 1 / RESCALE
+    return RESCALE if middle < 1e-250 else 1.0
+
+
+def _middle(values: Vector) -> float:
+    return float(np.sort(values)[(values.size - 1) // 2]) if values.size else 1.0
+
+
+def _measure(data: _Input) -> Geometry:
+    gram = _gram_pass(data, 1.0)
+    scale = 1.0
+    if np.dtype(np.float64) in data.source.dtypes:
+        norms = np.diagonal(gram)[: data.source.n]
+        scale = _better_scale(norms[~np.isnan(norms)])
+        if scale != 1.0:
+            rescaled = _gram_pass(data, scale)
+            norms = np.diagonal(rescaled)[: data.source.n]
+            if _middle(norms[~np.isnan(norms)]) > 0:
+                gram = rescaled
+            else:
+                scale = 1.0  # nothing had vanished: most rows are equal
+    n = data.source.n
+    finite = np.isfinite(np.diagonal(gram)[:n])
+    inner = gram[:n, :n].copy()
+    inner[~finite, :] = 0.0
+    inner[:, ~finite] = 0.0
+    origin = (np.where(finite, gram[n, :n], 0.0), float(gram[n, n])) if data.needs_origin else None
+    return Geometry(inner, finite, _rounding(data.source.d), scale, origin)
+
+
+def _gram_pass(data: _Input, scale: float) -> Matrix:
+    m = data.source.n + data.needs_origin
+    total = np.zeros((m, m))
+    for block in data.source.blocks():
+        for rows in block.rows:
+            total += data.kernels.gram(rows, origin=data.needs_origin, scale=scale)
+    return total
+
+
+def unscaled(sq_distances: Vector, scale: float) -> Vector:
+    """Return squared distances in the rows' own units, which may overflow or vanish."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(sq_distances / scale / scale)
+
+
+def start(source: Source, kernels: Kernels, f: int | None, weights: Vector | None, needs_origin: bool) -> View:
+    """Return the view of the input rows themselves."""
+    return View(_Input(source, kernels, needs_origin), source.n, f, weights)

@@ -1,0 +1,80 @@
+"""Rules that take a window of each column's sorted values: one read of the data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._kernels import Vector, Window
+from robustkern.rules._base import Aggregator, check_f, register
+from robustkern.rules._view import Selection, Solution, View
+
+__all__ = ["Median", "TrimmedMean"]
+
+_CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
+
+
+def as_cells(weights: Vector) -> NDArray[np.int64]:
+    """Return whole numbers in the proportion of the weights: exact for integers and for equal weights."""
+    _, exponent = math.frexp(float(weights.max()))
+    return np.rint(np.ldexp(weights, _CELL_BITS - exponent)).astype(np.int64)
+
+
+@register
+@dataclass(frozen=True)
+class Median(Aggregator):
+    """Coordinate-wise median.
+
+    Parameters
+    ----------
+    even : {"mean", "low", "high"}
+        What an even number of values gives: the mean of the two middle ones, or one of them. With weights the same
+        choice decides where half of the weight is reached exactly.
+    """
+
+    even: Literal["mean", "low", "high"] = "mean"
+
+    name: ClassVar[str] = "median"
+    supports_weights: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        if self.even not in ("mean", "low", "high"):
+            raise ValueError(f"median: even must be 'mean', 'low' or 'high'; got {self.even!r}")
+
+    def solve(self, view: View) -> Solution:
+        """Select the middle cell or cells."""
+        cells = None if view.weights is None else as_cells(view.weights)
+        total = view.n if cells is None else int(cells.sum())
+        lo, hi = (total - 1) // 2, total // 2 + 1
+        if self.even == "low":
+            hi = lo + 1
+        elif self.even == "high":
+            lo = hi - 1
+        return Solution(selection=Selection(view, Window(lo, hi), cells))
+
+
+@register
+@dataclass(frozen=True)
+class TrimmedMean(Aggregator):
+    """Coordinate-wise mean without the f smallest and the f largest values; 2f < n.
+
+    With weights, a share of f/n of their sum is cut from each end, splitting the row at the cut.
+    """
+
+    name: ClassVar[str] = "trimmed_mean"
+    supports_weights: ClassVar[bool] = True
+
+    def solve(self, view: View) -> Solution:
+        """Select the cells between the cuts."""
+        f = check_f(self, view)
+        if view.weights is None:
+            return Solution(selection=Selection(view, Window(f, view.n - f)))
+        cells = as_cells(view.weights)
+        total = int(cells.sum())
+        cut = (2 * f * total + view.n) // (2 * view.n)
+        return Solution(selection=Selection(view, Window(cut, total - cut), cells))
