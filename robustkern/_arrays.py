@@ -308,7 +308,7 @@ def _make_leaf(values: Sequence[Any], path: str, out: Any) -> tuple[Leaf, Any]:
             _check_dtype(array.dtype, f"row 0{where}", bool(path))
         elif _library(value) != _library(like):
             raise TypeError(
-                f"row {i}{where} is a {_library(value)} array, row 0 a {_library(like)} array (convert them to one library)"
+                f"row {i}{where} is a {_library(value)} array, row 0 a {_library(like)} array (convert one)"
             )
         elif array.shape != first.shape or array.dtype != first.dtype:
             raise ValueError(

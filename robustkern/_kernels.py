@@ -83,7 +83,7 @@ class Rows:
     @property
     def n(self) -> int:
         """Number of rows."""
-        return self.addresses.shape[1]
+        return int(self.addresses.shape[1])
 
     @property
     def d(self) -> int:

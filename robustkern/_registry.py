@@ -41,7 +41,7 @@ BACKENDS = (
         "robustkern.backends.cpp",
         "cpu",
         DTYPES,
-        "install a C++17 compiler with OpenMP, then run: pip install --force-reinstall --no-binary robustkern robustkern",
+        "install a C++17 compiler with OpenMP, then reinstall: pip install --force-reinstall --no-cache-dir robustkern",
     ),
     Backend("numba", "robustkern.backends.numba", "cpu", DTYPES, "run: pip install 'robustkern[numba]'"),
     Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),

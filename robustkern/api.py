@@ -389,7 +389,7 @@ def trimmed_mean(updates: Any, /, **options: Any) -> Any:
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
     **options
-        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which tells the errors.
 
     Returns
     -------
@@ -519,7 +519,7 @@ def ctma(updates: Any, /, *, anchor: Aggregator | str = "geometric_median", **op
     anchor : rule object or str
         Any rule that combines the rows, also a chain such as ``"nnm | median"``; it only selects.
     **options
-        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which tells the errors.
 
     Returns
     -------
@@ -528,8 +528,9 @@ def ctma(updates: Any, /, *, anchor: Aggregator | str = "geometric_median", **op
 
     Notes
     -----
-    Two reads of the data at most. Exactly n-f rows are kept, equal distances by the lowest index. For any anchor and any
-    h = n-f rows G: ``|ctma - mean_G|^2 <= 4 delta/(1-delta) (mean_G |x_i - mean_G|^2 + |anchor - mean_G|^2)``, delta = f/n.
+    Two reads of the data at most. Exactly n-f rows are kept, equal distances by the lowest index. For any anchor, any
+    n-f rows G and delta = f/n:
+    ``|ctma - mean_G|^2 <= 4 delta/(1-delta) * (mean_G |x_i - mean_G|^2 + |anchor - mean_G|^2)``.
 
     References
     ----------

@@ -31,19 +31,22 @@ void mix_tile(const double* weights, int64_t k, int64_t n, const C* const* src, 
   }
 }
 
-// sum over the tile of ((a[j] - c[j]) * scale)^2.
-template <class A, class C>
-RK_INLINE double sq_distance(const A* a, const C* c, int64_t columns, double scale) {
-  F64 sum = {};
+// sum over the tile of ((a[j] - c[j]) * scale)^2, in four independent sums to hide their latency.
+template <class A>
+RK_INLINE double sq_distance(const A* a, const double* c, int64_t columns, double scale) {
+  constexpr int64_t step = 4 * kDoubles;
+  F64 sum[4] = {};
   int64_t j = 0;
-  for (; j + kDoubles <= columns; j += kDoubles) {
-    const F64 difference = (load_double(a + j) - load_double(c + j)) * scale;
-    sum = fmadd(difference, difference, sum);
-  }
-  double total = sum_lanes(sum);
+  for (; j + step <= columns; j += step)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) {
+      F64 difference = load_double(a + j + v * kDoubles) - load(c + j + v * kDoubles);
+      if (scale != 1) difference *= scale;
+      sum[v] = fmadd(difference, difference, sum[v]);
+    }
+  double total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   for (; j < columns; ++j) {
-    const double difference =
-        (static_cast<double>(load_scalar(a + j)) - static_cast<double>(load_scalar(c + j))) * scale;
+    const double difference = (static_cast<double>(load_scalar(a + j)) - c[j]) * scale;
     total += difference * difference;
   }
   return total;
@@ -64,7 +67,8 @@ void note_nonfinite(const C* const* src, int64_t n, int64_t columns, uint8_t* no
 template <class S>
 struct SelectParts {  // a thread's scratch
   using C = ComputeOf<S>;
-  int64_t buffer, src, mixed, mixed_rounded, mixed_src, measured, network, out, rounded, nonfinite, mixed_nonfinite;
+  int64_t buffer, src, mixed, mixed_rounded, mixed_src, measured, network, out, centre, rounded, nonfinite,
+      mixed_nonfinite;
 };
 
 template <class S>
@@ -91,6 +95,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   at.measured = space.reserve<double>(remeasure ? n_measured * tile : 0);
   at.network = space.reserve<C>(select_scratch(window, sizeof(C) == 8));
   at.out = space.reserve<C>(tile);
+  at.centre = space.reserve<double>(tile);
   at.rounded = space.reserve<S>(tile);
   at.nonfinite = space.reserve<uint8_t>(n);
   at.mixed_nonfinite = space.reserve<uint8_t>(k);
@@ -113,6 +118,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     double* measured = space.part<double>(thread, at.measured);
     C* network = space.part<C>(thread, at.network);
     C* out = space.part<C>(thread, at.out);
+    double* centre = space.part<double>(thread, at.centre);
     S* rounded = space.part<S>(thread, at.rounded);
     uint8_t* nonfinite = space.part<uint8_t>(thread, at.nonfinite);
     uint8_t* mixed_nonfinite = space.part<uint8_t>(thread, at.mixed_nonfinite);
@@ -138,18 +144,18 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       } else {
         select_tile(window, selected, padded, network, out, nonfinite);
       }
-      const S* result = rounded;
       narrow_run(out, columns, rounded);
       if (select.out)
         memcpy(static_cast<S*>(select.out[segment]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
       if (!distances) return;
       // Distances are to what is stored: 16-bit results are widened again.
-      widen_run(result, columns, out);
+      widen_run(rounded, columns, out);
+      for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
       if (remeasure) mix_tile(select.measure, n_measured, n, src, padded, tile, measured);
       const double* virtual_rows = remeasure ? measured : mixed;
       for (int64_t i = 0; i < n_measured; ++i)
-        distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, out, columns, select.scale)
-                                       : sq_distance(src[i], out, columns, select.scale);
+        distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, centre, columns, select.scale)
+                                       : sq_distance(src[i], centre, columns, select.scale);
     };
 
 #pragma omp for schedule(dynamic)

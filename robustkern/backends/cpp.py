@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +35,7 @@ class Cpp:
     def __init__(self, isa: str) -> None:
         from robustkern import _cpu
 
-        self._cpu: Any = _cpu
+        self._cpu = _cpu
         self.isa = isa
 
     def supported_isas(self) -> list[str]:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
     """Turn an address into a pointer to the dtype of `like`."""
     pointer = types.CPointer(like.dtype)
@@ -48,7 +48,7 @@ def _widen(value, table):  # type: ignore[no-untyped-def]
     raise TypeError("only for compiled code")
 
 
-@overload(_widen, inline="always")  # type: ignore[untyped-decorator]
+@overload(_widen, inline="always")
 def _widen_overload(value, table):  # type: ignore[no-untyped-def]
     """16-bit values are looked up in a table of float32, others are themselves."""
     if isinstance(value, types.Integer):

@@ -69,10 +69,12 @@ class Reference:
                 centre[~np.isfinite(centre)] = 0
                 if origin:
                     x = np.vstack([x, np.zeros(x.shape[1])])
-                finite = np.isfinite(x).all(axis=1)
+                finite = np.asarray(np.isfinite(x).all(axis=1))
                 bad |= ~finite
-                x = np.where(finite[:, None], x * scale - centre * scale, 0.0)
-                total += x @ x.T
+                x = np.where(finite.reshape(-1, 1), x * scale - centre * scale, 0.0)
+                for i in range(m):  # no BLAS: equal rows must have equal products
+                    total[i, : i + 1] += (x[: i + 1] * x[i]).sum(axis=1)
+        total = np.tril(total) + np.tril(total, -1).T
         total[bad, :] = np.nan
         total[:, bad] = np.nan
         return total
@@ -89,6 +91,8 @@ class Reference:
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
         """See the contract."""
+        used = np.flatnonzero((weights != 0).any(axis=0))
+        rows, weights = rows.take(used), weights[:, used]
         with np.errstate(all="ignore"):
             for block, target in _blocks(rows, out):
                 assert target is not None
@@ -101,7 +105,7 @@ def _compute_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
 
 
 def _blocks(rows: Rows, other: Rows | None) -> Iterator[tuple[Rows, Rows | None]]:
-    columns = max(BLOCK_VALUES // rows.n, 1)
+    columns = max(BLOCK_VALUES // max(rows.n, 1), 1)
     if other is None:
         yield from ((block, None) for block in rows.blocks(columns))
     else:
@@ -109,7 +113,10 @@ def _blocks(rows: Rows, other: Rows | None) -> Iterator[tuple[Rows, Rows | None]
 
 
 def _stack(block: Rows) -> Matrix:
-    return np.stack([block.array(0, i).astype(np.float64) for i in range(block.n)])
+    stacked = np.empty((block.n, block.d))
+    for i in range(block.n):
+        stacked[i] = block.array(0, i)
+    return stacked
 
 
 def _mixed(weights: Matrix, x: Matrix) -> Matrix:
@@ -139,4 +146,4 @@ def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | 
     last = np.take_along_axis(ranked, (len(x) - 1 - used[::-1].argmax(axis=0))[None], axis=0)[0]
     middle = (first + last) * 0.5
     middle = np.where(np.isfinite(middle), middle, first * 0.5 + last * 0.5)
-    return np.where(two, middle, np.where(used.sum(axis=0) == 1, first, mean))
+    return np.asarray(np.where(two, middle, np.where(used.sum(axis=0) == 1, first, mean)))

@@ -88,9 +88,10 @@ class Chain(Aggregator):
         """Check the order of the steps."""
         for step in self.steps[:-1]:
             if not isinstance(step, Mixer):
+                mixers = ", ".join(sorted(name for name, rule in _RULES.items() if issubclass(rule, Mixer)))
                 raise ValueError(
-                    f"{self}: {step.name} ends a chain, because it leaves one row; only "
-                    f"{', '.join(sorted(n for n, r in _RULES.items() if issubclass(r, Mixer)))} may come before the last rule"
+                    f"{self}: {step.name} leaves one row, so it must be the last rule of a chain; "
+                    f"only {mixers} may come before"
                 )
 
     def __str__(self) -> str:

@@ -138,7 +138,8 @@ def smoothed_weights(
     limit = MAX_SMOOTHED_STEPS if max_iter is None else max_iter
     converged = False
     iteration = 0
-    for iteration in range(1, limit + 1):
+    while iteration < limit:
+        iteration += 1
         new = _smoothed_step(gram, s, w, r, nu)
         step = math.inf if w is None else _length(gram, new - w)
         w = new

@@ -170,8 +170,8 @@ class View:
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
         tolerated = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
         return NonFiniteError(
-            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {tolerated} that may be Byzantine; "
-            "drop them, or raise f",
+            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {tolerated} that may be "
+            "Byzantine; drop them, or raise f",
             tuple(int(i) for i in rows),
         )
 
@@ -315,7 +315,7 @@ def smallest(
     count: int,
     again: Callable[[NDArray[np.intp]], Vector | None] | None,
 ) -> NDArray[np.intp]:
-    """Indices of exactly `count` smallest values, ascending by value; equal ones by the lowest index.
+    """Find exactly `count` smallest values: their indices, ascending by value; equal ones by the lowest index.
 
     Where values at the cut differ by less than their errors, `again` measures those contenders exactly; what it cannot
     measure, or finds equal within rounding, counts as equal.

@@ -40,7 +40,7 @@ class Mean(Aggregator):
         return Solution(weights=weights / math.fsum(weights))
 
     def bound_met(self, n: int, f: int | None) -> bool | None:
-        """A mean tolerates no Byzantine row."""
+        """Tolerate no Byzantine row."""
         return None if f is None else f == 0
 
 
@@ -135,7 +135,7 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
     finite = np.flatnonzero(geometry.finite)
     scores = np.full(view.n, np.inf)
     errors = np.zeros(view.n)
-    for i in finite:
+    for i in map(int, finite):
         scores[i] = score(i, distances[i])
         nearest = np.argsort(distances[i], kind="stable")[: neighbours + 1]
         errors[i] = geometry.pair_errors(i)[nearest].sum()

@@ -1,0 +1,54 @@
+# What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern._kernels.Rows.
+from numpy import float64, int64, uint8, uint64
+from numpy.typing import NDArray
+
+__version__: str
+compiler: str
+
+def supported_isas() -> list[str]: ...
+def max_threads() -> int: ...
+def select_columns(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    lo: int,
+    hi: int,
+    multiplicities: NDArray[int64] | None,
+    mix: NDArray[float64] | None,
+    measure: NDArray[float64] | None,
+    scale: float,
+    out: NDArray[uint64] | None,
+    sq_distances: NDArray[float64] | None,
+    nonfinite: NDArray[uint8],
+    threads: int,
+) -> None: ...
+def gram(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    origin: bool,
+    scale: float,
+    out: NDArray[float64],
+    threads: int,
+) -> None: ...
+def row_sq_distances(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    centre: NDArray[uint64],
+    scale: float,
+    out: NDArray[float64],
+    threads: int,
+) -> None: ...
+def weighted_row_sum(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    weights: NDArray[float64],
+    out: NDArray[uint64],
+    threads: int,
+) -> None: ...

@@ -1,0 +1,239 @@
+"""The command line: ``robustkern aggregate``, ``demo`` and ``info``.
+
+Exit codes: 0 done; 1 the updates cannot be aggregated (corrupt or unlike files, too many rows with NaN, an n that the
+rule does not allow); 2 the command was not understood, or an optional package is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ImportError as missing:
+    print(f"robustkern: {missing}; the command line needs: pip install 'robustkern[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+import robustkern
+from robustkern.api import Info
+from robustkern.errors import RobustkernError
+from robustkern.files import aggregate_files, expand
+from robustkern.rules import parse_rule
+
+__all__ = ["app", "main", "print_workers"]
+
+app = typer.Typer(
+    name="robustkern",
+    help="Byzantine-robust aggregation of updates at the speed of memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def aggregate(
+    updates: Annotated[
+        list[Path], typer.Argument(help="One safetensors, npz or npy file a worker; directories are searched.")
+    ],
+    out: Annotated[Path, typer.Option(help="Where the result goes; its suffix decides the kind.")],
+    rule: Annotated[str, typer.Option(help="Such as 'median' or 'nnm | ctma(geometric_median)'.")] = (
+        "ctma(geometric_median)"
+    ),
+    f: Annotated[int | None, typer.Option("--f", help="How many workers may be Byzantine.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Instead of f: their share.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the workers, separated by commas.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, cpp, numba or reference.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result's facts as JSON.")] = False,
+) -> None:
+    """Aggregate update files into one.
+
+    Files are read tensor by tensor: memory is bounded by the largest tensor times the number of files. The output
+    appears complete or not at all. Exit code 1: the updates cannot be aggregated; 2: the command is wrong.
+    """
+    _aggregate(updates, out, rule, f, delta, weights, backend, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for updates, results and the picture.")] = Path("demo-output"),
+    rounds: Annotated[int, typer.Option(min=1, help="Training rounds.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of data split, batches and buckets.")] = 0,
+) -> None:
+    """Train with 17 workers of which 8 attack, and watch which rules survive."""
+    from robustkern.demo import run
+
+    _guard(lambda: run(out, rounds=rounds, seed=seed))
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show versions, backends (and why one is absent), instruction sets and threads."""
+    _info(as_json)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    raise SystemExit(code)
+
+
+def _guard(run: Any) -> Any:
+    try:
+        return run()
+    except ModuleNotFoundError as error:
+        _fail(f"{error}; install what the command needs: pip install 'robustkern[demo]'", 2)
+    except (RobustkernError, ValueError, TypeError, OSError) as error:
+        _fail(str(error), 1)
+
+
+def _aggregate(
+    updates: list[Path],
+    out: Path,
+    rule: str,
+    f: int | None,
+    delta: float | None,
+    weights: str | None,
+    backend: str,
+    as_json: bool,
+) -> None:
+
+    try:
+        plan = parse_rule(rule)
+        shares = None if weights is None else [float(w) for w in weights.split(",")]
+    except ValueError as error:
+        _fail(str(error), 2)
+    files = _guard(lambda: expand(updates))
+    started = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total)
+            bar.update(tasks[phase], completed=done, total=max(total, done))
+
+        info = _guard(
+            lambda: aggregate_files(
+                files, plan, out=out, f=f, delta=delta, weights=shares, backend=backend, progress=progress
+            )
+        )
+    seconds = time.perf_counter() - started
+    if as_json:
+        print(json.dumps(_facts(info, files, out, seconds)))
+    else:
+        print_workers(info, files, out, seconds)
+
+
+def _verdicts(info: Info) -> list[tuple[str, str]]:
+    """For each worker: kept, dropped, or counted, and why."""
+    ranks = None
+    if info.sq_distances is not None:
+        order = sorted(range(info.n), key=lambda i: (info.sq_distances[i], i))  # type: ignore[index]
+        ranks = {row: rank + 1 for rank, row in enumerate(order)}
+    result = []
+    for i in range(info.n):
+        at = f"nearest {ranks[i]} of {info.n}" if ranks else ""
+        if i in info.nonfinite_rows:
+            result.append(("dropped" if info.rule != "mean" else "counted", "holds NaN or Inf"))
+        elif info.kept is not None:
+            result.append(("kept", at) if info.kept[i] else ("dropped", f"{at}, {int(info.kept.sum())} are kept"))
+        elif info.weights is not None:
+            result.append(("counted", at or "as its weight says"))
+        else:
+            result.append(("counted", f"votes in each coordinate{'; ' + at if at else ''}"))
+    return result
+
+
+def _facts(info: Info, files: list[Path], out: Path, seconds: float) -> dict[str, Any]:
+    def number(values: Any, i: int) -> float | None:
+        return float(values[i]) if values is not None and math.isfinite(values[i]) else None
+
+    return {
+        "rule": info.rule,
+        "n": info.n,
+        "d": info.d,
+        "f": info.f,
+        "bound_met": info.bound_met,
+        "backend": info.backend,
+        "iterations": info.iterations,
+        "converged": info.converged,
+        "out": str(out),
+        "seconds": seconds,
+        "workers": [
+            {
+                "file": str(files[i]),
+                "sq_distance": number(info.sq_distances, i),
+                "weight": number(info.weights, i),
+                "finite": i not in info.nonfinite_rows,
+                "verdict": verdict,
+                "why": why,
+            }
+            for i, (verdict, why) in enumerate(_verdicts(info))
+        ],
+    }
+
+
+def print_workers(info: Info, files: list[Path], out: Path, seconds: float) -> None:
+    """Print the table of the workers: distance, weight, kept or dropped, and why."""
+    console = Console()
+    table = Table(title=f"{info.rule}, f = {info.f}" if info.f is not None else info.rule, title_justify="left")
+    table.add_column("worker")
+    table.add_column("distance", justify="right")
+    table.add_column("weight", justify="right")
+    table.add_column("verdict")
+    table.add_column("why")
+    colours = {"kept": "green", "dropped": "red", "counted": ""}
+    for i, (verdict, why) in enumerate(_verdicts(info)):
+        distance = "" if info.sq_distances is None else f"{math.sqrt(info.sq_distances[i]):.4g}"
+        weight = "" if info.weights is None else f"{info.weights[i]:.4f}"
+        table.add_row(Text(files[i].name), distance, weight, Text(verdict, style=colours[verdict]), why)
+    console.print(table)
+    if info.bound_met is False:
+        console.print(f"[yellow]n = {info.n}, f = {info.f} do not satisfy what this rule's guarantee needs.[/yellow]")
+    console.print(
+        Text(f"{info.n} updates of {info.d:,} numbers -> {out} in {seconds:.2f} s ({info.backend})"), soft_wrap=True
+    )
+
+
+def _info(as_json: bool) -> None:
+    facts = robustkern.info()
+    if as_json:
+        print(json.dumps(facts))
+        return
+    console = Console(soft_wrap=True)
+    console.print(
+        f"robustkern {facts['version']}, Python {facts['python']}, NumPy {facts['numpy']}, {facts['machine']}"
+    )
+    table = Table("backend", "state", "dtypes")
+    for name, state in facts["backends"].items():
+        dtypes = sorted({c["dtype"] for c in facts["capabilities"] if c["backend"] == name and c["available"] == "yes"})
+        table.add_row(name, Text(state), ", ".join(dtypes))
+    console.print(table)
+    isas = ", ".join(facts["isas"]) or "none"
+    console.print(f"instruction sets: {isas} (in use: {facts['isa']}; ROBUSTKERN_ISA forces a lower one)")
+    console.print(f"threads: {facts['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
+    console.print("GPUs: this version runs on the CPU only")

@@ -1,0 +1,67 @@
+"""Fixtures: every backend, instruction set and dtype in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from support import FAST, IMPLEMENTATIONS, MISSING
+
+import robustkern as rk
+from robustkern import _registry
+from robustkern._kernels import DTYPES, Kernels
+
+settings.register_profile(
+    "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile(
+    "thorough", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_report_header() -> list[str]:
+    info = rk.info()
+    return [
+        f"robustkern {info['version']}: {', '.join(IMPLEMENTATIONS)}",
+        f"threads: {info['threads']}, numpy {np.__version__}",
+        *(f"missing backend {name}: {reason}" for name, reason in MISSING.items()),
+    ]
+
+
+@pytest.fixture(params=list(IMPLEMENTATIONS))
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each implementation in turn."""
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.fixture(params=list(FAST))
+def fast(request: pytest.FixtureRequest) -> Kernels:
+    """Each implementation but the reference."""
+    return FAST[request.param]
+
+
+@pytest.fixture(params=[b.name for b in _registry.BACKENDS if b.name not in MISSING])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, as what "auto" chooses."""
+    with rk.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DTYPES, ids=lambda d: d.name)
+def dtype(request: pytest.FixtureRequest) -> np.dtype[Any]:
+    """Each dtype of rows."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests choose backends and threads themselves."""
+    for name in ("ROBUSTKERN_BACKEND", "ROBUSTKERN_ISA", "ROBUSTKERN_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    rk.set_num_threads(None)

@@ -1,0 +1,337 @@
+"""Each primitive of each implementation against an oracle of higher precision, on hard inputs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import KINDS, assert_close, make_rows, one_row
+
+from robustkern._kernels import DTYPES, Kernels, Rows, Window
+
+SIZES = [
+    (1, 5),
+    (2, 1),
+    (3, 16),
+    (4, 17),
+    (5, 0),
+    (9, 64),
+    (16, 33),
+    (17, 1000),
+    (31, 15),
+    (33, 100),
+    (64, 31),
+    (130, 70),
+]
+#: Every unrolled network and the first ones beyond.
+ALL_N = range(1, 41)
+
+Array = NDArray[Any]
+
+
+def oracle_select(x: Array, window: Window, multiplicities: Array | None = None) -> Array:
+    """Sort in longdouble and average the cells; a NaN ranks last."""
+    wide = x.astype(np.longdouble)
+    result = np.empty(x.shape[1], dtype=np.longdouble)
+    cells = [1] * len(x) if multiplicities is None else [int(m) for m in multiplicities]
+    with np.errstate(invalid="ignore"):
+        for j in range(x.shape[1]):
+            order = sorted(range(len(x)), key=lambda i: (bool(np.isnan(wide[i, j])), wide[i, j]))
+            total, before = np.longdouble(0), 0
+            for i in order:
+                after = before + cells[i]
+                share = min(after, window.hi) - max(before, window.lo)
+                if share > 0:
+                    total += wide[i, j] * np.longdouble(share) / np.longdouble(window.hi - window.lo)
+                before = after
+            result[j] = total
+    return result
+
+
+def windows(n: int) -> list[Window]:
+    """Return the median in its variants, a trimmed window, extremes and everything."""
+    middle = [(n - 1) // 2, n // 2 + 1]
+    found = {
+        (middle[0], middle[1]),
+        (middle[0], middle[0] + 1),
+        (middle[1] - 1, middle[1]),
+        (n // 4, n - n // 4),
+        (0, 1),
+        (n - 1, n),
+        (0, n),
+    }
+    return [Window(lo, hi) for lo, hi in sorted(found) if lo < hi]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_select_columns_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    for n, d in SIZES:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        before = x.tobytes()
+        for window in windows(n):
+            got, out = one_row(d, dtype)
+            found = kernels.select_columns(Rows.of(x), window, out=out)
+            assert found.sq_distances is None
+            assert np.array_equal(found.nonfinite, ~np.isfinite(x.astype(np.float64)).all(axis=1))
+            assert_close(got, oracle_select(x, window), x, terms=window.hi - window.lo)
+        assert x.tobytes() == before
+
+
+def test_select_columns_for_every_number_of_rows(fast: Kernels) -> None:
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        for n in ALL_N:
+            x = np.random.default_rng(n).standard_normal((n, 67)).astype(dtype)
+            ranked = np.sort(x, axis=0)
+            for r in range(n):
+                got, out = one_row(67, dtype)
+                fast.select_columns(Rows.of(x), Window(r, r + 1), out=out)
+                assert np.array_equal(got, ranked[r]), (n, r)
+
+
+def test_every_zero_one_input_is_sorted(fast: Kernels) -> None:
+    """The 0-1 principle: a network that ranks all 0-1 inputs ranks everything. All of them up to 12 rows."""
+    for n in range(1, 13):
+        x = ((np.arange(2**n)[None, :] >> np.arange(n)[:, None]) & 1).astype(np.float32)
+        ones = x.sum(axis=0)
+        for r in range(n):
+            got, out = one_row(2**n, x.dtype)
+            fast.select_columns(Rows.of(x), Window(r, r + 1), out=out)
+            assert np.array_equal(got, (n - r <= ones).astype(np.float32))
+
+
+def test_selections_are_the_same_bits_in_every_backend(fast: Kernels, dtype: np.dtype[Any]) -> None:
+    """Where a value or the middle of two is selected, there is nothing to round differently."""
+    from robustkern.backends.reference import Reference
+
+    for kind in KINDS:
+        for n in (1, 2, 7, 8, 21, 40):
+            x = make_rows(kind, n, 50, dtype, seed=n)
+            want, out = one_row(50, dtype)
+            Reference().select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), out=out)
+            got, out = one_row(50, dtype)
+            fast.select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), out=out)
+            same = (got == want) | (np.isnan(got.astype(float)) & np.isnan(want.astype(float)))
+            assert same.all(), (kind, n)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "offset", "extreme", "nan", "nan_and_inf"])
+def test_select_columns_with_multiplicities(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    for n, d in [(1, 3), (2, 9), (5, 33), (12, 70), (40, 17)]:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        m = np.random.default_rng(n).integers(0, 4, n)
+        m[0] += 1
+        total = int(m.sum())
+        for window in windows(total):
+            got, out = one_row(d, dtype)
+            kernels.select_columns(Rows.of(x), window, multiplicities=m, out=out)
+            assert_close(got, oracle_select(x, window, m), x, terms=n)
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "nan", "inf"])
+def test_select_columns_distances(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    for n, d in SIZES:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        got, out = one_row(d, dtype)
+        found = kernels.select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), out=out, distances=True)
+        with np.errstate(all="ignore"):
+            want = ((x.astype(np.longdouble) - got.astype(np.longdouble)) ** 2).sum(axis=1).astype(np.float64)
+        assert found.sq_distances is not None
+        finite = np.isfinite(want)
+        np.testing.assert_allclose(found.sq_distances[finite], want[finite], rtol=1e-13)
+        assert not np.isfinite(found.sq_distances[~finite]).any()
+        # Without an output the distances are the same bits.
+        again = kernels.select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), distances=True)
+        assert np.array_equal(again.sq_distances, found.sq_distances, equal_nan=True)
+
+
+def test_select_columns_of_mixed_rows(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(0)
+    for n, k, d in [(3, 2, 20), (6, 6, 65), (9, 4, 300), (40, 35, 33)]:
+        x = make_rows("normal", n, d, dtype, seed=n)
+        mix = np.where(rng.random((k, n)) < 0.6, 0.0, rng.random((k, n)))
+        mix[np.arange(k), rng.integers(0, n, k)] = 0.5
+        mix /= mix.sum(axis=1, keepdims=True)
+        measure = rng.random((3, n))
+        mixed = mix @ x.astype(np.float64)
+        window = Window((k - 1) // 2, k // 2 + 1)
+        for measured, expected in (
+            (None, x.astype(np.float64)),
+            (mix, mixed),
+            (measure, measure @ x.astype(np.float64)),
+        ):
+            got, out = one_row(d, dtype)
+            found = kernels.select_columns(Rows.of(x), window, mix=mix, measure=measured, distances=True, out=out)
+            single = mixed.astype(np.float32 if dtype.itemsize < 8 else np.float64)
+            assert_close(got, oracle_select(single, window), x)
+            want = ((expected - got.astype(np.float64)) ** 2).sum(axis=1)
+            np.testing.assert_allclose(found.sq_distances, want, rtol=1e-12)
+
+
+def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None:
+    x = np.array([[1.0, 2], [3, 4], [np.inf, np.nan]], dtype=np.float32)
+    mix = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    got, out = one_row(2, x.dtype)
+    found = kernels.select_columns(Rows.of(x), Window(1, 2), mix=mix, out=out)
+    assert got.tolist() == [2, 3]
+    mix[1] = [0, 0, 1]
+    found = kernels.select_columns(Rows.of(x), Window(0, 1), mix=mix, out=out)
+    assert got.tolist() == [2, 3]
+    assert found.nonfinite.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("origin", [False, True], ids=["", "origin"])
+def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool) -> None:
+    for n, d in SIZES:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        scale = 2.0**-540 if kind in ("extreme", "one_huge") and dtype == np.float64 else 1.0
+        got = kernels.gram(Rows.of(x), origin=origin, scale=scale)
+        wide = x.astype(np.longdouble)
+        finite = np.isfinite(wide).all(axis=1)
+        with np.errstate(all="ignore"):
+            centre = oracle_select(x, Window((n - 1) // 2, (n - 1) // 2 + 1))
+        centre[~np.isfinite(centre)] = 0
+        if origin:
+            wide = np.vstack([wide, np.zeros(d, dtype=np.longdouble)])
+            finite = np.append(finite, True)
+        assert got.shape == (len(wide), len(wide))
+        assert np.isnan(got[~finite]).all()
+        assert np.isnan(got[:, ~finite]).all()
+        y = (wide[finite] - centre) * np.longdouble(scale)
+        want = y @ y.T
+        lengths = np.sqrt(np.diagonal(want))
+        inner = got[np.ix_(finite, finite)]
+        assert np.array_equal(inner, inner.T)
+        assert (np.abs(inner - want) <= 1e-13 * np.outer(lengths, lengths) + 1e-300).all()
+
+
+def test_equal_rows_have_equal_products(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    """Copies of a row are found at distance exactly 0, wherever they stand."""
+    for n, d in [(5, 100), (13, 333), (140, 600)]:
+        x = make_rows("normal", n, d, dtype)
+        x[n // 2] = x[n - 1] = x[1]
+        g = kernels.gram(Rows.of(x))
+        for i in (n // 2, n - 1):
+            assert g[i, i] == g[1, 1] == g[i, 1]
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "extreme", "subnormal"])
+def test_row_sq_distances_are_exact(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    for n, d in SIZES:
+        x = make_rows(kind, n + 1, d, dtype, seed=n)
+        scale = 1.0
+        if dtype == np.float64:
+            scale = {"extreme": 2.0**-540, "one_huge": 2.0**-540, "subnormal": 2.0**540}.get(kind, 1.0)
+        got = kernels.row_sq_distances(Rows.of(x[:n]), Rows.of(x[n:]), scale=scale)
+        wide = x.astype(np.longdouble)
+        want = (((wide[:n] - wide[n]) * np.longdouble(scale)) ** 2).sum(axis=1)
+        np.testing.assert_allclose(got, want.astype(np.float64), rtol=4e-16, atol=1e-320)
+
+
+def test_row_sq_distances_do_not_depend_on_the_order_of_columns(fast: Kernels) -> None:
+    """A plain float64 sum differs in the last digits here; the primitive must not."""
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        x = rng.standard_normal((1, 4000)).astype(dtype) * np.exp(rng.standard_normal((1, 4000)) * 4).astype(dtype)
+        rows = np.concatenate([x[:, rng.permutation(4000)] for _ in range(20)])
+        got = fast.row_sq_distances(Rows.of(rows), Rows.of(np.zeros((1, 4000), dtype=dtype)))
+        assert (got == math.fsum(x[0].astype(np.float64) ** 2) if dtype == np.float32 else got == got[0]).all()
+        assert len(set(((rows.astype(np.float64)) ** 2).sum(axis=1))) > 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_row_sq_distances_of_rows_that_are_not_finite(kernels: Kernels, dtype: np.dtype[Any], bad: float) -> None:
+    x = np.ones((4, 40), dtype=dtype)
+    x[2, 17] = bad
+    got = kernels.row_sq_distances(Rows.of(x[1:]), Rows.of(x[:1]))
+    assert got[0] == got[2] == 0
+    assert not np.isfinite(got[1])
+    assert not np.isfinite(kernels.row_sq_distances(Rows.of(x[:1]), Rows.of(x[2:3])))
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "subnormal", "signed_zeros"])
+def test_weighted_row_sum_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    rng = np.random.default_rng(1)
+    for n, d in SIZES:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        weights = rng.random((3, n))
+        weights[1] = 1.0
+        weights[2, 1:] *= rng.random(n - 1) < 0.5
+        weights /= weights.sum(axis=1, keepdims=True)
+        out = np.full((3, d), 77, dtype=dtype)
+        kernels.weighted_row_sum(Rows.of(x), weights, Rows.of(out))
+        want = weights.astype(np.longdouble) @ x.astype(np.longdouble)
+        for row, expected in zip(out, want, strict=True):
+            assert_close(row, expected, x, terms=n)
+
+
+def test_weighted_row_sum_never_reads_rows_of_weight_zero(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    x = np.ones((4, 100), dtype=dtype)
+    x[1] = np.nan
+    rows = Rows.of(x)
+    addresses = rows.addresses.copy()
+    addresses[0, 3] = 8  # nobody's memory: reading it would end the process
+    out = np.zeros((1, 100), dtype=dtype)
+    rows = Rows(addresses, rows.offsets, rows.dtype, x)
+    kernels.weighted_row_sum(rows, np.array([[0.5, 0.0, 1.5, 0.0]]), Rows.of(out))
+    assert (out.astype(float) == 2).all()
+
+
+def test_misaligned_rows(fast: Kernels, dtype: np.dtype[Any]) -> None:
+    """Rows at odd addresses, each at another one."""
+    n, d = 7, 203
+    x = make_rows("normal", n, d, dtype)
+    memory = np.zeros(n * (d * dtype.itemsize + 16), dtype=np.uint8)
+    base = memory.__array_interface__["data"][0]
+    addresses = []
+    for i in range(n):
+        at = i * (d * dtype.itemsize + 16) + 2 * i + 1
+        memory[at : at + d * dtype.itemsize] = x[i].view(np.uint8)
+        addresses.append(base + at)
+    odd = Rows(np.array([addresses], dtype=np.uint64), np.array([0, d]), dtype, memory)
+    for found, expected in (
+        (fast.gram(odd), fast.gram(Rows.of(x))),
+        (fast.row_sq_distances(odd, odd.take([2])), fast.row_sq_distances(Rows.of(x), Rows.of(x[2:3]))),
+    ):
+        assert np.array_equal(found, expected)
+    got, out = one_row(d, dtype)
+    want, expected_out = one_row(d, dtype)
+    fast.select_columns(odd, Window(3, 4), out=out)
+    fast.select_columns(Rows.of(x), Window(3, 4), out=expected_out)
+    assert np.array_equal(got, want)
+    fast.weighted_row_sum(odd, np.full((1, n), 1 / n), out)
+    fast.weighted_row_sum(Rows.of(x), np.full((1, n), 1 / n), expected_out)
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_thousands_of_rows(fast: Kernels, n: int) -> None:
+    d = 70
+    x = np.random.default_rng(0).standard_normal((n, d)).astype(np.float32)
+    got, out = one_row(d, x.dtype)
+    found = fast.select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), out=out, distances=True)
+    assert np.array_equal(got, np.median(x, axis=0))
+    np.testing.assert_allclose(found.sq_distances, ((x.astype(np.float64) - got) ** 2).sum(axis=1), rtol=1e-12)
+    y = x.astype(np.float64) - np.partition(x, (n - 1) // 2, axis=0)[(n - 1) // 2]
+    np.testing.assert_allclose(fast.gram(Rows.of(x)), y @ y.T, rtol=1e-12, atol=1e-10)
+
+
+def test_half_conversions_are_exact(fast: Kernels) -> None:
+    """Every float16 and bfloat16 value goes through a copy (one row of weight 1) unchanged."""
+    for dtype in DTYPES[:2]:
+        x = np.arange(65536, dtype=np.uint16).view(dtype)[None]
+        out = np.zeros_like(x)
+        fast.weighted_row_sum(Rows.of(x), np.ones((1, 1)), Rows.of(out))
+        wide, got = x.astype(np.float32), out.astype(np.float32)
+        assert np.array_equal(wide, got, equal_nan=True)
+        # Rounding to nearest even of the middle of neighbours, as NumPy does it.
+        pair = np.stack([x[0], np.roll(x[0], -1)])
+        ok = np.isfinite(pair.astype(np.float32)).all(axis=0)
+        pair = np.ascontiguousarray(pair[:, ok])
+        got_middle, rows_out = one_row(pair.shape[1], dtype)
+        fast.weighted_row_sum(Rows.of(pair), np.array([[0.5, 0.5]]), rows_out)
+        want = (pair.astype(np.float64).mean(axis=0)).astype(np.float32).astype(dtype)
+        assert np.array_equal(got_middle.astype(np.float32), want.astype(np.float32))
