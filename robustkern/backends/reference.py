@@ -135,11 +135,12 @@ def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | 
     cells = np.ones(len(x), dtype=np.int64) if multiplicities is None else multiplicities
     end = np.cumsum(cells[order], axis=0)
     begin = end - cells[order]
-    share = np.clip(np.minimum(end, window.hi) - np.maximum(begin, window.lo), 0, None) / (window.hi - window.lo)
-    used = share > 0
+    covered = np.clip(np.minimum(end, window.hi) - np.maximum(begin, window.lo), 0, None)
+    share = covered / (window.hi - window.lo)
+    used = covered > 0
     first = np.take_along_axis(ranked, used.argmax(axis=0)[None], axis=0)[0]
     # Relative to the smallest value used, so that a common offset costs nothing; plainly where that is not finite.
-    centred = first + np.where(used, share * (ranked - first), 0.0).sum(axis=0)
+    centred = first + np.where(used, covered * (ranked - first), 0.0).sum(axis=0) / (window.hi - window.lo)
     plain = np.where(used, share * ranked, 0.0).sum(axis=0)
     mean = np.where(np.isfinite(centred), centred, plain)
     two = (used.sum(axis=0) == 2) & (np.where(used, share, 0.5) == 0.5).all(axis=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from robustkern._kernels import Matrix, Vector
 
@@ -12,7 +13,8 @@ __all__ = ["converged_weights", "smoothed_weights"]
 
 MAX_STEPS = 300
 MAX_SMOOTHED_STEPS = 10_000
-TOLERANCE = 1e-10  # of the rows' spread
+TOLERANCE = 1e-10  # of the middle distance of the rows
+ROUNDING_STEP = 1e-6  # where no step descends, the last one was this small: its square is the error that is left
 
 
 def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector, int, bool]:
@@ -27,7 +29,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     distances = np.sqrt(np.maximum(norms[:, None] + norms - 2 * gram, 0.0))
     noise = np.sqrt(rounding) * (np.sqrt(norms)[:, None] + np.sqrt(norms))
     distances[distances <= noise] = 0.0
-    costs = distances @ s
+    costs = _relative_costs(gram, s, distances)
     best = int(np.argmin(costs))
     here = distances[best] == 0
     pull = np.divide(s, distances[best], out=np.zeros_like(s), where=~here)
@@ -36,42 +38,58 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     resultant = math.sqrt(max(float(pull @ inner @ pull), 0.0))
     weight_here = float(s[here].sum())
     if resultant <= weight_here * (1 + 1e-12):
-        return _shared(costs, distances, best, rounding), 0, True
+        scale = float(s.sum()) * float(np.median(distances[best]))
+        return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
 
     w = pull / pull.sum()
     stay = weight_here / resultant
     w = (1 - stay) * w
     w[best] += stay
-    cost, step = math.inf, math.inf
+    step = math.inf
     for iteration in range(1, MAX_STEPS + 1):
         r = _radii(gram, w)
-        cost = float(s @ r)
-        spread = math.sqrt(float(s @ (r * r)) / float(s.sum()))
-        if spread == 0:
-            return w, iteration, True
+        spread = float(np.median(r))  # no few far rows can loosen the tolerance
         previous_step, step = step, math.inf
         for candidate, length in (_newton(gram, s, w, r), _weiszfeld(gram, s, w, r)):
-            if candidate is None:
-                continue
-            if float(s @ _radii(gram, candidate)) <= cost * (1 + 4e-16):
+            if candidate is not None and _cost_change(gram, s, w, r, candidate) <= 1e-15 * length * float(s.sum()):
                 w, step = candidate, length
                 break
+        if math.isinf(step):  # nothing descends any more: what is left is rounding
+            return w, iteration, previous_step <= ROUNDING_STEP * spread
         # Newton's steps shrink quadratically: once they stop shrinking, the rest is rounding.
         if step <= 1e-15 * spread or (step <= TOLERANCE * spread and step >= previous_step / 2):
             return w, iteration, True
-        if math.isinf(step):
-            return w, iteration, previous_step <= TOLERANCE * spread
     return w, MAX_STEPS, step <= TOLERANCE * spread
 
 
-def _shared(costs: Vector, distances: Matrix, best: int, rounding: float) -> Vector:
-    """Equal weights for the distinct rows that cost no more than the best one."""
-    tied = np.flatnonzero(costs <= costs[best] * (1 + max(16 * rounding, 1e-12)))
+def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
+    """Sum of distances from each row to all, less the same sum for the row nearest to the centre.
+
+    Taken as a sum of differences, (a^2 - b^2) / (a + b): in plain sums far rows would drown what tells the others apart.
+    """
+    norms = np.diagonal(gram)
+    base = int(np.argmin(norms))
+    squares = (norms - norms[base])[:, None] - 2 * (gram - gram[base])
+    lengths = distances + distances[base]
+    return np.asarray(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
+
+
+def _cost_change(gram: Matrix, s: Vector, w: Vector, r: Vector, new: Vector) -> float:
+    """Change of the sum of distances from one point to another, as a sum of differences like `_relative_costs`."""
+    change = new - w
+    moved = gram @ change
+    squares = change @ moved - 2 * (moved - w @ moved)
+    lengths = r + _radii(gram, new)
+    return float(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
+
+
+def _shared(tied: NDArray[np.bool_], distances: Matrix) -> Vector:
+    """Equal weights for the distinct ones of some rows."""
     distinct: list[int] = []
-    for i in tied:
+    for i in np.flatnonzero(tied):
         if all(distances[i, j] > 0 for j in distinct):
             distinct.append(int(i))
-    w = np.zeros_like(costs)
+    w = np.zeros(len(tied))
     w[distinct] = 1.0 / len(distinct)
     return w
 
@@ -144,7 +162,7 @@ def smoothed_weights(
         step = math.inf if w is None else _length(gram, new - w)
         w = new
         r = _radii(gram, w)
-        converged = step <= TOLERANCE * math.sqrt(float(s @ (r * r)) / float(s.sum()))
+        converged = step <= TOLERANCE * float(np.median(r))
         if step == 0 or (converged and max_iter is None):
             break
     assert w is not None

@@ -63,6 +63,11 @@ class Geometry:
         np.fill_diagonal(result, 0.0)
         return result
 
+    def are_copies(self, rows: NDArray[np.intp]) -> bool:
+        """Tell whether some rows are all the same: their products are then equal to the last bit."""
+        inner = self.gram[np.ix_(rows, rows)]
+        return bool((inner == inner[0, 0]).all())
+
     def pair_errors(self, row: int) -> Vector:
         """Error bounds of `sq_distances[row]`."""
         lengths = np.sqrt(np.diagonal(self.gram))
@@ -166,7 +171,7 @@ class View:
 
     def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
         """Build the error that names rows which are not finite."""
-        rows = bad if self.mix is None else np.flatnonzero(self.data.nonfinite)
+        rows = np.flatnonzero(self.data.nonfinite) if self.data.nonfinite.any() else bad
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
         tolerated = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
         return NonFiniteError(
@@ -317,22 +322,21 @@ def smallest(
 ) -> NDArray[np.intp]:
     """Find exactly `count` smallest values: their indices, ascending by value; equal ones by the lowest index.
 
-    Where values at the cut differ by less than their errors, `again` measures those contenders exactly; what it cannot
-    measure, or finds equal within rounding, counts as equal.
+    Values whose error bounds reach across the cut are contenders, which `again` measures exactly; what it cannot measure,
+    or finds equal within rounding, counts as equal.
     """
     order = np.argsort(values, kind="stable")
     if count >= len(values):
         return order
-    inside, outside = values[order[count - 1]], values[order[count]]
-    if not np.isfinite(outside):
-        return order[:count]
-    margin = 2 * float(np.max(errors[order[count - 1 : count + 1]]))
-    if outside - inside > margin:
-        return order[:count]
-    contenders = np.flatnonzero((values >= inside - margin) & (values <= outside + margin))
-    certain = np.array([i for i in order[:count] if values[i] < inside - margin], dtype=np.intp)
-    exact = again(contenders) if again is not None else None
+    low, high = values - errors, values + errors
+    # The count-th smallest true value is at most the count-th upper bound, the next one at least the next lower bound.
+    inside = high < np.sort(low)[count]
+    contenders = np.flatnonzero(~inside & (low <= np.sort(high)[count - 1]))
+    certain = np.flatnonzero(inside)
     missing = count - len(certain)
+    if len(contenders) == missing or not np.isfinite(values[order[count]]):
+        return order[:count]
+    exact = again(contenders) if again is not None else None
     if exact is None:
         chosen = contenders[:missing]
     else:

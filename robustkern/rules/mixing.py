@@ -41,8 +41,8 @@ class NNM(Mixer):
             errors[i] = 0.0
 
             def again(contenders: NDArray[np.intp], row: int = i) -> Vector | None:
-                if not geometry.sq_distances[np.ix_(contenders, contenders)].any():
-                    return None  # copies of one row
+                if geometry.are_copies(contenders):
+                    return None  # equal, whatever the last digits say
                 return view.exact_sq_distances(row, contenders)
 
             weights[i, smallest(to_others, errors, kept, again)] = 1.0 / kept

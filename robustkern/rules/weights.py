@@ -141,8 +141,8 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
         errors[i] = geometry.pair_errors(i)[nearest].sum()
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
-        if not distances[np.ix_(contenders, contenders)].any():
-            return None  # copies of one row: equal, whatever the last digits say
+        if geometry.are_copies(contenders):
+            return None  # equal, whatever the last digits say
         exact = []
         for i in contenders:
             row = np.full(view.n, np.inf)

@@ -1,0 +1,666 @@
+"""Every rule against an independent definition, the hand check, the errors, and the known defects of other packages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import assert_close, make_rows
+
+import robustkern as rk
+
+Array = NDArray[Any]
+
+HAND = np.array([[1.0, 2, 3], [2, 4, 1], [3, 0, 5], [100, -100, 7]])
+HAND_RESULTS = {
+    "mean": [26.5, -23.5, 4],
+    "median(even='low')": [2, 0, 3],
+    "median": [2.5, 1, 4],
+    "median(even='high')": [3, 2, 5],
+    "trimmed_mean": [2.5, 1, 4],
+    "ctma(mean)": [2, 2, 3],
+    "ctma(median)": [2, 2, 3],
+    "ctma(trimmed_mean)": [2, 2, 3],
+    "ctma(geometric_median)": [2, 2, 3],
+    "nnm | mean": [10 + 1 / 6, -20 / 3, 3.5],
+    "rfa": [2.4719457806, 1.1316929687, 3.3343296584],
+}
+
+#: One of each rule, and chains of them.
+RULES = (
+    "median",
+    "median(even='low')",
+    "trimmed_mean",
+    "geometric_median",
+    "rfa",
+    "krum",
+    "multi_krum",
+    "ctma(mean)",
+    "ctma(median)",
+    "ctma(trimmed_mean)",
+    "ctma(geometric_median)",
+    "ctma(nnm | median)",
+    "ctma(ctma(median))",
+    "nnm | mean",
+    "nnm | median",
+    "nnm | geometric_median",
+    "nnm | ctma(median)",
+    "nnm | ctma(geometric_median)",
+    "bucketing | median",
+    "bucketing | trimmed_mean",
+    "bucketing | nnm | krum(neighbours=1)",
+    "ctma(bucketing | geometric_median)",
+)
+
+
+# ---- independent definitions, in longdouble and without n-space --------------------------------------------------
+
+
+def slow_geometric_median(x: Array, weights: Array | None = None) -> Array:
+    """Weiszfeld on the vectors themselves, in longdouble, until nothing moves."""
+    s = np.ones(len(x), dtype=np.longdouble) if weights is None else weights.astype(np.longdouble)
+    for row in x:  # Kuhn's condition: the others do not outweigh the rows that are there
+        r = np.sqrt(((x - row) ** 2).sum(axis=1))
+        here = r <= 1e-16 * r.max()
+        pull = ((s / np.where(here, 1, r))[:, None] * (x - row))[~here].sum(axis=0)
+        if np.sqrt((pull**2).sum()) <= s[here].sum():
+            return np.asarray(row)
+    y = np.median(x.astype(np.float64), axis=0).astype(np.longdouble) + np.longdouble(1e-3)
+    for _ in range(20000):
+        r = np.sqrt(((x - y) ** 2).sum(axis=1))
+        c = s / r
+        new = (c[:, None] * x).sum(axis=0) / c.sum()
+        step = np.sqrt(((new - y) ** 2).sum())
+        y = new
+        if step < 1e-17 * np.median(r):
+            break
+    return y
+
+
+def slow_nearest(x: Array, point: Array, count: int) -> list[int]:
+    r = ((x - point) ** 2).sum(axis=1)
+    return sorted(range(len(x)), key=lambda i: (r[i], i))[:count]
+
+
+def slow(rule: str, x: Array, f: int) -> Array:
+    """Evaluate a rule by its definition."""
+    x = x.astype(np.longdouble)
+    n = len(x)
+    if rule == "mean":
+        return x.mean(axis=0)
+    if rule == "median":
+        return (np.sort(x, axis=0)[(n - 1) // 2] + np.sort(x, axis=0)[n // 2]) / 2
+    if rule == "trimmed_mean":
+        return np.sort(x, axis=0)[f : n - f].mean(axis=0)
+    if rule == "geometric_median":
+        return slow_geometric_median(x)
+    if rule in ("krum", "multi_krum"):
+        scores = []
+        for i in range(n):
+            others = np.sort(np.delete(((x - x[i]) ** 2).sum(axis=1), i))
+            scores.append(others[: n - f - 2].sum())
+        best = sorted(range(n), key=lambda i: (scores[i], i))
+        return x[best[: 1 if rule == "krum" else n - f]].mean(axis=0)
+    if rule.startswith("nnm | "):
+        mixed = np.stack([x[slow_nearest(x, x[i], n - f)].mean(axis=0) for i in range(n)])
+        return slow(rule.removeprefix("nnm | "), mixed, f)
+    if rule.startswith("ctma("):
+        anchor = slow(rule[5:-1], x, f)
+        return x[slow_nearest(x, anchor, n - f)].mean(axis=0)
+    raise AssertionError(rule)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "mean",
+        "median",
+        "trimmed_mean",
+        "geometric_median",
+        "krum",
+        "multi_krum",
+        "ctma(median)",
+        "ctma(geometric_median)",
+        "ctma(nnm | trimmed_mean)",
+        "nnm | mean",
+        "nnm | median",
+        "nnm | geometric_median",
+        "nnm | ctma(median)",
+        "nnm | ctma(geometric_median)",
+        "nnm | krum",
+        "nnm | multi_krum",
+    ],
+)
+@pytest.mark.parametrize("kind", ["normal", "offset", "attacked", "far_attack"])
+def test_rules_match_their_definitions(backend: str, dtype: np.dtype[Any], rule: str, kind: str) -> None:
+    for n, f, d in [(5, 1, 30), (8, 2, 41), (17, 8, 64), (20, 4, 257)]:
+        if kind == "offset":
+            x = make_rows("offset", n, d, dtype, seed=n)
+        else:
+            x = make_rows("normal", n, d, np.dtype(np.float64), seed=n)
+            # Far enough to hurt a careless sum, near enough for every dtype.
+            far = {"attacked": 3.0, "far_attack": 1e3 if dtype.itemsize == 2 else 1e12, "normal": 0.0}[kind]
+            x[:f] += far
+            x = x.astype(dtype)
+        if "krum" in rule and n - f - 2 < 1:
+            continue
+        got = rk.aggregate(x, rule, f=f)
+        want = slow(rule, x, f)
+        honest = x[f:] if kind != "offset" else x
+        if rule == "mean" or ("mean" in rule and kind == "far_attack") or rule.startswith("nnm"):
+            honest = x  # attackers are averaged in: their size sets the rounding
+        assert_close(got, want, honest, terms=n)
+
+
+@pytest.mark.parametrize("rule", HAND_RESULTS)
+def test_hand_check(backend: str, rule: str) -> None:
+    np.testing.assert_allclose(rk.aggregate(HAND, rule, f=1), HAND_RESULTS[rule], rtol=1e-9)
+    np.testing.assert_allclose(rk.aggregate(HAND.astype(np.float32), rule, f=1), HAND_RESULTS[rule], rtol=1e-6)
+
+
+def test_functions_are_the_rules() -> None:
+    x = make_rows("normal", 9, 20, np.dtype(np.float32))
+    pairs = [
+        (rk.mean(x), "mean"),
+        (rk.median(x), "median"),
+        (rk.median(x, even="high"), "median(even='high')"),
+        (rk.trimmed_mean(x, f=2), "trimmed_mean"),
+        (rk.geometric_median(x), "geometric_median"),
+        (rk.geometric_median(x, nu=0.1, max_iter=3, start="zero"), "rfa"),
+        (rk.krum(x, f=2), "krum"),
+        (rk.krum(x, f=2, neighbours=6), "krum(neighbours=6)"),
+        (rk.multi_krum(x, f=2, m=3), "multi_krum(m=3)"),
+        (rk.ctma(x, f=2), "ctma(geometric_median)"),
+        (rk.ctma(x, f=2, anchor=rk.Median()), "ctma(median)"),
+        (rk.nnm(x, f=2), "nnm | mean"),
+        (rk.nnm(x, f=2, then="ctma(median)"), "nnm | ctma(median)"),
+        (rk.bucketing(x, f=2, seed=3, then=rk.Median()), "bucketing(seed=3) | median"),
+    ]
+    for got, rule in pairs:
+        assert np.array_equal(got, rk.aggregate(x, rule, f=2)), rule
+
+
+# ---- the geometric median ----------------------------------------------------------------------------------------
+
+
+def cost(x: Array, y: Array) -> float:
+    return float(np.sqrt(((x.astype(np.longdouble) - y) ** 2).sum(axis=1)).sum())
+
+
+def test_geometric_median_at_a_row() -> None:
+    """More than half of the rows in one place, or one row in the middle of the others."""
+    x = np.random.default_rng(0).standard_normal((7, 5))
+    x[:4] = x[0]
+    result, info = rk.geometric_median(x, return_info=True)
+    np.testing.assert_allclose(result, x[0], rtol=1e-15)
+    assert info.converged
+    star = np.concatenate([np.zeros((1, 3)), np.eye(3), -np.eye(3)])
+    assert np.array_equal(rk.geometric_median(star + 5), np.full(3, 5.0))
+
+
+@pytest.mark.parametrize("n", [2, 4, 6])
+def test_geometric_median_on_a_line_is_the_middle(n: int) -> None:
+    """Minimisers are not unique there: the mean of the two middle rows, as for the median."""
+    t = np.sort(np.random.default_rng(n).standard_normal(n))
+    x = t[:, None] * np.array([1.0, 2, -1])
+    got = rk.geometric_median(x)
+    np.testing.assert_allclose(got, np.median(t) * np.array([1.0, 2, -1]), atol=1e-12)
+
+
+def test_geometric_median_of_one_column_is_the_median() -> None:
+    for n in range(1, 12):
+        x = np.random.default_rng(n).standard_normal((n, 1))
+        np.testing.assert_allclose(rk.geometric_median(x), np.median(x, axis=0), atol=1e-12)
+
+
+def test_geometric_median_close_to_a_row_still_converges() -> None:
+    """Kuhn's condition fails by a hair: plain Weiszfeld crawls here."""
+    for slack in (1e-2, 1e-4, 1e-6):
+        angles = np.array([0.0, 2 * np.pi / 3, 4 * np.pi / 3])
+        x = np.concatenate([np.zeros((1, 2)), np.stack([np.cos(angles), np.sin(angles)], axis=1)])
+        x = np.concatenate([x, [[3.0, 0.0]], [[2 + slack, 1e-3]]])
+        got, info = rk.geometric_median(x, return_info=True)
+        assert info.converged
+        want = slow_geometric_median(x.astype(np.longdouble))
+        assert cost(x, got.astype(np.longdouble)) <= cost(x, want) * (1 + 1e-14)
+
+
+def test_geometric_median_far_attackers_cost_no_digits() -> None:
+    x = np.random.default_rng(0).standard_normal((9, 50))
+    want = None
+    for far in (1e9, 1e12, 1e15):
+        y = x.copy()
+        y[0] = far
+        y[1] = -far
+        got = rk.geometric_median(y)
+        # Attackers at infinity pull with unit force whatever their distance.
+        want = got if want is None else want
+        np.testing.assert_allclose(got, want, atol=1e-7)
+
+
+def test_no_convergence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustkern.rules import _geometric_median
+
+    monkeypatch.setattr(_geometric_median, "MAX_STEPS", 1)
+    x = np.random.default_rng(0).standard_normal((9, 50))
+    with pytest.warns(rk.ConvergenceWarning, match="geometric_median: no convergence after 1 steps"):
+        _, info = rk.geometric_median(x, return_info=True)
+    assert info.converged is False
+
+
+def test_truncated_weiszfeld_does_not_warn() -> None:
+    x = np.random.default_rng(0).standard_normal((9, 50))
+    _, info = rk.geometric_median(x, max_iter=2, return_info=True)
+    assert info.iterations == 2
+    assert info.converged is False
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+WEIGHTED = (
+    "mean",
+    "median",
+    "median(even='low')",
+    "trimmed_mean",
+    "geometric_median",
+    "ctma(median)",
+    "ctma(geometric_median)",
+)
+
+
+@pytest.mark.parametrize("rule", WEIGHTED)
+def test_equal_weights_are_no_weights(backend: str, rule: str) -> None:
+    x = make_rows("normal", 18, 40, np.dtype(np.float32))
+    for w in (0.1, 3.0, 1e-300, 1e300):
+        assert np.array_equal(rk.aggregate(x, rule, f=5, weights=np.full(18, w)), rk.aggregate(x, rule, f=5))
+
+
+@pytest.mark.parametrize("rule", WEIGHTED)
+def test_integer_weights_are_copies(backend: str, dtype: np.dtype[Any], rule: str) -> None:
+    x = make_rows("normal", 6, 40, dtype)
+    weights = np.array([1, 2, 3, 1, 4, 1])
+    copies = np.repeat(x, weights, axis=0)
+    # f/n of the weight: 2 of 6 rows is 4 of 12 copies.
+    got, want = rk.aggregate(x, rule, f=2, weights=weights), rk.aggregate(copies, rule, f=4)
+    if "ctma" not in rule:
+        assert_close(got, want.astype(np.longdouble), x, terms=12)
+        return
+    # A split row: the copies kept of it are the share of its weight.
+    _, info = rk.aggregate(x, rule, f=2, weights=weights, return_info=True)
+    assert_close(got, want.astype(np.longdouble), x, terms=12)
+    np.testing.assert_allclose(info.weights.sum(), 1)
+
+
+def test_weighted_median_at_exactly_half() -> None:
+    x = np.array([[1.0], [2], [3], [4]])
+    weights = [4, 1, 2, 1]
+    assert rk.median(x, weights=weights)[0] == 1.5
+    assert rk.median(x, weights=weights, even="low")[0] == 1
+    assert rk.median(x, weights=weights, even="high")[0] == 2
+    # 18 equal weights that are no binary fractions: sums in floating point miss the half.
+    assert rk.median(np.arange(1.0, 19)[:, None], weights=np.full(18, 1 / 18))[0] == 9.5
+
+
+def test_weighted_ctma_splits_the_last_row() -> None:
+    x = np.array([[0.0], [1.0], [2.0], [100.0]])
+    # Three quarters of the weight 7 are 5.25: the row at the median, the first of two equally far, 1.25 of the other.
+    result, info = rk.ctma(x, f=1, anchor="median", weights=[2, 2, 2, 1], return_info=True)
+    np.testing.assert_allclose(info.weights, np.array([2, 2, 1.25, 0]) / 5.25)
+    np.testing.assert_allclose(result, (2 * 1 + 1.25 * 2) / 5.25)
+    # Three quarters of the weight 8 are 6: the row at the median, and nothing of a row beyond it.
+    result, info = rk.ctma(x, f=1, anchor="median", weights=[1, 1, 6, 0], return_info=True)
+    assert result[0] == 2
+    assert info.kept.tolist() == [False, False, True, False]
+
+
+def test_a_split_residue_is_dropped() -> None:
+    """1e-16 times an infinite row is still infinite."""
+    x = np.random.default_rng(0).standard_normal((10, 4))
+    x[9] = np.inf
+    weights = np.full(10, 0.1)
+    weights[0] = 0.1 + 1e-17
+    weights[1] = 0.1000000000000001
+    result = rk.ctma(x, f=2, anchor="median", weights=weights)
+    assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "nnm | median", "bucketing | median", "ctma(nnm | median)"])
+def test_rules_without_a_weighted_form_say_so(rule: str) -> None:
+    x = make_rows("normal", 9, 4, np.dtype(np.float64))
+    with pytest.raises(ValueError, match="weights are not supported"):
+        rk.aggregate(x, rule, f=2, weights=np.arange(1, 10))
+
+
+# ---- hostile rows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_bad_rows_never_reach_the_result(backend: str, dtype: np.dtype[Any], rule: str, bad: float) -> None:
+    n, f = 11, 3
+    x = make_rows("normal", n, 30, dtype)
+    clean = x[f:]
+    x[:f, ::7] = bad
+    result, info = rk.aggregate(x, rule, f=f, return_info=True)
+    assert np.isfinite(result.astype(float)).all()
+    assert set(range(f)) <= set(info.nonfinite_rows)
+    if info.weights is not None and "bucketing" not in rule:
+        assert (info.weights[:f] == 0).all()
+    low, high = clean.astype(float).min(axis=0), clean.astype(float).max(axis=0)
+    if "rfa" not in rule:
+        assert ((result.astype(float) >= low - 1e-2) & (result.astype(float) <= high + 1e-2)).all()
+    # Where the bad rows stand does not matter.
+    if "bucketing" not in rule:
+        moved = rk.aggregate(np.roll(x, 4, axis=0), rule, f=f)
+        np.testing.assert_allclose(
+            moved.astype(float), result.astype(float), rtol=1e-2 if dtype.itemsize == 2 else 1e-5
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_too_many_bad_rows_are_named(backend: str, rule: str) -> None:
+    x = make_rows("normal", 11, 30, np.dtype(np.float32))
+    x[[1, 4, 5, 6, 7, 9], 3] = np.nan
+    with pytest.raises(
+        rk.NonFiniteError, match=r"rows hold NaN or Inf \(rows 1, 4, 5, 6, 7, 9\).*drop them, or raise f"
+    ) as error:
+        rk.aggregate(x, rule, f=3)
+    assert error.value.rows == (1, 4, 5, 6, 7, 9)
+
+
+def test_the_mean_lets_nan_through_and_says_so() -> None:
+    x = make_rows("normal", 5, 10, np.dtype(np.float32))
+    x[2, 3] = np.nan
+    x[4, 4] = np.inf
+    result, info = rk.mean(x, return_info=True)
+    assert np.isnan(result[3])
+    assert result[4] == np.inf
+    assert np.isfinite(np.delete(result, [3, 4])).all()
+    assert info.nonfinite_rows == (2, 4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("magnitude", [3e38, 1e-40])
+def test_any_finite_float32(backend: str, rule: str, magnitude: float) -> None:
+    base = make_rows("normal", 11, 30, np.dtype(np.float64))
+    base /= np.abs(base).max()
+    x = (base * magnitude).astype(np.float32)
+    got = rk.aggregate(x, rule, f=3)
+    if rule == "rfa":  # its nu is a length: not scale-equivariant
+        assert np.isfinite(got).all()
+        return
+    want = rk.aggregate(x.astype(np.float64), rule, f=3, backend="reference")
+    assert_close(got, want.astype(np.longdouble), x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("magnitude", [1e300, 1e-300, 1e-200])
+def test_any_finite_float64(backend: str, rule: str, magnitude: float) -> None:
+    """Squares overflow or vanish: the pass is done again, scaled by a power of two."""
+    power = 2.0 ** round(math.log2(magnitude))
+    base = make_rows("normal", 11, 30, np.dtype(np.float64))
+    got = rk.aggregate(base * power, rule, f=3)
+    if rule == "rfa":
+        assert np.isfinite(got).all()
+        return
+    want = rk.aggregate(base, rule, f=3)
+    np.testing.assert_allclose(got / power, want, rtol=1e-9, atol=1e-12)
+
+
+def test_huge_attackers_among_ordinary_float64_rows_are_out_of_reach(backend: str) -> None:
+    x = make_rows("normal", 11, 30, np.dtype(np.float64))
+    want = rk.aggregate(x[3:], "mean")
+    x[:3] = 1e300
+    for rule in ("ctma(median)", "ctma(geometric_median)", "multi_krum"):
+        result, info = rk.aggregate(x, rule, f=3, return_info=True)
+        np.testing.assert_allclose(result, want, rtol=1e-12)
+        assert info.kept.tolist() == [False] * 3 + [True] * 8
+        assert np.isinf(info.sq_distances[:3]).all()
+
+
+# ---- exact cuts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["ctma(median)", "ctma(mean)", "ctma(geometric_median)"])
+def test_equal_distances_go_to_the_lowest_index(backend: str, dtype: np.dtype[Any], rule: str) -> None:
+    """Rows mirrored at the anchor: exactly n-f are kept, the first of the equal ones."""
+    v = np.random.default_rng(0).integers(1, 5, 40).astype(dtype)
+    x = np.stack([v, -v, 0 * v, v, -v, 0 * v])
+    for shift in range(6):
+        rows = np.roll(x, shift, axis=0)
+        _, info = rk.aggregate(rows, rule, f=2, return_info=True)
+        zeros = {i for i in range(6) if not rows[i].astype(float).any()}
+        others = [i for i in range(6) if i not in zeros]
+        assert set(np.flatnonzero(info.kept)) == zeros | set(others[:2])
+
+
+def test_ties_that_float64_sums_would_break_are_measured_again(backend: str) -> None:
+    """Rows with the same entries in another order are equally far; rounding must not choose among them."""
+    rng = np.random.default_rng(0)
+    v = (rng.standard_normal(3000) * np.exp(3 * rng.standard_normal(3000))).astype(np.float32)
+    for seed in range(5):
+        order = np.random.default_rng(seed)
+        far = [order.permutation(v) for _ in range(8)]
+        x = np.stack([*far, *([np.zeros_like(v)] * 9)])
+        _, info = rk.ctma(x, f=4, anchor="median", return_info=True)
+        assert np.flatnonzero(info.kept).tolist() == [0, 1, 2, 3, *range(8, 17)]
+
+
+def test_near_ties_go_to_the_truly_nearer_row(backend: str) -> None:
+    """Two distances that differ by less than a float64 sum can tell."""
+    d = 20000
+    rng = np.random.default_rng(3)
+    v = rng.standard_normal(d)
+    nearer = v.copy()
+    k = int(np.argmin(np.abs(v)))
+    nearer[k] *= 0.5  # changes the squared distance by about 1e-13 of it
+    for first, second, kept in ((v, nearer, 1), (nearer, v, 0)):
+        x = np.stack([rng.permutation(first), rng.permutation(second), np.zeros(d), np.zeros(d), np.zeros(d)])
+        _, info = rk.ctma(x, f=1, anchor="median", return_info=True)
+        assert bool(info.kept[kept])
+        assert not info.kept[1 - kept]
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "nnm | mean"])
+def test_copies_are_chosen_by_index(backend: str, rule: str) -> None:
+    x = make_rows("normal", 12, 30, np.dtype(np.float32))
+    x[[2, 5, 7, 9]] = x[2]
+    got = rk.aggregate(x, rule, f=3)
+    assert_close(got, slow(rule, x, 3), x)
+
+
+# ---- conditions and errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("f", "n"), [(3, 6), (1, 2), (5, 5)])
+def test_f_too_large(f: int, n: int) -> None:
+    with pytest.raises(ValueError, match=rf"trimmed_mean: 2\*f must be below n, .*got f={f} with n={n} rows"):
+        rk.trimmed_mean(np.ones((n, 3)), f=f)
+
+
+@pytest.mark.parametrize(
+    "rule", ["trimmed_mean", "krum", "multi_krum", "nnm | mean", "bucketing | mean", "ctma(median)"]
+)
+def test_f_missing(rule: str) -> None:
+    with pytest.raises(ValueError, match=r"f is required.*pass f= or delta="):
+        rk.aggregate(np.ones((5, 3)), rule)
+
+
+def test_f_of_a_bucketed_view_is_checked() -> None:
+    with pytest.raises(ValueError, match=r"trimmed_mean: 2\*f must be below n; got f=2 with n=4 rows"):
+        rk.aggregate(np.ones((12, 3)), "bucketing(size=3) | trimmed_mean", f=2)
+
+
+@pytest.mark.parametrize(("delta", "f"), [(0, 0), (0.29, 29), (0.2, 20), (0.499, 49), (0.3, 30)])
+def test_delta_stands_for_f(delta: float, f: int) -> None:
+    x = make_rows("normal", 100, 3, np.dtype(np.float64))
+    _, info = rk.trimmed_mean(x, delta=delta, return_info=True)
+    assert info.f == f
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"f": -1}, ValueError, "f at least 0; got f=-1"),
+        ({"f": 1.0}, TypeError, "f must be an integer; got float"),
+        ({"f": True}, TypeError, "f must be an integer; got bool"),
+        ({"f": 1, "delta": 0.1}, ValueError, "pass f or delta, not both"),
+        ({"delta": 0.5}, ValueError, "delta must satisfy 0 <= delta < 0.5; got 0.5"),
+        ({"delta": math.nan}, ValueError, "delta must satisfy"),
+        ({"delta": "a"}, TypeError, "delta must be a number; got str"),
+        ({"f": 1, "weights": [1, 2]}, ValueError, r"weights must have shape \(5,\).*got shape \(2,\)"),
+        ({"f": 1, "weights": [1, 1, -1, 1, 1]}, ValueError, "not negative; got -1.0 for row 2"),
+        ({"f": 1, "weights": [1, 1, 1, np.nan, 1]}, ValueError, "finite and not negative; got nan for row 3"),
+        ({"f": 1, "weights": [0, 0, 0, 0, 0]}, ValueError, "weights are all 0"),
+        ({"f": 1, "weights": ["a"] * 5}, TypeError, "weights must be numbers"),
+        ({"f": 1, "backend": "gpu"}, ValueError, "backend must be one of auto, cpp, numba, reference; got 'gpu'"),
+        ({"f": 1, "backend": 3}, TypeError, "backend must be a string; got int"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rk.aggregate(np.ones((5, 3)), "median", **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rk.Median("middle"), "median: even must be 'mean', 'low' or 'high'; got 'middle'"),
+        (lambda: rk.GeometricMedian(nu=-1), "geometric_median: nu must be a finite number of at least 0; got -1"),
+        (lambda: rk.GeometricMedian(nu=math.inf), "nu must be a finite number"),
+        (lambda: rk.GeometricMedian(max_iter=0), "max_iter must be None or an integer of at least 1; got 0"),
+        (lambda: rk.GeometricMedian(start="median"), "start must be 'mean' or 'zero'; got 'median'"),
+        (lambda: rk.Krum(0), "krum: neighbours must be None or an integer of at least 1; got 0"),
+        (lambda: rk.MultiKrum(0), "multi_krum: m must be None or an integer of at least 1; got 0"),
+        (lambda: rk.Bucketing(0), "bucketing: size must be None or an integer of at least 1; got 0"),
+        (lambda: rk.Bucketing(seed=-1), "bucketing: seed must be an integer of at least 0; got -1"),
+        (lambda: rk.CTMA(rk.NNM()), "nnm only mixes the rows; end it with a rule that combines them"),
+        (lambda: rk.Median() | rk.Krum(), "median leaves one row, so it must be the last rule of a chain"),
+        (lambda: rk.krum(np.ones((4, 2)), f=1, neighbours=4), "krum: neighbours must be between 1 and n-1.*got 4"),
+        (lambda: rk.krum(np.ones((3, 2)), f=1), "krum: neighbours must be between 1 and n-1.*got 0 with n=3 rows, f=1"),
+        (
+            lambda: rk.multi_krum(np.ones((5, 2)), f=1, m=5),
+            "multi_krum: m must be at most n-f; got m=5 with n=5 rows, f=1",
+        ),
+    ],
+)
+def test_bad_parameters(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "f", "met"),
+    [
+        ("mean", 5, 0, True),
+        ("mean", 5, 1, False),
+        ("median", 5, 2, True),
+        ("median", 5, None, None),
+        ("krum", 7, 2, True),
+        ("krum", 6, 2, False),
+        ("ctma(krum)", 6, 2, False),
+        ("ctma(median)", 6, 2, True),
+        ("bucketing(size=3) | median", 12, 2, False),
+        ("bucketing | median", 20, 2, True),
+        ("nnm | krum", 7, 2, True),
+    ],
+)
+def test_bound_met(rule: str, n: int, f: int | None, met: bool | None) -> None:
+    _, info = rk.aggregate(make_rows("normal", n, 3, np.dtype(np.float64)), rule, f=f, return_info=True)
+    assert info.bound_met is met
+
+
+def test_bucketing_default_leaves_more_than_2f_buckets() -> None:
+    for n, f in itertools.product(range(3, 60), range(1, 12)):
+        if 2 * f < n:
+            assert rk.Bucketing().rows_after(n, f) > 2 * f
+
+
+# ---- defects of other packages (each one was found in a released library) ------------------------------------------
+
+
+def test_defect_1_krum_with_large_common_weights(backend: str) -> None:
+    """An uncentred float32 Gram is 605 % off here and picks the attackers."""
+    rng = np.random.default_rng(0)
+    n, f, d = 10, 3, 200_000
+    weights = rng.normal(0, 0.05, d).astype(np.float32)
+    x = weights + rng.normal(0, 3e-5, (n, d)).astype(np.float32)
+    x[:f] = weights + rng.normal(0, 6e-5, (f, d)).astype(np.float32)
+    for rule in ("krum", "multi_krum", "ctma(geometric_median)"):
+        _, info = rk.aggregate(x, rule, f=f, return_info=True)
+        assert not info.kept[:f].any()
+        g = rk.kernels.gram(x)
+        exact = ((x[4].astype(np.float64) - x[7]) ** 2).sum()
+        assert abs(g[4, 4] + g[7, 7] - 2 * g[4, 7] - exact) <= 1e-12 * exact
+
+
+def test_defect_2_nan_clients_win() -> None:
+    """See also `test_bad_rows_never_reach_the_result`: argmin over NaN returned the NaN client."""
+    x = make_rows("normal", 7, 5, np.dtype(np.float32))
+    for row in range(7):
+        y = x.copy()
+        y[row] = np.nan
+        for rule in ("krum", "median", "geometric_median", "ctma(median)"):
+            assert np.isfinite(rk.aggregate(y, rule, f=1)).all()
+
+
+def test_defect_3_trimmed_mean_is_no_sum_minus_extremes(backend: str) -> None:
+    x = make_rows("normal", 9, 100, np.dtype(np.float32))
+    want = rk.trimmed_mean(x, f=1)
+    x[np.argmax(x, axis=0), np.arange(100)] = 1e8
+    assert np.array_equal(rk.trimmed_mean(x, f=1), want)
+    x[np.argmax(x, axis=0), np.arange(100)] = np.inf
+    assert np.array_equal(rk.trimmed_mean(x, f=1), want)
+
+
+def test_defect_4_no_zero_times_infinity(backend: str) -> None:
+    x = make_rows("normal", 7, 20, np.dtype(np.float32))
+    x[3] = np.inf
+    assert np.isfinite(rk.ctma(x, f=1, anchor="median")).all()
+
+
+def test_defect_5_the_default_geometric_median_is_shift_equivariant(backend: str) -> None:
+    x = make_rows("normal", 9, 50, np.dtype(np.float64))
+    np.testing.assert_allclose(rk.geometric_median(x + 100) - 100, rk.geometric_median(x), atol=1e-12)
+    assert np.abs(rk.aggregate(x + 100, "rfa", f=1) - 100 - rk.aggregate(x, "rfa", f=1)).max() > 1e-3
+
+
+def test_defect_6_dtype_is_kept_and_inputs_are_not_written(dtype: np.dtype[Any]) -> None:
+    x = make_rows("normal", 9, 50, dtype)
+    before = x.tobytes()
+    x.flags.writeable = False
+    for rule in RULES:
+        assert rk.aggregate(x, rule, f=2).dtype == dtype
+    assert x.tobytes() == before
+
+
+def test_defect_7_more_than_96_rows(backend: str) -> None:
+    for n in (96, 97, 200):
+        x = make_rows("normal", n, 20, np.dtype(np.float32))
+        assert np.array_equal(rk.median(x), np.median(x, axis=0))
+
+
+def test_defect_9_extra_dimensions_are_part_of_a_row(backend: str) -> None:
+    x = make_rows("normal", 7, 6, np.dtype(np.float32))
+    for rule in RULES:
+        if "krum" in rule and "nnm" in rule:
+            continue
+        want = rk.aggregate(x, rule, f=1)
+        got = rk.aggregate(x.reshape(7, 2, 3), rule, f=1)
+        assert got.shape == (2, 3)
+        assert np.array_equal(got.reshape(-1), want)
+
+
+def test_defect_10_sums_keep_their_digits(backend: str) -> None:
+    """Many rows, and many columns: a float32 running sum of ones stops at 2^24."""
+    x = np.ones((2000, 3), dtype=np.float32) * np.float32(0.1)
+    assert np.array_equal(rk.mean(x), x[0])
+    tall = np.full((3, 1 << 22), 0.1, dtype=np.float32)
+    tall[2] = 0.2
+    _, distances = rk.kernels.select_columns(tall, (1, 2), distances=True)
+    exact = (float(np.float32(0.2)) - float(np.float32(0.1))) ** 2 * tall.shape[1]
+    np.testing.assert_allclose(distances, [0, 0, exact], rtol=1e-12)
