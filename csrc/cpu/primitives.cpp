@@ -456,7 +456,7 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
 template <class S>
 Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
   using C = ComputeOf<S>;
-  constexpr int64_t unroll = 4 * kDoubles;
+  constexpr int64_t lanes = Simd<C>::lanes, unroll = 4 * kDoubles;
   const int64_t n = rows.n, tile = max64(tile_columns(n, sizeof(C)), unroll);
   const Grid grid = streaming_grid(rows, tile);
   Workspace space;
@@ -484,11 +484,12 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
     const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
       for (int64_t i = 0; i < n_used; ++i) used_rows[i] = rows.data[segment * n + used[i]];
       const Rows part{used_rows, rows.offsets, 1, n_used, rows.dtype};
+      const int64_t padded = (columns + lanes - 1) / lanes * lanes;
       read_tile<S>(part, 0, first, columns, tile, buffer, src);
       for (int64_t r = 0; r < k; ++r) {
         const double* w = weights + r * n;
         int64_t j = 0;
-        for (; j + unroll <= columns; j += unroll) {
+        for (; j + unroll <= padded; j += unroll) {
           F64 sum[4] = {};
           for (int64_t i = 0; i < n_used; ++i) {
             const double weight = w[used[i]];
@@ -501,11 +502,11 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
           }
           for (int64_t v = 0; v < 4; ++v) store_rounded(sums + j + v * kDoubles, sum[v]);
         }
-        for (; j < columns; ++j) {
-          double sum = 0;
+        for (; j < padded; j += kDoubles) {
+          F64 sum = {};
           for (int64_t i = 0; i < n_used; ++i)
-            if (w[used[i]] != 0) sum += w[used[i]] * static_cast<double>(load_scalar(src[i] + j));
-          sums[j] = static_cast<C>(sum);
+            if (w[used[i]] != 0) sum = fmadd(F64{} + w[used[i]], load_double(src[i] + j), sum);
+          store_rounded(sums + j, sum);
         }
         narrow_run(sums, columns, rounded);
         memcpy(static_cast<S*>(out[segment * k + r]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
@@ -514,7 +515,9 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < grid.n_tasks; ++task)
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-        for (int64_t j = 0; j < count; j += tile) run_tile(segment, first + j, min64(tile, count - j));
+        const int64_t whole = count / lanes * lanes;
+        for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j));
+        if (whole < count) run_tile(segment, first + whole, count - whole);
       });
   }
   return Status::ok;

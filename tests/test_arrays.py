@@ -1,0 +1,241 @@
+"""Kinds of updates: what comes in goes out again, and what cannot be used is named."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from support import make_rows
+
+import robustkern as rk
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+TORCH_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+def as_torch(x: Any) -> Any:
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def test_numpy_array(dtype: np.dtype[Any]) -> None:
+    x = make_rows("normal", 5, 12, dtype)
+    for shape in ((5, 12), (5, 3, 4), (5, 12, 1), (5, 1, 2, 6)):
+        got = rk.median(x.reshape(shape))
+        assert type(got) is np.ndarray
+        assert got.dtype == dtype
+        assert got.shape == shape[1:]
+
+
+def test_torch_tensor_equals_numpy(dtype: np.dtype[Any]) -> None:
+    x = make_rows("normal", 9, 60, dtype)
+    for rule in ("median", "ctma(geometric_median)"):
+        got = rk.aggregate(as_torch(x).reshape(9, 5, 12), rule, f=2)
+        assert isinstance(got, torch.Tensor)
+        assert got.dtype == TORCH_DTYPES[dtype.name]
+        assert got.shape == (5, 12)
+        assert torch.equal(got.reshape(-1), as_torch(rk.aggregate(x, rule, f=2)))
+
+
+def test_torch_tensors_that_need_gradients_and_odd_strides() -> None:
+    x = make_rows("normal", 7, 24, np.dtype(np.float32))
+    want = rk.median(x)
+    t = torch.from_numpy(x).clone().requires_grad_()
+    got = rk.median(t)
+    assert not got.requires_grad
+    assert np.array_equal(got.numpy(), want)
+    transposed = torch.from_numpy(np.ascontiguousarray(x.T)).T
+    assert np.array_equal(rk.median(transposed).numpy(), want)
+    rows = [torch.from_numpy(np.repeat(row, 2))[::2] for row in x]
+    assert np.array_equal(rk.median(rows).numpy(), want)
+    half = transposed.to(torch.bfloat16)
+    assert torch.equal(rk.median(half), rk.median(half.contiguous()))
+
+
+def test_sequences_of_arrays() -> None:
+    x = make_rows("normal", 5, 12, np.dtype(np.float32))
+    want = rk.median(x)
+    assert np.array_equal(rk.median(list(x)), want)
+    assert np.array_equal(rk.median(tuple(x.reshape(5, 3, 4))), want.reshape(3, 4))
+    mixed_strides = [x[0], np.repeat(x[1], 2)[::2], x[2].copy(), np.asfortranarray(x[3]), x[4][::-1][::-1]]
+    assert np.array_equal(rk.median(mixed_strides), want)
+
+
+def test_noncontiguous_views_are_used_in_place() -> None:
+    """Rows cut out of a larger array: contiguous runs become segments, short ones are gathered."""
+    big = make_rows("normal", 7, 3 * 10 * 200, np.dtype(np.float32)).reshape(7, 3, 10, 200)
+    for view in (big[:, :, :, :150], big[:, :, 2:9], big[:, ::2], big[:, :, :, ::3], big[:, :, :, :5], big[:, ::-1, ::2, 3:-3]):
+        assert np.array_equal(rk.median(view), np.median(view, axis=0))
+        assert np.array_equal(rk.median(list(view)), np.median(view, axis=0))
+    same = np.broadcast_to(big[0], big.shape)
+    assert np.array_equal(rk.median(same), big[0])
+    column = np.broadcast_to(big[:, :, :, :1], big.shape)
+    assert np.array_equal(rk.median(column), np.median(column, axis=0))
+
+
+def test_read_only_and_memory_mapped(tmp_path: Any) -> None:
+    x = make_rows("normal", 5, 100, np.dtype(np.float32))
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    got = rk.ctma(mapped, f=1)
+    assert np.array_equal(got, rk.ctma(x, f=1))
+    rows = [np.frombuffer(row.tobytes(), dtype=np.float32) for row in x]
+    assert np.array_equal(rk.ctma(rows, f=1), got)
+
+
+def test_state_dicts_of_mixed_dtypes() -> None:
+    """Floats of several dtypes together, BatchNorm's counter as lower median, order and type of the dict kept."""
+    rng = np.random.default_rng(0)
+
+    def client(i: int) -> Any:
+        return collections.OrderedDict(
+            weight=torch.from_numpy(rng.standard_normal((4, 3)).astype(np.float32)),
+            half=torch.from_numpy(rng.standard_normal(7).astype(np.float16)),
+            brain=torch.randn(5, generator=torch.Generator().manual_seed(i)).to(torch.bfloat16),
+            empty=torch.zeros(0, 3),
+            num_batches_tracked=torch.tensor(100 + i),
+            mask=torch.tensor([i % 2 == 0, True]),
+        )
+
+    clients = [client(i) for i in range(6)]
+    result, info = rk.ctma(clients, f=2, return_info=True)
+    assert list(result) == list(clients[0])
+    assert type(result) is collections.OrderedDict
+    for key, value in result.items():
+        assert value.dtype == clients[0][key].dtype
+        assert value.shape == clients[0][key].shape
+    assert result["num_batches_tracked"] == 102
+    assert result["mask"].tolist() == [False, True]
+    assert info.d == 12 + 7 + 5
+    # The same as one float64 matrix, within the dtypes' rounding.
+    flat = np.stack([np.concatenate([c[k].double().numpy().ravel() for k in ("weight", "half", "brain")]) for c in clients])
+    want, want_info = rk.ctma(flat, f=2, return_info=True)
+    assert np.array_equal(info.kept, want_info.kept)
+    np.testing.assert_allclose(info.sq_distances, want_info.sq_distances, rtol=1e-9)
+    np.testing.assert_allclose(result["weight"].numpy().ravel(), want[:12], rtol=1e-6)
+
+
+def test_counters_survive_hostile_values() -> None:
+    rows = [{"w": np.ones(3), "n": np.array([5], dtype=np.int64)} for _ in range(5)]
+    rows[0]["n"][:] = np.iinfo(np.int64).min
+    rows[1]["n"][:] = np.iinfo(np.int64).max
+    assert rk.mean(rows)["n"].tolist() == [5]
+
+
+def test_only_counters() -> None:
+    assert rk.median([{"n": np.array([i])} for i in (3, 1, 2)])["n"].tolist() == [2]
+
+
+def test_no_columns() -> None:
+    for rule in ("mean", "median", "ctma(median)", "ctma(geometric_median)", "nnm | krum(neighbours=1)"):
+        assert rk.aggregate(np.zeros((5, 0), dtype=np.float32), rule, f=1).shape == (0,)
+
+
+def test_one_row() -> None:
+    x = make_rows("normal", 1, 9, np.dtype(np.float64))
+    for rule in ("mean", "median", "trimmed_mean", "geometric_median", "ctma(median)", "nnm | mean", "bucketing | mean"):
+        assert np.array_equal(rk.aggregate(x, rule, f=0), x[0])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_out(library: str) -> None:
+    x = make_rows("normal", 5, 12, np.dtype(np.float32))
+    updates: Any = torch.from_numpy(x) if library == "torch" else x
+    out: Any = torch.zeros(12) if library == "torch" else np.zeros(12, dtype=np.float32)
+    result = rk.median(updates, out=out)
+    assert result is out
+    assert np.array_equal(np.asarray(out), rk.median(x))
+    trees = [{"a": u[:5], "b": u[5:]} for u in updates]
+    target = {"a": out[:5], "b": out[5:]}
+    out[:] = 0
+    assert rk.median(trees, out=target)["a"] is target["a"]
+    assert np.array_equal(np.asarray(out), rk.median(x))
+
+
+X = np.ones((3, 4), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("updates", "error", "message"),
+    [
+        ([], ValueError, "expected between 1 and 65535 rows; got 0"),
+        (np.ones((0, 4)), ValueError, "expected between 1 and 65535 rows; got 0"),
+        (np.ones(4), ValueError, r"at least 2 axes; got shape \(4,\) .*pass x\[:, None\]"),
+        ({"a": X}, TypeError, "updates is dict; expected an array of shape"),
+        ("abc", TypeError, "updates is str; expected an array"),
+        (None, TypeError, "updates is NoneType"),
+        (iter([X[0]]), TypeError, "expected an array of shape .* or a list"),
+        (X.astype(int), TypeError, r"updates has dtype int64; expected float16, bfloat16, float32 or float64 \(convert"),
+        (X.astype(complex), TypeError, "updates has dtype complex128"),
+        (X.astype(object), TypeError, "updates has dtype object"),
+        (X.astype(">f4"), TypeError, "updates has dtype >f4; .*swap its bytes"),
+        (X.astype(np.longdouble), TypeError, "expected float16, bfloat16, float32 or float64"),
+        (np.ma.masked_array(X), TypeError, r"masked array, whose mask would be lost \(pass x.filled"),
+        ([X[0], X[1][:3]], ValueError, r"row 1 has shape \(3,\) and dtype float32; row 0 has shape \(4,\)"),
+        ([X[0], X[1].astype(np.float64)], ValueError, "row 1 has shape .* and dtype float64; row 0 .* dtype float32"),
+        ([X[0], torch.ones(4)], TypeError, "row 1.* is a torch array, row 0 a numpy array"),
+        ([{"a": X[0]}, {"b": X[0]}], ValueError, r"row 1 lacks the leaves \['a'\], has the unexpected leaves \['b'\]"),
+        ([{"a": X[0]}, {"a": [X[0]]}], ValueError, "row 1 lacks the leaves"),
+        ([{"a": X[0]}, {"a": X[0][:2]}], ValueError, r"row 1, leaf \['a'\] has shape \(2,\)"),
+        ([{"a": 1.0}, {"a": 2.0}], TypeError, r"row 0, leaf \['a'\] is float; expected a NumPy array"),
+        ([{"a": "x"}], TypeError, r"row 0, leaf \['a'\] is str"),
+        ([{}, {}], ValueError, "row 0 holds no arrays"),
+        ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes NumPy and torch leaves"),
+        (torch.ones(3, 4, dtype=torch.complex64), TypeError, "updates has dtype torch.complex64"),
+        (torch.ones(3, 4).to_sparse(), TypeError, r"layout torch.sparse_coo; expected a dense one \(pass x.to_dense"),
+        (torch.ones(3, 4, device="meta"), ValueError, r"on device meta; this version aggregates on the CPU \(pass x.cpu"),
+    ],
+)
+def test_unusable_updates(updates: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rk.median(updates)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (np.zeros(3, dtype=np.float32), ValueError, r"out has shape \(3,\) and dtype float32; expected shape \(4,\)"),
+        (np.zeros(4), ValueError, "out has shape .* dtype float64; expected .* dtype float32"),
+        (np.zeros(8, dtype=np.float32)[::2], ValueError, "out must be contiguous, aligned and writeable"),
+        (X[0], ValueError, "out shares memory with the updates"),
+        (torch.zeros(4), TypeError, "out is Tensor .*; expected a numpy array"),
+        ([0.0] * 4, TypeError, "out is list; expected a numpy array"),
+    ],
+)
+def test_unusable_out(out: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rk.median(X, out=out)
+
+
+def test_out_tree_of_another_structure() -> None:
+    with pytest.raises(ValueError, match=r"out lacks the leaves \['a'\]"):
+        rk.median([{"a": X[0]}] * 3, out={"c": X[0].copy()})
+
+
+def test_primitives_take_updates_too() -> None:
+    x = make_rows("normal", 7, 30, np.dtype(np.float32))
+    value, distances = rk.kernels.select_columns(torch.from_numpy(x), (2, 5), distances=True)
+    np.testing.assert_allclose(value.numpy(), np.sort(x, axis=0)[2:5].mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(distances, rk.kernels.row_sq_distances(x, value.numpy()), rtol=1e-12)
+    np.testing.assert_allclose(rk.kernels.weighted_row_sum(x, np.full(7, 1 / 7)), x.mean(axis=0), rtol=1e-5, atol=1e-6)
+    assert rk.kernels.gram(x, origin=True).shape == (8, 8)
+    with pytest.raises(ValueError, match=r"window must satisfy 0 <= lo < hi <= n; got \(3, 3\) with n=7 rows"):
+        rk.kernels.select_columns(x, (3, 3))
+    with pytest.raises(ValueError, match="weights must be 7 finite numbers, one for each row; got shape"):
+        rk.kernels.weighted_row_sum(x, np.ones(6))
+    with pytest.raises(ValueError, match="scale must be a power of two; got 3"):
+        rk.kernels.gram(x, scale=3)
+    with pytest.raises(TypeError, match=r"gram: leaf \['n'\] has dtype int64; the primitives take floating-point leaves"):
+        rk.kernels.gram([{"n": np.arange(3)}] * 3)
+    with pytest.raises(ValueError, match="row 7 has shape"):
+        rk.kernels.row_sq_distances(x, x[0, :3])

@@ -1,0 +1,223 @@
+"""The column-block law, the number of reads, 64-bit sizes, bounded memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import make_rows, one_row
+from test_rules import RULES
+
+import robustkern as rk
+from robustkern import _registry
+from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
+
+
+def cut(x: NDArray[Any], borders: list[int]) -> Rows:
+    """Present the rows as one segment for each part between borders."""
+    n, d = x.shape
+    ends = [*borders, d]
+    starts = [0, *borders]
+    base = Rows.of(x).addresses[0]
+    addresses = np.stack([base + np.uint64(s * x.itemsize) for s in starts])
+    return Rows(addresses, np.array([0, *ends], dtype=np.int64), x.dtype, x)
+
+
+@pytest.mark.parametrize("borders", [[0], [1], [64], [7, 8, 9, 500], [0, 0, 3, 3, 999], list(range(1, 1000, 3))])
+def test_segments_are_columns(kernels: Kernels, dtype: np.dtype[Any], borders: list[int]) -> None:
+    """Selections and weighted sums concatenate to the same bits; Grams and distances add up."""
+    x = make_rows("nan", 7, 1000, dtype)
+    segmented = cut(x, borders)
+    for window in (Window(3, 4), Window(2, 5)):
+        want, whole_out = one_row(1000, dtype)
+        whole = kernels.select_columns(Rows.of(x), window, out=whole_out, distances=True)
+        got = np.full((1, 1000), 77, dtype=dtype)
+        parts = kernels.select_columns(segmented, window, out=cut(got, borders), distances=True)
+        assert np.array_equal(got[0].astype(float), want.astype(float), equal_nan=True)
+        assert np.array_equal(parts.nonfinite, whole.nonfinite)
+        np.testing.assert_allclose(parts.sq_distances, whole.sq_distances, rtol=1e-13)
+    y = make_rows("normal", 7, 1000, dtype)
+    np.testing.assert_allclose(kernels.gram(cut(y, borders)), kernels.gram(Rows.of(y)), rtol=1e-12, atol=1e-10)
+    np.testing.assert_allclose(
+        kernels.row_sq_distances(cut(y, borders), cut(y, borders).take([4])),
+        kernels.row_sq_distances(Rows.of(y), Rows.of(y[4:5])),
+        rtol=1e-15,
+    )
+    out = np.zeros((2, 1000), dtype=dtype)
+    want_out = np.zeros((2, 1000), dtype=dtype)
+    weights = np.random.default_rng(0).random((2, 7))
+    kernels.weighted_row_sum(cut(y, borders), weights, cut(out, borders))
+    kernels.weighted_row_sum(Rows.of(y), weights, Rows.of(want_out))
+    assert np.array_equal(out, want_out)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_pytrees_and_strided_rows_are_columns(rule: str) -> None:
+    x = make_rows("normal", 11, 600, np.dtype(np.float64))
+    want = rk.aggregate(x, rule, f=2)
+    trees = [{"a": row[:1], "b": [row[1:100].reshape(9, 11), row[100:300]], "c": row[300:]} for row in x]
+    got = rk.aggregate(trees, rule, f=2)
+    flat = np.concatenate([got["a"], got["b"][0].ravel(), got["b"][1], got["c"]])
+    np.testing.assert_allclose(flat, want, rtol=1e-11, atol=1e-13)
+    for strided in (np.asfortranarray(x), np.repeat(x, 3, axis=1)[:, ::3], x[:, ::-1][:, ::-1], x[:, ::-1].copy()[:, ::-1]):
+        np.testing.assert_allclose(rk.aggregate(strided, rule, f=2), want, rtol=1e-11, atol=1e-13)
+
+
+# ---- reads -------------------------------------------------------------------------------------------------------
+
+
+class Counting:
+    """Counts the calls and the bytes they read."""
+
+    def __init__(self, inner: Kernels) -> None:
+        self.inner, self.name = inner, inner.name
+        self.calls: list[str] = []
+        self.nbytes = 0
+
+    def select_columns(self, rows: Rows, window: Window, **options: Any) -> Selected:
+        self.calls.append("select_columns")
+        self.nbytes += rows.nbytes
+        return self.inner.select_columns(rows, window, **options)
+
+    def gram(self, rows: Rows, **options: Any) -> Matrix:
+        self.calls.append("gram")
+        self.nbytes += rows.nbytes
+        return self.inner.gram(rows, **options)
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, **options: Any) -> Vector:
+        self.calls.append("row_sq_distances")
+        self.nbytes += rows.nbytes
+        return self.inner.row_sq_distances(rows, centre, **options)
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        self.calls.append("weighted_row_sum")
+        self.nbytes += rows.nbytes * int((weights != 0).any(axis=0).sum()) // rows.n
+        self.inner.weighted_row_sum(rows, weights, out)
+
+
+@pytest.mark.parametrize(
+    ("rule", "calls", "reads"),
+    [
+        ("mean", ["weighted_row_sum"], 1),
+        ("median", ["select_columns"], 1),
+        ("trimmed_mean", ["select_columns"], 1),
+        ("ctma(median)", ["select_columns", "weighted_row_sum"], 1.8),
+        ("geometric_median", ["gram", "weighted_row_sum"], 2),
+        ("rfa", ["gram", "weighted_row_sum"], 2),
+        ("krum", ["gram", "weighted_row_sum"], 1.05),
+        ("multi_krum", ["gram", "weighted_row_sum"], 1.8),
+        ("ctma(geometric_median)", ["gram", "weighted_row_sum"], 1.8),
+        ("nnm | median", ["gram", "select_columns"], 2),
+        ("bucketing | median", ["select_columns"], 1),
+        ("bucketing | ctma(median)", ["select_columns", "weighted_row_sum"], 2),
+        ("nnm | ctma(geometric_median)", ["gram", "weighted_row_sum"], 2),
+        ("bucketing | nnm | ctma(ctma(geometric_median))", ["gram", "weighted_row_sum"], 2),
+        ("ctma(nnm | ctma(krum))", ["gram", "weighted_row_sum"], 1.8),
+    ],
+)
+def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: list[str], reads: float) -> None:
+    x = make_rows("normal", 20, 5000, np.dtype(np.float32))
+    counting = Counting(_registry.load_backend("reference"))
+    monkeypatch.setitem(_registry._loaded, "reference", counting)
+    _, info = rk.aggregate(x, rule, f=4, backend="reference", return_info=True)
+    assert counting.calls == calls
+    assert counting.nbytes <= reads * x.nbytes
+    assert info.backend == "reference"
+
+
+# ---- reproducible bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [9, 40, 150])
+def test_bits_do_not_depend_on_threads(backend: str, dtype: np.dtype[Any], n: int) -> None:
+    if backend == "reference":
+        pytest.skip("the reference has no threads")
+    x = make_rows("normal", n, 400_000 // n + 13, dtype)
+    for rule in ("mean", "ctma(median)", "ctma(geometric_median)", "nnm | trimmed_mean"):
+        results = []
+        for threads in (1, 2, 3, 7):
+            rk.set_num_threads(threads)
+            value, info = rk.aggregate(x, rule, f=n // 5, return_info=True)
+            results.append((value.tobytes(), b"" if info.sq_distances is None else info.sq_distances.tobytes()))
+        assert len(set(results)) == 1, rule
+    grams = []
+    for threads in (1, 2, 5, 5):
+        rk.set_num_threads(threads)
+        grams.append(rk.kernels.gram(x).tobytes())
+    assert len(set(grams)) == 1
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_beyond_2_to_the_31_columns_in_a_sparse_file(fast: Kernels, tmp_path: Path) -> None:
+    """Two rows of 2^31 + 96 float16 values, overlapping in one sparse file; what counts lies beyond 2^31."""
+    if fast.name == "cpp" and getattr(fast, "isa", "") != rk.info()["isa"]:
+        pytest.skip("once: the code that counts columns is the same for every instruction set")
+    if fast.name == "numba":
+        pytest.skip("once: see the segments below")
+    d = 2**31 + 96
+    path = tmp_path / "sparse.f16"
+    with path.open("wb") as file:
+        file.truncate(2 * (d + 1))
+    memory = np.memmap(path, dtype=np.float16, mode="r+")
+    memory[-50:-10] = 3
+    first, second = memory[:d], memory[1 : d + 1]
+    rows = Rows.of([first, second])
+    difference = float(((first[-100:].astype(float) - second[-100:].astype(float)) ** 2).sum())
+    assert difference == 18
+    g = fast.gram(rows)
+    assert g[0, 0] + g[1, 1] - 2 * g[0, 1] == difference
+    assert fast.row_sq_distances(rows, rows.take([0])).tolist() == [0, difference]
+    found = fast.select_columns(rows, Window(0, 1), distances=True)
+    assert found.sq_distances is not None
+    assert found.sq_distances.sum() == difference
+
+
+def test_beyond_2_to_the_31_columns_in_segments(fast: Kernels) -> None:
+    """2^31 + 2^20 columns that are the same memory again and again, outputs too."""
+    piece, segments = 1 << 20, 2049
+    x = np.ones((1, piece), dtype=np.float16)
+    out = np.zeros((1, piece), dtype=np.float16)
+    offsets = np.arange(segments + 1, dtype=np.int64) * piece
+    rows = Rows(np.repeat(Rows.of(x).addresses, segments, axis=0), offsets, x.dtype, x)
+    target = Rows(np.repeat(Rows.of(out).addresses, segments, axis=0), offsets, out.dtype, out)
+    assert rows.d > 2**31
+    if fast.name == "cpp":
+        fast.weighted_row_sum(rows, np.array([[2.0]]), target)
+        assert (out == 2).all()
+        zero = np.zeros((1, piece), dtype=np.float16)
+        centre = Rows(np.repeat(Rows.of(zero).addresses, segments, axis=0), offsets, zero.dtype, zero)
+        assert fast.row_sq_distances(rows, centre)[0] == rows.d
+    else:
+        assert fast.gram(rows, origin=True)[1, 1] == rows.d
+
+
+def test_extra_memory_is_small() -> None:
+    """A rule may need 2 % of the input besides the result, by the operating system's own accounting."""
+    if sys.platform != "linux":
+        pytest.skip("reads /proc/self/status")
+    script = """
+import sys, numpy as np, robustkern as rk
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+x = np.ones((50, 4_000_000), dtype=np.float32)
+x[:] = np.random.default_rng(0).standard_normal(4_000_000, dtype=np.float32)
+x *= np.arange(1, 51, dtype=np.float32)[:, None]
+out = np.zeros(4_000_000, dtype=np.float32)
+rk.aggregate(x[:, :1000], sys.argv[1], f=10)
+before = peak()
+rk.aggregate(x, sys.argv[1], f=10, out=out)
+print((peak() - before) / x.nbytes)
+"""
+    for rule in ("mean", "median", "ctma(median)", "geometric_median", "nnm | trimmed_mean", "ctma(geometric_median)"):
+        done = subprocess.run([sys.executable, "-c", script, rule], capture_output=True, text=True, check=True)
+        assert float(done.stdout) <= 0.02, (rule, done.stdout)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
