@@ -46,7 +46,8 @@ struct Kernels {
   // (m, m) inner products, m = n + origin, of the rows minus their column-wise lower median, times
   // scale; the origin is one more row of zeros. Products and sums in float64. Rows that hold a NaN or
   // Inf get NaN in their row and column of the result.
-  Status (*gram)(const Rows&, bool origin, double scale, double* out, int threads);
+  // multiplicities (n) or null: as in Select, for the median.
+  Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, double* out, int threads);
   // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last
   // bit but for rounding of about 1e-30. A NaN or Inf in the row or the centre gives NaN or Inf.
   Status (*row_sq_distances)(const Rows&, const void* const* centre, double scale, double* out, int threads);

@@ -28,6 +28,7 @@ def gram(
     data: NDArray[uint64],
     offsets: NDArray[int64],
     dtype: int,
+    multiplicities: NDArray[int64] | None,
     origin: bool,
     scale: float,
     out: NDArray[float64],

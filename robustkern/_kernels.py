@@ -177,13 +177,22 @@ class Kernels(Protocol):
         and do not overflow. One read of the data; extra memory of one column tile per thread.
         """
 
-    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+    def gram(
+        self,
+        rows: Rows,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        origin: bool = False,
+        scale: float = 1.0,
+    ) -> Matrix:
         """Inner products of the rows centred on their column-wise lower median.
 
         Parameters
         ----------
         rows : Rows
             n rows of d columns.
+        multiplicities : (n,) int64, optional
+            For the median a row stands for so many equal ones: many rows of little weight cannot move the centre.
         origin : bool
             Append the origin as one more row (after centring it is minus the median).
         scale : float

@@ -55,11 +55,9 @@ _warned = False
 def _load(backend: Backend) -> Kernels | str:
     if backend.name not in _loaded:
         try:
-            module = importlib.import_module(backend.module)
+            _loaded[backend.name] = importlib.import_module(backend.module).load()
         except ImportError as error:
             _loaded[backend.name] = f"{error} ({backend.remedy})"
-        else:
-            _loaded[backend.name] = module.load()
     return _loaded[backend.name]
 
 

@@ -74,7 +74,14 @@ def test_sequences_of_arrays() -> None:
 def test_noncontiguous_views_are_used_in_place() -> None:
     """Rows cut out of a larger array: contiguous runs become segments, short ones are gathered."""
     big = make_rows("normal", 7, 3 * 10 * 200, np.dtype(np.float32)).reshape(7, 3, 10, 200)
-    for view in (big[:, :, :, :150], big[:, :, 2:9], big[:, ::2], big[:, :, :, ::3], big[:, :, :, :5], big[:, ::-1, ::2, 3:-3]):
+    for view in (
+        big[:, :, :, :150],
+        big[:, :, 2:9],
+        big[:, ::2],
+        big[:, :, :, ::3],
+        big[:, :, :, :5],
+        big[:, ::-1, ::2, 3:-3],
+    ):
         assert np.array_equal(rk.median(view), np.median(view, axis=0))
         assert np.array_equal(rk.median(list(view)), np.median(view, axis=0))
     same = np.broadcast_to(big[0], big.shape)
@@ -118,7 +125,9 @@ def test_state_dicts_of_mixed_dtypes() -> None:
     assert result["mask"].tolist() == [False, True]
     assert info.d == 12 + 7 + 5
     # The same as one float64 matrix, within the dtypes' rounding.
-    flat = np.stack([np.concatenate([c[k].double().numpy().ravel() for k in ("weight", "half", "brain")]) for c in clients])
+    flat = np.stack(
+        [np.concatenate([c[k].double().numpy().ravel() for k in ("weight", "half", "brain")]) for c in clients]
+    )
     want, want_info = rk.ctma(flat, f=2, return_info=True)
     assert np.array_equal(info.kept, want_info.kept)
     np.testing.assert_allclose(info.sq_distances, want_info.sq_distances, rtol=1e-9)
@@ -143,7 +152,15 @@ def test_no_columns() -> None:
 
 def test_one_row() -> None:
     x = make_rows("normal", 1, 9, np.dtype(np.float64))
-    for rule in ("mean", "median", "trimmed_mean", "geometric_median", "ctma(median)", "nnm | mean", "bucketing | mean"):
+    for rule in (
+        "mean",
+        "median",
+        "trimmed_mean",
+        "geometric_median",
+        "ctma(median)",
+        "nnm | mean",
+        "bucketing | mean",
+    ):
         assert np.array_equal(rk.aggregate(x, rule, f=0), x[0])
 
 
@@ -175,7 +192,11 @@ X = np.ones((3, 4), dtype=np.float32)
         ("abc", TypeError, "updates is str; expected an array"),
         (None, TypeError, "updates is NoneType"),
         (iter([X[0]]), TypeError, "expected an array of shape .* or a list"),
-        (X.astype(int), TypeError, r"updates has dtype int64; expected float16, bfloat16, float32 or float64 \(convert"),
+        (
+            X.astype(int),
+            TypeError,
+            r"updates has dtype int64; expected float16, bfloat16, float32 or float64 \(convert",
+        ),
         (X.astype(complex), TypeError, "updates has dtype complex128"),
         (X.astype(object), TypeError, "updates has dtype object"),
         (X.astype(">f4"), TypeError, "updates has dtype >f4; .*swap its bytes"),
@@ -193,7 +214,11 @@ X = np.ones((3, 4), dtype=np.float32)
         ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes NumPy and torch leaves"),
         (torch.ones(3, 4, dtype=torch.complex64), TypeError, "updates has dtype torch.complex64"),
         (torch.ones(3, 4).to_sparse(), TypeError, r"layout torch.sparse_coo; expected a dense one \(pass x.to_dense"),
-        (torch.ones(3, 4, device="meta"), ValueError, r"on device meta; this version aggregates on the CPU \(pass x.cpu"),
+        (
+            torch.ones(3, 4, device="meta"),
+            ValueError,
+            r"on device meta; this version aggregates on the CPU \(pass x.cpu",
+        ),
     ],
 )
 def test_unusable_updates(updates: Any, error: type[Exception], message: str) -> None:
@@ -235,7 +260,9 @@ def test_primitives_take_updates_too() -> None:
         rk.kernels.weighted_row_sum(x, np.ones(6))
     with pytest.raises(ValueError, match="scale must be a power of two; got 3"):
         rk.kernels.gram(x, scale=3)
-    with pytest.raises(TypeError, match=r"gram: leaf \['n'\] has dtype int64; the primitives take floating-point leaves"):
+    with pytest.raises(
+        TypeError, match=r"gram: leaf \['n'\] has dtype int64; the primitives take floating-point leaves"
+    ):
         rk.kernels.gram([{"n": np.arange(3)}] * 3)
     with pytest.raises(ValueError, match="row 7 has shape"):
         rk.kernels.row_sq_distances(x, x[0, :3])

@@ -65,7 +65,12 @@ def test_pytrees_and_strided_rows_are_columns(rule: str) -> None:
     got = rk.aggregate(trees, rule, f=2)
     flat = np.concatenate([got["a"], got["b"][0].ravel(), got["b"][1], got["c"]])
     np.testing.assert_allclose(flat, want, rtol=1e-11, atol=1e-13)
-    for strided in (np.asfortranarray(x), np.repeat(x, 3, axis=1)[:, ::3], x[:, ::-1][:, ::-1], x[:, ::-1].copy()[:, ::-1]):
+    for strided in (
+        np.asfortranarray(x),
+        np.repeat(x, 3, axis=1)[:, ::3],
+        x[:, ::-1][:, ::-1],
+        x[:, ::-1].copy()[:, ::-1],
+    ):
         np.testing.assert_allclose(rk.aggregate(strided, rule, f=2), want, rtol=1e-11, atol=1e-13)
 
 

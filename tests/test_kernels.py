@@ -208,6 +208,22 @@ def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: s
         assert (np.abs(inner - want) <= 1e-13 * np.outer(lengths, lengths) + 1e-300).all()
 
 
+def test_gram_with_multiplicities_is_centred_on_the_weighted_median(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    for n, d in [(3, 5), (9, 70), (140, 33)]:
+        x = make_rows("nan", n, d, dtype, seed=n)
+        m = np.random.default_rng(n).integers(0, 9, n)
+        m[0] += 1
+        middle = (int(m.sum()) - 1) // 2
+        got = kernels.gram(Rows.of(x), multiplicities=m, origin=True)
+        finite = np.append(np.isfinite(x.astype(float)).all(axis=1), True)
+        centre = oracle_select(x, Window(middle, middle + 1), m)
+        centre[~np.isfinite(centre)] = 0
+        y = np.vstack([x.astype(np.longdouble), np.zeros((1, d))])[finite] - centre
+        want = (y @ y.T).astype(np.float64)
+        np.testing.assert_allclose(got[np.ix_(finite, finite)], want, rtol=1e-12, atol=1e-12 * np.abs(want).max())
+        assert np.isnan(got[~finite]).all()
+
+
 def test_equal_rows_have_equal_products(kernels: Kernels, dtype: np.dtype[Any]) -> None:
     """Copies of a row are found at distance exactly 0, wherever they stand."""
     for n, d in [(5, 100), (13, 333), (140, 600)]:

@@ -39,8 +39,12 @@ def spread(x: Array) -> float:
 def unambiguous(rule: str, x: Array, f: int) -> bool:
     """Tell whether a rule that picks rows has no near ties to pick among: then it must not depend on rounding."""
     base = rk.aggregate(x, rule, f=f)
-    noise = np.random.default_rng(0).standard_normal(x.shape) * 1e-9 * spread(x)
-    return bool(np.abs(rk.aggregate(x + noise, rule, f=f) - base).max() < 1e-5 * spread(x))
+    for seed in range(4):
+        noise = np.random.default_rng(seed).standard_normal(x.shape) * 1e-9 * spread(x)
+        for moved in (x + noise, x - noise):
+            if np.abs(rk.aggregate(moved, rule, f=f) - base).max() >= 1e-5 * spread(x):
+                return False
+    return True
 
 
 def applicable(rule: str, n: int, f: int) -> bool:
@@ -54,7 +58,7 @@ def test_permutation(case: tuple[Array, int], rule: str, backend: str, random: A
     order = list(range(len(x)))
     random.shuffle(order)
     got, want = (rk.aggregate(y, rule, f=f, backend=backend) for y in (x[order], x))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-7 * spread(x))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * spread(x))
 
 
 @given(rows_and_f(), st.sampled_from(RULES), st.sampled_from(BACKENDS), st.floats(-1e3, 1e3))
@@ -65,7 +69,7 @@ def test_translation(case: tuple[Array, int], rule: str, backend: str, shift: fl
     assume(unambiguous(rule, moved, f))
     got = rk.aggregate(moved, rule, f=f, backend=backend) - shift
     np.testing.assert_allclose(
-        got, rk.aggregate(x, rule, f=f, backend=backend), rtol=0, atol=1e-6 * spread(x) + 1e-9 * abs(shift)
+        got, rk.aggregate(x, rule, f=f, backend=backend), rtol=1e-14, atol=1e-6 * spread(x) + 1e-9 * abs(shift)
     )
 
 

@@ -57,7 +57,10 @@ def test_text_form(text: str, rule: rk.Rule, printed: str) -> None:
         ("", "not in Python call syntax"),
         ("median(", "not in Python call syntax"),
         ("nnm", "nnm only mixes the rows; end it with a rule that combines them, e.g. 'nnm | mean'"),
-        ("median | krum", "median leaves one row, so it must be the last rule of a chain; only bucketing, nnm may come"),
+        (
+            "median | krum",
+            "median leaves one row, so it must be the last rule of a chain; only bucketing, nnm may come",
+        ),
         ("median(odd=1)", r"median: .*unexpected keyword argument 'odd' \(its parameters: even\)"),
         ("mean(1)", "mean: .*its parameters: none"),
         ("median(**{})", r"'\*\*' is not understood"),
@@ -164,7 +167,11 @@ def test_a_missing_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
 def test_isa_by_environment(isa: str) -> None:
     code = "import robustkern as rk, numpy as np; print(rk.info()['isa'], rk.median(np.eye(5))[0])"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "ROBUSTKERN_ISA": isa}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "ROBUSTKERN_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.split() == [isa, "0.0"]
 

@@ -328,6 +328,26 @@ def test_a_split_residue_is_dropped() -> None:
     assert np.isfinite(result).all()
 
 
+@pytest.mark.parametrize("rule", ["geometric_median", "median", "trimmed_mean", "ctma(geometric_median)"])
+def test_many_rows_of_little_weight_cost_no_digits(backend: str, rule: str) -> None:
+    """Most rows are hostile and far away, but carry little of the weight."""
+    x = make_rows("normal", 12, 40, np.dtype(np.float64))
+    weights = np.where(np.arange(12) < 8, 0.05, 1.0)
+    near = x.copy()
+    near[:8] *= 10
+    results = []
+    for far in (1e6, 1e12):
+        y = near.copy()
+        y[:8] = far
+        results.append(rk.aggregate(y, rule, f=3, weights=weights))
+    np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5)
+    honest = x[8:]
+    assert (np.abs(results[1] - honest.mean(axis=0)) < 5).all()
+    zero = np.where(np.arange(12) < 8, 0.0, np.arange(12.0))
+    got = rk.aggregate(y, rule, f=0, weights=zero)
+    assert_close(got, rk.aggregate(honest, rule, f=0, weights=zero[8:]).astype(np.longdouble), honest, terms=12)
+
+
 @pytest.mark.parametrize("rule", ["krum", "multi_krum", "nnm | median", "bucketing | median", "ctma(nnm | median)"])
 def test_rules_without_a_weighted_form_say_so(rule: str) -> None:
     x = make_rows("normal", 9, 4, np.dtype(np.float64))

@@ -93,16 +93,19 @@ void select_columns(const std::string& isa, Addresses data, Offsets offsets, int
   check(status);
 }
 
-void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype, bool origin, double scale,
-          Array<double, 2> out, int threads) {
+void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype,
+          std::optional<Array<const std::int64_t, 1>> multiplicities, bool origin, double scale, Array<double, 2> out,
+          int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
   const std::size_t m = data.shape(1) + (origin ? 1 : 0);
   require(out.shape(0) == m && out.shape(1) == m, "out must be square, one row for each row and the origin");
+  require(!multiplicities || multiplicities->shape(0) == data.shape(1), "one multiplicity for each row");
   rk::Status status;
   {
     nb::gil_scoped_release release;
-    status = table.gram(rows, origin, scale, out.data(), threads_for(rows, threads));
+    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, out.data(),
+                        threads_for(rows, threads));
   }
   check(status);
 }
@@ -155,8 +158,8 @@ NB_MODULE(_cpu, m) {
         "hi"_a, "multiplicities"_a.noconvert().none(), "mix"_a.noconvert().none(), "measure"_a.noconvert().none(),
         "scale"_a, "out"_a.noconvert().none(), "sq_distances"_a.noconvert().none(), "nonfinite"_a.noconvert(),
         "threads"_a);
-  m.def("gram", &gram, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a, "origin"_a, "scale"_a,
-        "out"_a.noconvert(), "threads"_a);
+  m.def("gram", &gram, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
+        "multiplicities"_a.noconvert().none(), "origin"_a, "scale"_a, "out"_a.noconvert(), "threads"_a);
   m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
         "centre"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,

@@ -250,13 +250,17 @@ struct Centring {
 };
 
 template <class S>
-Status gram_of(const Rows& rows, bool origin, double scale, double* out, int threads) {
+Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
   using C = ComputeOf<S>;
   const int64_t n = rows.n, m = n + (origin ? 1 : 0);
   const int64_t m_padded = (m + kGramBlock - 1) / kGramBlock * kGramBlock;
   const bool shared = n > kGramTaskRows;
   const int64_t tile = max64(min64(tile_columns(m_padded, 16), kGramTile), 64);
-  Centring<S> centring{{n, (n - 1) / 2, (n - 1) / 2 + 1, nullptr, 0, nullptr, 0}, scale, tile, origin};
+  int64_t cells = multiplicities ? 0 : n;
+  if (multiplicities)
+    for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
+  const int64_t middle = (cells - 1) / 2;
+  Centring<S> centring{{n, middle, middle + 1, multiplicities, 0, nullptr, 0}, scale, tile, origin};
   if (!prepare_window(centring.window)) return Status::out_of_memory;
 
   // Tasks of whole tiles; where the Gram is shared, one task after another is a panel of columns.
@@ -542,8 +546,9 @@ Status by_dtype(DType dtype, F&& call) {
 Status select_columns(const Rows& rows, const Select& select, int threads) {
   return by_dtype(rows.dtype, [&](auto s) { return select_columns_of<decltype(s)>(rows, select, threads); });
 }
-Status gram(const Rows& rows, bool origin, double scale, double* out, int threads) {
-  return by_dtype(rows.dtype, [&](auto s) { return gram_of<decltype(s)>(rows, origin, scale, out, threads); });
+Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
+  return by_dtype(rows.dtype,
+                  [&](auto s) { return gram_of<decltype(s)>(rows, multiplicities, origin, scale, out, threads); });
 }
 Status row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, int threads) {
   return by_dtype(rows.dtype,

@@ -79,11 +79,26 @@ class Cpp:
         )
         return Selected(sq_distances, nonfinite.view(np.bool_))
 
-    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+    def gram(
+        self,
+        rows: Rows,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        origin: bool = False,
+        scale: float = 1.0,
+    ) -> Matrix:
         """See the contract."""
         out = np.zeros((rows.n + origin, rows.n + origin))
         self._cpu.gram(
-            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], origin, scale, out, requested_threads()
+            self.isa,
+            rows.addresses,
+            rows.offsets,
+            _CODES[rows.dtype],
+            multiplicities,
+            origin,
+            scale,
+            out,
+            requested_threads(),
         )
         return out
 

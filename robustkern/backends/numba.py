@@ -311,12 +311,11 @@ def _add_products(x, count, gram):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True, cache=True)
 def _gram_piece(  # type: ignore[no-untyped-def]
-    addresses, first, count, like, table, network, origin, scale, empty, centre, gram, nonfinite
+    addresses, first, count, like, table, network, window, cells, origin, scale, empty, centre, gram, nonfinite
 ):
     low, high = network
+    middle, total_cells = window
     n = len(addresses)
-    none = np.empty(0, dtype=np.int64)
-    middle = (n - 1) // 2
     tile = np.empty((n, TILE), dtype=empty.dtype)
     work = np.empty((n, TILE), dtype=empty.dtype)
     x = np.zeros((n + origin, TILE))
@@ -328,7 +327,7 @@ def _gram_piece(  # type: ignore[no-untyped-def]
             for j in range(width):
                 work[i, j] = tile[i, j]
         seen[:] = False
-        _select_tile(work, low, high, middle, middle + 1, none, n, width, centre, seen)
+        _select_tile(work, low, high, middle, middle + 1, cells, total_cells, width, centre, seen)
         if seen.any():
             for j in range(width):
                 if centre[j] - centre[j] != 0:
@@ -532,12 +531,21 @@ class Numba:
                 sums += part
         return Selected(sums if distances else None, flags)
 
-    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+    def gram(
+        self,
+        rows: Rows,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        origin: bool = False,
+        scale: float = 1.0,
+    ) -> Matrix:
         """See the contract."""
         like, empty, table, _ = _storage(rows.dtype)
         m = rows.n + origin
-        middle = (rows.n - 1) // 2
-        network = _network(rows.n, middle, middle + 1)
+        total_cells = rows.n if multiplicities is None else int(multiplicities.sum())
+        middle = (total_cells - 1) // 2
+        network = _network(rows.n, middle, middle + 1) if multiplicities is None else _network(rows.n, 0, rows.n)
+        cells = np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities
         # Few partial Grams, so that thousands of rows do not need gigabytes.
         most = max(min(GRAM_TASKS, (1 << 20) // m**2), 1)
         columns = max(-(-rows.d // most // TILE) * TILE, TILE)
@@ -555,6 +563,8 @@ class Numba:
                     like,
                     table,
                     network,
+                    (middle, total_cells),
+                    cells,
                     int(origin),
                     scale,
                     empty,

@@ -57,15 +57,23 @@ class Reference:
                     total += (difference * difference).sum(axis=1)
         return Selected(total if distances else None, nonfinite)
 
-    def gram(self, rows: Rows, *, origin: bool = False, scale: float = 1.0) -> Matrix:
+    def gram(
+        self,
+        rows: Rows,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        origin: bool = False,
+        scale: float = 1.0,
+    ) -> Matrix:
         """See the contract."""
+        middle = (rows.n - 1 if multiplicities is None else int(multiplicities.sum()) - 1) // 2
         m = rows.n + origin
         total = np.zeros((m, m))
         bad = np.zeros(m, dtype=np.bool_)
         with np.errstate(all="ignore"):
             for block, _ in _blocks(rows, None):
                 x = _stack(block)
-                centre = _window_mean(x, Window((rows.n - 1) // 2, (rows.n - 1) // 2 + 1), None)
+                centre = _window_mean(x, Window(middle, middle + 1), multiplicities)
                 centre[~np.isfinite(centre)] = 0
                 if origin:
                     x = np.vstack([x, np.zeros(x.shape[1])])

@@ -45,7 +45,9 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     stay = weight_here / resultant
     w = (1 - stay) * w
     w[best] += stay
-    step = math.inf
+    at_best = np.zeros_like(w)
+    at_best[best] = 1.0
+    step = _length(gram, w - at_best)
     for iteration in range(1, MAX_STEPS + 1):
         r = _radii(gram, w)
         spread = float(np.median(r))  # no few far rows can loosen the tolerance

@@ -19,13 +19,26 @@ from robustkern._arrays import Block, Source
 from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
 from robustkern.errors import NonFiniteError
 
-__all__ = ["Distances", "Geometry", "Mask", "Selection", "Solution", "View", "emit", "smallest", "start", "unscaled"]
+__all__ = [
+    "Distances",
+    "Geometry",
+    "Mask",
+    "Selection",
+    "Solution",
+    "View",
+    "as_cells",
+    "emit",
+    "smallest",
+    "start",
+    "unscaled",
+]
 
 Mask = NDArray[np.bool_]
 
 EPSILON = 2.0**-53
 #: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
 RESCALE = 2.0**540
+_CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
 
 
@@ -111,6 +124,7 @@ class _Input:
     source: Source
     kernels: Kernels
     needs_origin: bool
+    weights: Vector | None
     geometry: Geometry | None = None
     nonfinite: Mask = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
@@ -399,9 +413,10 @@ def _measure(data: _Input) -> Geometry:
 def _gram_pass(data: _Input, scale: float) -> Matrix:
     m = data.source.n + data.needs_origin
     total = np.zeros((m, m))
+    cells = None if data.weights is None else as_cells(data.weights)
     for block in data.source.blocks():
         for rows in block.rows:
-            total += data.kernels.gram(rows, origin=data.needs_origin, scale=scale)
+            total += data.kernels.gram(rows, multiplicities=cells, origin=data.needs_origin, scale=scale)
     return total
 
 
@@ -411,6 +426,13 @@ def unscaled(sq_distances: Vector, scale: float) -> Vector:
         return np.asarray(sq_distances / scale / scale)
 
 
+def as_cells(weights: Vector) -> NDArray[np.int64]:
+    """Return whole numbers in the proportion of the weights: exact for integers and for equal weights."""
+    _, exponent = math.frexp(float(weights.max()))
+    bits = min(_CELL_BITS, 62 - len(weights).bit_length())  # the sum stays below 2^62
+    return np.rint(np.ldexp(weights, bits - exponent)).astype(np.int64)
+
+
 def start(source: Source, kernels: Kernels, f: int | None, weights: Vector | None, needs_origin: bool) -> View:
     """Return the view of the input rows themselves."""
-    return View(_Input(source, kernels, needs_origin), source.n, f, weights)
+    return View(_Input(source, kernels, needs_origin, weights), source.n, f, weights)

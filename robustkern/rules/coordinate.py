@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from robustkern._kernels import Vector, Window
+from robustkern._kernels import Window
 from robustkern.rules._base import Aggregator, check_f, register
-from robustkern.rules._view import Selection, Solution, View
+from robustkern.rules._view import Selection, Solution, View, as_cells
 
 __all__ = ["Median", "TrimmedMean"]
-
-_CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
-
-
-def as_cells(weights: Vector) -> NDArray[np.int64]:
-    """Return whole numbers in the proportion of the weights: exact for integers and for equal weights."""
-    _, exponent = math.frexp(float(weights.max()))
-    return np.rint(np.ldexp(weights, _CELL_BITS - exponent)).astype(np.int64)
 
 
 @register

@@ -1,0 +1,442 @@
+"""The main job on files: formats, streaming, corrupt input, the command line and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from support import make_rows
+from test_rules import RULES
+from typer.testing import CliRunner
+
+import robustkern as rk
+from robustkern.cli import app
+from robustkern.files import FileError, aggregate_files
+
+Update = dict[str, NDArray[Any]]
+
+
+def make_updates(n: int = 9, seed: int = 0) -> list[Update]:
+    rng = np.random.default_rng(seed)
+    return [
+        {
+            "layer.weight": rng.standard_normal((20, 30)).astype(np.float32),
+            "layer.bias": rng.standard_normal(20).astype(np.float32),
+            "half": rng.standard_normal((7, 3)).astype(np.float16),
+            "brain": rng.standard_normal(11).astype(ml_dtypes.bfloat16),
+            "wide": rng.standard_normal((2, 2, 2)),
+            "scalar": np.array(rng.standard_normal(), dtype=np.float32),
+            "empty": np.zeros((0, 4), dtype=np.float32),
+            "steps": np.array(100 + i),
+            "mask": np.array([True, i % 2 == 0]),
+        }
+        for i in range(n)
+    ]
+
+
+def write(folder: Path, updates: list[Update], kind: str) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for i, update in enumerate(updates):
+        path = folder / f"worker-{i}.{kind}"
+        if kind == "safetensors":
+            save_file(update, path)
+        elif kind == "npz":
+            np.savez(path, **update)
+        else:
+            np.save(path, update["layer.weight"])
+        paths.append(path)
+    return paths
+
+
+def read(path: Path) -> Update:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="numpy") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if path.suffix == ".npz":
+        return dict(np.load(path))
+    return {"array": np.load(path)}
+
+
+@pytest.mark.parametrize("rule", [*RULES, "mean"])
+def test_files_give_what_memory_gives(tmp_path: Path, rule: str) -> None:
+    updates = make_updates()
+    updates[3]["layer.weight"][2, 2] = np.nan if rule != "mean" else 5
+    paths = write(tmp_path, updates, "safetensors")
+    info = aggregate_files(paths, rule, out=tmp_path / "out.safetensors", f=2)
+    want, want_info = rk.aggregate(updates, rule, f=2, return_info=True)
+    got = read(tmp_path / "out.safetensors")
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype
+        assert got[key].shape == value.shape
+        np.testing.assert_allclose(
+            got[key].astype(float), value.astype(float), rtol=1e-2 if value.itemsize == 2 else 1e-6
+        )
+    assert info.nonfinite_rows == want_info.nonfinite_rows
+    if want_info.kept is not None:
+        assert np.array_equal(info.kept, want_info.kept)
+    assert (info.n, info.d) == (want_info.n, want_info.d)
+    if want_info.sq_distances is not None:
+        np.testing.assert_allclose(info.sq_distances, want_info.sq_distances, rtol=1e-9)
+
+
+@pytest.mark.parametrize("source", ["safetensors", "npz", "npy"])
+@pytest.mark.parametrize("target", ["safetensors", "npz", "npy"])
+def test_formats(tmp_path: Path, source: str, target: str) -> None:
+    updates = make_updates()
+    for update in updates:
+        if "npz" in (source, target) or target == "npy" or source == "npy":
+            del update["brain"]
+        if target == "npy" and source != "npy":
+            for key in list(update):
+                if key != "layer.weight":
+                    del update[key]
+    paths = write(tmp_path / "in", updates, source)
+    out = tmp_path / f"out.{target}"
+    aggregate_files(paths, "median", out=out)
+    got = read(out)
+    want = np.median([u["layer.weight"] for u in updates], axis=0)
+    name = "array" if "npy" in (source, target) else "layer.weight"
+    assert np.array_equal(got[name], want)
+
+
+def test_directories_stand_for_their_files(tmp_path: Path) -> None:
+    updates = make_updates()
+    write(tmp_path / "a", updates[:4], "safetensors")
+    write(tmp_path / "b", updates[4:], "safetensors")
+    (tmp_path / "a" / "notes.txt").write_text("not an update")
+    info = aggregate_files([tmp_path / "a", tmp_path / "b"], "median", out=tmp_path / "out.safetensors")
+    assert info.n == 9
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileError, match=r"none: the directory holds no .safetensors, .npz, .npy file"):
+        aggregate_files([tmp_path / "none"], "median", out=tmp_path / "out.safetensors")
+
+
+def test_metadata_is_kept(tmp_path: Path) -> None:
+    paths = []
+    for i, update in enumerate(make_updates(3)):
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file(update, paths[-1], metadata={"format": "pt"})
+    aggregate_files(paths, "median", out=tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+# ---- what cannot be used -----------------------------------------------------------------------------------------
+
+
+def corrupt_header(path: Path) -> None:
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 40)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "npy"])
+@pytest.mark.parametrize("spoil", [corrupt_header, truncate, empty, garbage])
+def test_a_broken_file_is_named_and_nothing_is_written(tmp_path: Path, kind: str, spoil: Any) -> None:
+    updates = make_updates()
+    for update in updates:
+        del update["brain"]
+    paths = write(tmp_path / "in", updates, kind)
+    spoil(paths[4])
+    out = tmp_path / "out" / f"merged.{kind}"
+    out.parent.mkdir()
+    with pytest.raises(FileError, match=rf"worker-4.{kind}: corrupt, truncated or no {kind} file \("):
+        aggregate_files(paths, "ctma(median)", out=out, f=2)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from robustkern import files
+
+    paths = write(tmp_path / "in", make_updates(), "safetensors")
+    out = tmp_path / "merged.safetensors"
+    out.write_bytes(b"the output of yesterday")
+    reads = [0]
+    original = files._SafetensorsReader.read
+
+    def flaky(self: Any, name: str) -> Any:
+        reads[0] += 1
+        if reads[0] > 60:  # in the middle of the second pass
+            raise OSError("disk gone")
+        return original(self, name)
+
+    monkeypatch.setattr(files._SafetensorsReader, "read", flaky)
+    with pytest.raises(FileError, match="disk gone"):
+        aggregate_files(paths, "ctma(median)", out=out, f=2)
+    assert out.read_bytes() == b"the output of yesterday"
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["merged.safetensors"]
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    bomb = np.array([Bomb()], dtype=object)
+    np.save(tmp_path / "a.npy", bomb, allow_pickle=True)
+    np.savez(tmp_path / "b.npz", x=bomb)
+    (tmp_path / "c.npy").write_bytes(pickle.dumps(Bomb()))
+    (tmp_path / "d.pt").write_bytes(pickle.dumps(Bomb()))
+    for name, message in (
+        ("a.npy", "Python objects, which are never loaded"),
+        ("b.npz", "Python objects, which are never loaded"),
+        ("c.npy", "corrupt, truncated or no npy file"),
+        ("d.pt", "unknown kind of file; expected one of .safetensors, .npz, .npy"),
+    ):
+        with pytest.raises(FileError, match=message):
+            aggregate_files([tmp_path / name], "mean", out=tmp_path / "out.npz")
+    assert not (tmp_path / "owned").exists()
+
+
+def change(key: str, value: Any) -> Any:
+    def apply(update: Update) -> None:
+        if value is None:
+            del update[key]
+        else:
+            update[key] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (change("half", None), r"worker-2.safetensors: its tensors differ from .*worker-0.safetensors: lacks 'half'"),
+        (change("more", np.ones(2)), r"worker-2.safetensors: its tensors differ .*: adds 'more'"),
+        (
+            change("wide", np.ones(3)),
+            r"worker-2.safetensors: tensor 'wide' has shape \(3,\) and dtype float64; .*worker-0",
+        ),
+        (
+            change("wide", np.ones((2, 2, 2), dtype=np.float32)),
+            r"tensor 'wide' has shape \(2, 2, 2\) and dtype float32",
+        ),
+    ],
+)
+def test_files_that_do_not_match_are_named(tmp_path: Path, spoil: Any, message: str) -> None:
+    updates = make_updates(4)
+    spoil(updates[2])
+    paths = write(tmp_path, updates, "safetensors")
+    with pytest.raises(FileError, match=message):
+        aggregate_files(paths, "median", out=tmp_path / "out.safetensors")
+
+
+def test_bad_outputs(tmp_path: Path) -> None:
+    paths = write(tmp_path, make_updates(3), "safetensors")
+    for out, message in (
+        (tmp_path / "out.pt", "unknown kind of output"),
+        (tmp_path / "nowhere" / "out.npz", "the directory .*nowhere does not exist"),
+        (paths[1], "is one of the updates, which are never overwritten"),
+        (tmp_path / "out.npy", "an npy file holds one tensor, the updates have 9"),
+        (tmp_path / "out.npz", "npz files cannot hold bfloat16"),
+    ):
+        with pytest.raises(FileError, match=message):
+            aggregate_files(paths, "median", out=out)
+    with pytest.raises(FileError, match="no update files were given"):
+        aggregate_files([], "median", out=tmp_path / "out.npz")
+    with pytest.raises(FileError, match=r"gone.npz: no such file"):
+        aggregate_files([tmp_path / "gone.npz"], "median", out=tmp_path / "out.npz")
+    save_file({}, tmp_path / "nothing.safetensors")
+    with pytest.raises(FileError, match="nothing.safetensors: holds no tensors"):
+        aggregate_files([tmp_path / "nothing.safetensors"], "median", out=tmp_path / "out.npz")
+    np.savez(tmp_path / "complex.npz", x=np.ones(3, dtype=complex))
+    with pytest.raises(FileError, match=r"complex.npz: tensor 'x' has dtype complex128; expected float16"):
+        aggregate_files([tmp_path / "complex.npz"], "median", out=tmp_path / "out.npz")
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        archive.writestr("readme.txt", "no array")
+    with pytest.raises(FileError, match=r"odd.npz: corrupt.*its member 'readme.txt' is no array"):
+        aggregate_files([tmp_path / "odd.npz"], "median", out=tmp_path / "out.npz")
+
+
+def test_bad_rows_are_called_by_their_files(tmp_path: Path) -> None:
+    updates = make_updates()
+    for i in (1, 6, 7):
+        updates[i]["wide"][0] = np.inf
+    paths = write(tmp_path, updates, "safetensors")
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(rk.NonFiniteError, match=r"3 rows hold NaN or Inf \(rows .*worker-1.*worker-6.*worker-7.*f=2"):
+        aggregate_files(paths, "ctma(geometric_median)", out=out, f=2)
+    for i in range(9):
+        updates[i]["wide"][0] = np.nan
+    paths = write(tmp_path, updates, "safetensors")
+    with pytest.raises(rk.NonFiniteError, match="9 rows hold NaN or Inf"):
+        aggregate_files(paths, "median", out=out)
+    assert not out.exists()
+
+
+def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
+    """30 tensors of 2 MB in 8 files are 480 MB; one tensor of all files is 16 MB."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(8):
+        paths.append(tmp_path / f"{i}.safetensors")
+        save_file({f"t{k}": rng.standard_normal(500_000).astype(np.float32) for k in range(30)}, paths[-1])
+    script = """
+import sys, robustkern.files as files
+def peak():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+import numpy as np, robustkern as rk, safetensors
+rk.aggregate(np.ones((3, 5), dtype=np.float32), "ctma(geometric_median)", f=1)
+before = peak()
+files.aggregate_files(sys.argv[3:], sys.argv[1], out=sys.argv[2], f=2)
+print(peak() - before)
+"""
+    largest = 8 * 500_000 * 4
+    for rule in ("ctma(geometric_median)", "ctma(median)"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, rule, str(tmp_path / "out.safetensors"), *map(str, paths)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        # The tensor of all files, two more of it (result, one being read), and a few megabytes of libraries.
+        assert int(done.stdout) <= largest * 10 / 8 + 10e6
+
+
+# ---- the command line --------------------------------------------------------------------------------------------
+
+
+def run(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_command(tmp_path: Path) -> None:
+    updates = make_updates()
+    updates[2]["wide"] += 100
+    updates[5]["wide"][0] = np.nan
+    write(tmp_path / "in", updates, "safetensors")
+    out = tmp_path / "merged.safetensors"
+    result = run("aggregate", tmp_path / "in", "--f", 2, "--rule", "ctma(geometric_median)", "--out", out)
+    assert result.exit_code == 0, result.output
+    for word in ("worker-2", "dropped", "kept", "holds NaN", "nearest 1 of 9", "0.1429"):
+        assert word in result.output
+    assert out.exists()
+    result = run("aggregate", tmp_path / "in", "--f", 2, "--out", out, "--json")
+    facts = json.loads(result.stdout)
+    assert facts["rule"] == "ctma(geometric_median)"
+    assert [w["verdict"] for w in facts["workers"]].count("kept") == 7
+    assert facts["workers"][5] == {
+        "file": str(tmp_path / "in" / "worker-5.safetensors"),
+        "sq_distance": None,
+        "weight": 0.0,
+        "finite": False,
+        "verdict": "dropped",
+        "why": "holds NaN or Inf",
+    }
+    result = run("aggregate", tmp_path / "in", "--delta", 0.25, "--rule", "median", "--out", out, "--json")
+    facts = json.loads(result.stdout)
+    assert facts["f"] == 2
+    assert "votes in each coordinate" in facts["workers"][0]["why"]
+    result = run(
+        "aggregate", tmp_path / "in", "--rule", "mean", "--weights", "1,1,1,1,1,1,1,1,2", "--out", out, "--json"
+    )
+    assert json.loads(result.stdout)["workers"][8]["weight"] == pytest.approx(0.2)
+    assert json.loads(result.stdout)["workers"][5]["verdict"] == "counted"
+
+
+def test_exit_codes(tmp_path: Path) -> None:
+    paths = write(tmp_path / "in", make_updates(), "safetensors")
+    out = tmp_path / "out.safetensors"
+    for arguments, code, message in (
+        (["aggregate", *paths, "--out", out, "--rule", "medain"], 2, "did you mean 'median'"),
+        (["aggregate", *paths, "--out", out, "--weights", "1,a"], 2, "could not convert"),
+        (["aggregate", "--out", out], 2, "Missing argument"),
+        (["aggregate", *paths, "--out", out], 1, "f is required"),
+        (["aggregate", *paths, "--out", out, "--f", 5], 1, "2*f must be below n"),
+        (["aggregate", tmp_path / "gone.npy", "--out", out, "--f", 0], 1, "no such file"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == code, result.output
+        assert message in result.output + result.stderr
+        assert not out.exists()
+
+
+def test_info_command() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("cpp", "numba", "reference", "available", "instruction sets", "threads"):
+        assert word in result.output
+    assert json.loads(run("info", "--json").stdout)["version"] == rk.__version__
+
+
+def test_entry_point_and_missing_packages() -> None:
+    done = subprocess.run([sys.executable, "-m", "robustkern", "info"], capture_output=True, text=True, check=True)
+    assert "robustkern" in done.stdout
+    code = "import sys; sys.modules['typer'] = None; import robustkern.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'robustkern[cli]'" in done.stderr
+
+
+# ---- the demonstration -------------------------------------------------------------------------------------------
+
+
+def test_demo(tmp_path: Path) -> None:
+    result = run("demo", "--out", tmp_path / "demo", "--rounds", 60)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((tmp_path / "demo" / "updates").iterdir())) == 17
+    merged = read(tmp_path / "demo" / "merged.safetensors")
+    assert {k: v.shape for k, v in merged.items()} == {"weight": (10, 64), "bias": (10,)}
+    assert result.output.count("dropped") == 8
+    again = run("demo", "--out", tmp_path / "demo", "--rounds", 2)
+    assert again.exit_code == 0, again.output
+
+
+def test_demo_shows_what_it_claims(tmp_path: Path) -> None:
+    """CTMA lifts both bases under the attack; the mean and the bases alone do not learn."""
+    from robustkern.demo import BYZANTINE, Workers, accuracy, load_digits, new_model, step
+
+    digits = load_digits(1)
+    final = {}
+    for rule in ("mean", "median", "geometric_median", "ctma(median)", "ctma(geometric_median)"):
+        workers, model = Workers(digits, 1), new_model()
+        for _ in range(60):
+            model = step(model, rk.aggregate(workers.updates(model), rule, f=BYZANTINE))
+        final[rule] = accuracy(model, digits)
+    assert min(final["ctma(median)"], final["ctma(geometric_median)"]) > 0.85
+    assert max(final["mean"], final["median"], final["geometric_median"]) < 0.8
+
+
+def test_demo_gradient_is_the_derivative() -> None:
+    from robustkern.demo import gradient
+
+    rng = np.random.default_rng(0)
+    x, y = rng.random((6, 64)).astype(np.float32), rng.integers(0, 10, 6)
+    model = {"weight": rng.standard_normal((10, 64)).astype(np.float32), "bias": np.zeros(10, np.float32)}
+
+    def loss(weight: NDArray[Any]) -> float:
+        scores = x.astype(float) @ weight.T.astype(float)
+        return float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(6), y]).mean())
+
+    direction = make_rows("normal", 10, 64, np.dtype(np.float64))
+    ahead, behind = loss(model["weight"] + 1e-4 * direction), loss(model["weight"] - 1e-4 * direction)
+    slope = (gradient(model, x, y)["weight"] * direction).sum()
+    assert slope == pytest.approx((ahead - behind) / 2e-4, rel=1e-3)
