@@ -26,7 +26,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 bench: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest bench -o testpaths=bench -o timeout=0 --benchmark-only $(ARGS)
+	$(BIN)/python -m pytest bench -o python_files="bench_*.py" -o timeout=0 --benchmark-only --benchmark-columns=median,min,max,rounds --benchmark-group-by=group $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

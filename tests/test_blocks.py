@@ -21,7 +21,7 @@ from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
 
 def cut(x: NDArray[Any], borders: list[int]) -> Rows:
     """Present the rows as one segment for each part between borders."""
-    n, d = x.shape
+    d = x.shape[1]
     ends = [*borders, d]
     starts = [0, *borders]
     base = Rows.of(x).addresses[0]

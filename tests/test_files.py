@@ -264,7 +264,7 @@ def test_bad_outputs(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"gone.npz: no such file"):
         aggregate_files([tmp_path / "gone.npz"], "median", out=tmp_path / "out.npz")
     save_file({}, tmp_path / "nothing.safetensors")
-    with pytest.raises(FileError, match="nothing.safetensors: holds no tensors"):
+    with pytest.raises(FileError, match=r"nothing.safetensors: holds no tensors"):
         aggregate_files([tmp_path / "nothing.safetensors"], "median", out=tmp_path / "out.npz")
     np.savez(tmp_path / "complex.npz", x=np.ones(3, dtype=complex))
     with pytest.raises(FileError, match=r"complex.npz: tensor 'x' has dtype complex128; expected float16"):

@@ -194,8 +194,9 @@ def test_any_bits_give_a_finite_result_or_an_error(x: Array, rule: str, backend:
     try:
         result = rk.aggregate(x, rule, f=f, backend=backend)
     except rk.NonFiniteError as error:
-        assert (~finite).any() or x.dtype == np.float64
-        assert error.rows
+        allowed = (~finite).any() or x.dtype == np.float64
+        if not (allowed and error.rows):
+            raise
         return
     assert np.isfinite(result.astype(np.float64)).all()
     assert result.dtype == x.dtype

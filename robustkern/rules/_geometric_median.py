@@ -67,7 +67,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
 def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
     """Sum of distances from each row to all, less the same sum for the row nearest to the centre.
 
-    Taken as a sum of differences, (a^2 - b^2) / (a + b): in plain sums far rows would drown what tells the others apart.
+    A sum of differences, (a^2 - b^2) / (a + b): in plain sums far rows would drown what tells the others apart.
     """
     norms = np.diagonal(gram)
     base = int(np.argmin(norms))

@@ -336,8 +336,8 @@ def smallest(
 ) -> NDArray[np.intp]:
     """Find exactly `count` smallest values: their indices, ascending by value; equal ones by the lowest index.
 
-    Values whose error bounds reach across the cut are contenders, which `again` measures exactly; what it cannot measure,
-    or finds equal within rounding, counts as equal.
+    Values whose error bounds reach across the cut are contenders, which `again` measures exactly; what it cannot
+    measure, or finds equal within rounding, counts as equal.
     """
     order = np.argsort(values, kind="stable")
     if count >= len(values):
