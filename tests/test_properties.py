@@ -41,8 +41,8 @@ def unambiguous(rule: str, x: Array, f: int) -> bool:
     base = rk.aggregate(x, rule, f=f)
     for seed in range(4):
         noise = np.random.default_rng(seed).standard_normal(x.shape) * 1e-9 * spread(x)
-        for moved in (x + noise, x - noise):
-            if np.abs(rk.aggregate(moved, rule, f=f) - base).max() >= 1e-5 * spread(x):
+        for moved in (x + noise, x - noise, (x + noise)[::-1]):
+            if np.abs(rk.aggregate(moved, rule, f=f) - base).max() >= 1e-7 * spread(x):
                 return False
     return True
 
@@ -141,6 +141,9 @@ def test_weighted_is_replicated(case: tuple[Array, int], rule: str, data: st.Dat
     np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * spread(x))
 
 
+@pytest.mark.filterwarnings(
+    "ignore::robustkern.ConvergenceWarning"
+)  # almost on a line; the cost is checked all the same
 @given(rows_and_f(), st.sampled_from(BACKENDS))
 def test_geometric_median_beats_every_other_point(case: tuple[Array, int], backend: str) -> None:
     x, _ = case

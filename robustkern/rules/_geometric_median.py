@@ -14,7 +14,7 @@ __all__ = ["converged_weights", "smoothed_weights"]
 MAX_STEPS = 300
 MAX_SMOOTHED_STEPS = 10_000
 TOLERANCE = 1e-10  # of the middle distance of the rows
-ROUNDING_STEP = 1e-6  # where no step descends, the last one was this small: its square is the error that is left
+NEWTON_SHARES = tuple(4.0**-k for k in range(12))  # a whole step overshoots beside a row, or almost on a line
 
 
 def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector, int, bool]:
@@ -35,12 +35,16 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     pull = np.divide(s, distances[best], out=np.zeros_like(s), where=~here)
     # Inner products of x_i - x_best; the resultant of the unit vectors towards the other rows.
     inner = gram - gram[best] - gram[:, [best]] + gram[best, best]
-    resultant = math.sqrt(max(float(pull @ inner @ pull), 0.0))
+    squared = float(pull @ inner @ pull)
+    resultant = math.sqrt(max(squared, 0.0))
     weight_here = float(s[here].sum())
-    if resultant <= weight_here * (1 + 1e-12):
+    slack = rounding * float(pull @ (np.sqrt(norms) + math.sqrt(norms[best]))) ** 2  # what rounding may have added
+    if squared <= weight_here**2 + slack:
         scale = float(s.sum()) * float(np.median(distances[best]))
         return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
 
+    # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
+    gram = inner
     w = pull / pull.sum()
     stay = weight_here / resultant
     w = (1 - stay) * w
@@ -52,12 +56,20 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
         r = _radii(gram, w)
         spread = float(np.median(r))  # no few far rows can loosen the tolerance
         previous_step, step = step, math.inf
-        for candidate, length in (_newton(gram, s, w, r), _weiszfeld(gram, s, w, r)):
-            if candidate is not None and _cost_change(gram, s, w, r, candidate) <= 1e-15 * length * float(s.sum()):
-                w, step = candidate, length
+        for direction, shares in ((_newton(gram, s, w, r), NEWTON_SHARES), (_weiszfeld(gram, s, w, r), (1.0,))):
+            for share in shares if direction is not None else ():
+                assert direction is not None
+                candidate = w + share * direction
+                length = _length(gram, share * direction)
+                if _cost_change(gram, s, w, r, candidate) <= 1e-15 * length * float(s.sum()):
+                    w, step = candidate, length
+                    break
+            if not math.isinf(step):
                 break
         if math.isinf(step):  # nothing descends any more: what is left is rounding
-            return w, iteration, previous_step <= ROUNDING_STEP * spread
+            weiszfeld = _weiszfeld(gram, s, w, r)
+            left = 0.0 if weiszfeld is None else _length(gram, weiszfeld)
+            return w, iteration, min(left, previous_step) <= TOLERANCE * spread
         # Newton's steps shrink quadratically: once they stop shrinking, the rest is rounding.
         if step <= 1e-15 * spread or (step <= TOLERANCE * spread and step >= previous_step / 2):
             return w, iteration, True
@@ -105,35 +117,35 @@ def _length(gram: Matrix, change: Vector) -> float:
     return math.sqrt(max(float(change @ gram @ change), 0.0))
 
 
-def _weiszfeld(gram: Matrix, s: Vector, w: Vector, r: Vector) -> tuple[Vector | None, float]:
-    if (r[s > 0] == 0).any():
-        return None, math.inf
+def _weiszfeld(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
+    """Change of the weights by a Weiszfeld step, None on a row."""
+    if (r == 0).any():
+        return None
     pull = s / r
-    new = pull / pull.sum()
-    return new, _length(gram, new - w)
+    return np.asarray(pull / pull.sum() - w)
 
 
-def _newton(gram: Matrix, s: Vector, w: Vector, r: Vector) -> tuple[Vector | None, float]:
-    """Solve the Newton equation for a step that is a combination of the x_i - v.
+def _newton(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
+    """Change of the weights by a Newton step, a combination of the x_i - v; None where there is none.
 
     With u = x_i - v, c = s/r and b = c/r^2 the Hessian is sum(c) I - sum b_i u_i u_i^T and the downhill gradient
     sum c_i u_i; for a step sum a_i u_i, a = sqrt(b) z, that is (sum(c) I - sqrt(b) K sqrt(b)) z = r sqrt(c).
     """
     if (r == 0).any():
-        return None, math.inf
+        return None
     products = gram @ w
     k = gram - products[:, None] - products + w @ products
+    np.fill_diagonal(k, r * r)
     c = s / r
     root = np.sqrt(c) / r
     matrix = c.sum() * np.eye(len(s)) - root[:, None] * k * root
     try:
         a = root * np.linalg.solve(matrix, r * np.sqrt(c))
     except np.linalg.LinAlgError:  # all rows on a line through v
-        return None, math.inf
+        return None
     if not np.isfinite(a).all():
-        return None, math.inf
-    new = w + a - a.sum() * w
-    return new / new.sum(), _length(gram, new - w)
+        return None
+    return np.asarray(a - a.sum() * w)
 
 
 def smoothed_weights(
