@@ -110,4 +110,4 @@ def test_torch(benchmark: BenchmarkFixture, rows: Array, read_s: float, expected
     torch = pytest.importorskip("torch")
     got = benchmark.pedantic(torch_rules()[rule], (torch.from_numpy(rows),), rounds=3)
     note(benchmark, rule, read_s)
-    np.testing.assert_allclose(got.numpy(), expected(rule), atol=2e-6)
+    np.testing.assert_allclose(got.numpy(), expected(rule), atol=2e-5)  # float32 sums of its own

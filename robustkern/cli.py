@@ -7,7 +7,6 @@ rule does not allow); 2 the command was not understood, or an optional package i
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -24,12 +23,12 @@ except ImportError as missing:
     raise SystemExit(2) from None
 
 import robustkern
-from robustkern.api import Info
 from robustkern.errors import RobustkernError
 from robustkern.files import aggregate_files, expand
+from robustkern.report import facts, print_workers
 from robustkern.rules import parse_rule
 
-__all__ = ["app", "main", "print_workers"]
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="robustkern",
@@ -143,97 +142,26 @@ def _aggregate(
         )
     seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps(_facts(info, files, out, seconds)))
+        print(json.dumps(facts(info, files, out, seconds)))
     else:
         print_workers(info, files, out, seconds)
 
 
-def _verdicts(info: Info) -> list[tuple[str, str]]:
-    """For each worker: kept, dropped, or counted, and why."""
-    ranks = None
-    if info.sq_distances is not None:
-        order = sorted(range(info.n), key=lambda i: (info.sq_distances[i], i))  # type: ignore[index]
-        ranks = {row: rank + 1 for rank, row in enumerate(order)}
-    result = []
-    for i in range(info.n):
-        at = f"nearest {ranks[i]} of {info.n}" if ranks else ""
-        if i in info.nonfinite_rows:
-            result.append(("dropped" if info.rule != "mean" else "counted", "holds NaN or Inf"))
-        elif info.kept is not None:
-            result.append(("kept", at) if info.kept[i] else ("dropped", f"{at}, {int(info.kept.sum())} are kept"))
-        elif info.weights is not None:
-            result.append(("counted", at or "as its weight says"))
-        else:
-            result.append(("counted", f"votes in each coordinate{'; ' + at if at else ''}"))
-    return result
-
-
-def _facts(info: Info, files: list[Path], out: Path, seconds: float) -> dict[str, Any]:
-    def number(values: Any, i: int) -> float | None:
-        return float(values[i]) if values is not None and math.isfinite(values[i]) else None
-
-    return {
-        "rule": info.rule,
-        "n": info.n,
-        "d": info.d,
-        "f": info.f,
-        "bound_met": info.bound_met,
-        "backend": info.backend,
-        "iterations": info.iterations,
-        "converged": info.converged,
-        "out": str(out),
-        "seconds": seconds,
-        "workers": [
-            {
-                "file": str(files[i]),
-                "sq_distance": number(info.sq_distances, i),
-                "weight": number(info.weights, i),
-                "finite": i not in info.nonfinite_rows,
-                "verdict": verdict,
-                "why": why,
-            }
-            for i, (verdict, why) in enumerate(_verdicts(info))
-        ],
-    }
-
-
-def print_workers(info: Info, files: list[Path], out: Path, seconds: float) -> None:
-    """Print the table of the workers: distance, weight, kept or dropped, and why."""
-    console = Console()
-    table = Table(title=f"{info.rule}, f = {info.f}" if info.f is not None else info.rule, title_justify="left")
-    table.add_column("worker")
-    table.add_column("distance", justify="right")
-    table.add_column("weight", justify="right")
-    table.add_column("verdict")
-    table.add_column("why")
-    colours = {"kept": "green", "dropped": "red", "counted": ""}
-    for i, (verdict, why) in enumerate(_verdicts(info)):
-        distance = "" if info.sq_distances is None else f"{math.sqrt(info.sq_distances[i]):.4g}"
-        weight = "" if info.weights is None else f"{info.weights[i]:.4f}"
-        table.add_row(Text(files[i].name), distance, weight, Text(verdict, style=colours[verdict]), why)
-    console.print(table)
-    if info.bound_met is False:
-        console.print(f"[yellow]n = {info.n}, f = {info.f} do not satisfy what this rule's guarantee needs.[/yellow]")
-    console.print(
-        Text(f"{info.n} updates of {info.d:,} numbers -> {out} in {seconds:.2f} s ({info.backend})"), soft_wrap=True
-    )
-
-
 def _info(as_json: bool) -> None:
-    facts = robustkern.info()
+    state = robustkern.info()
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(state))
         return
     console = Console(soft_wrap=True)
     console.print(
-        f"robustkern {facts['version']}, Python {facts['python']}, NumPy {facts['numpy']}, {facts['machine']}"
+        f"robustkern {state['version']}, Python {state['python']}, NumPy {state['numpy']}, {state['machine']}"
     )
     table = Table("backend", "state", "dtypes")
-    for name, state in facts["backends"].items():
-        dtypes = sorted({c["dtype"] for c in facts["capabilities"] if c["backend"] == name and c["available"] == "yes"})
+    for name, state in state["backends"].items():
+        dtypes = sorted({c["dtype"] for c in state["capabilities"] if c["backend"] == name and c["available"] == "yes"})
         table.add_row(name, Text(state), ", ".join(dtypes))
     console.print(table)
-    isas = ", ".join(facts["isas"]) or "none"
-    console.print(f"instruction sets: {isas} (in use: {facts['isa']}; ROBUSTKERN_ISA forces a lower one)")
-    console.print(f"threads: {facts['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
+    isas = ", ".join(state["isas"]) or "none"
+    console.print(f"instruction sets: {isas} (in use: {state['isa']}; ROBUSTKERN_ISA forces a lower one)")
+    console.print(f"threads: {state['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
     console.print("GPUs: this version runs on the CPU only")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import robustkern as rk
 from robustkern.files import aggregate_files
+from robustkern.report import print_workers
 
 __all__ = ["run"]
 
@@ -145,8 +146,6 @@ def run(out: Path, *, rounds: int, seed: int) -> dict[str, list[float]]:
 
 def _one_round_through_files(out: Path, digits: Digits, seed: int, console: Console) -> None:
     """Write one round's updates, merge them through the main job, and check it against the library call."""
-    from robustkern.cli import print_workers
-
     folder = out / "updates"
     folder.mkdir(exist_ok=True)
     for old in folder.glob("worker-*.safetensors"):
