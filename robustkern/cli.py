@@ -148,20 +148,20 @@ def _aggregate(
 
 
 def _info(as_json: bool) -> None:
-    state = robustkern.info()
+    here = robustkern.info()
     if as_json:
-        print(json.dumps(state))
+        print(json.dumps(here))
         return
     console = Console(soft_wrap=True)
     console.print(
-        f"robustkern {state['version']}, Python {state['python']}, NumPy {state['numpy']}, {state['machine']}"
+        f"robustkern {here['version']}, Python {here['python']}, NumPy {here['numpy']}, {here['machine']}"
     )
     table = Table("backend", "state", "dtypes")
-    for name, state in state["backends"].items():
-        dtypes = sorted({c["dtype"] for c in state["capabilities"] if c["backend"] == name and c["available"] == "yes"})
+    for name, state in here["backends"].items():
+        dtypes = sorted({c["dtype"] for c in here["capabilities"] if c["backend"] == name and c["available"] == "yes"})
         table.add_row(name, Text(state), ", ".join(dtypes))
     console.print(table)
-    isas = ", ".join(state["isas"]) or "none"
-    console.print(f"instruction sets: {isas} (in use: {state['isa']}; ROBUSTKERN_ISA forces a lower one)")
-    console.print(f"threads: {state['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
+    isas = ", ".join(here["isas"]) or "none"
+    console.print(f"instruction sets: {isas} (in use: {here['isa']}; ROBUSTKERN_ISA forces a lower one)")
+    console.print(f"threads: {here['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
     console.print("GPUs: this version runs on the CPU only")
