@@ -23,7 +23,7 @@ from robustkern._kernels import DTYPES, MAX_ROWS, Rows
 
 __all__ = ["Block", "MemorySource", "Source", "adapt"]
 
-MIN_RUN_BYTES = 256  # shorter contiguous runs are gathered into blocks rather than used as segments
+MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
 
 

@@ -200,15 +200,12 @@ class Task:
                 "and ctma over them take weights)"
             )
         self.solution = self.rule.solve(self.view)
-        if self.solution.converged is False and not self._stopped_on_purpose():
+        if self.solution.gave_up:
             warnings.warn(
                 f"{self.rule}: no convergence after {self.solution.iterations} steps; the result is the last of them",
                 ConvergenceWarning,
                 stacklevel=3,
             )
-
-    def _stopped_on_purpose(self) -> bool:
-        return "max_iter" in str(self.rule)
 
     def emit(self, block: Block, *, distances: bool) -> None:
         """Write the result of some columns."""

@@ -153,9 +153,7 @@ def _info(as_json: bool) -> None:
         print(json.dumps(here))
         return
     console = Console(soft_wrap=True)
-    console.print(
-        f"robustkern {here['version']}, Python {here['python']}, NumPy {here['numpy']}, {here['machine']}"
-    )
+    console.print(f"robustkern {here['version']}, Python {here['python']}, NumPy {here['numpy']}, {here['machine']}")
     table = Table("backend", "state", "dtypes")
     for name, state in here["backends"].items():
         dtypes = sorted({c["dtype"] for c in here["capabilities"] if c["backend"] == name and c["available"] == "yes"})

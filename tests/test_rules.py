@@ -664,6 +664,16 @@ def test_defect_7_more_than_96_rows(backend: str) -> None:
         assert np.array_equal(rk.median(x), np.median(x, axis=0))
 
 
+def test_defect_8_one_nan_does_not_end_the_round(backend: str) -> None:
+    """The other half, a GIL held for the whole call: `test_registry.py::test_the_gil_is_released`."""
+    x = make_rows("normal", 9, 20, np.dtype(np.float32))
+    x[4, 7] = np.nan
+    for rule in RULES:
+        result, info = rk.aggregate(x, rule, f=2, return_info=True)
+        assert np.isfinite(result).all()
+        assert info.nonfinite_rows == (4,)
+
+
 def test_defect_9_extra_dimensions_are_part_of_a_row(backend: str) -> None:
     x = make_rows("normal", 7, 6, np.dtype(np.float32))
     for rule in RULES:

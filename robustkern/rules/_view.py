@@ -301,6 +301,7 @@ class Solution:
     sq_distances: Vector | None = None
     iterations: int | None = None
     converged: bool | None = None
+    gave_up: bool = False  # it should have converged, and did not
 
 
 def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple[Vector | None, Mask | None]:

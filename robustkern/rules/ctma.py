@@ -65,6 +65,7 @@ class CTMA(Aggregator):
             sq_distances=unscaled(distances.values, distances.scale),
             iterations=anchor.iterations,
             converged=anchor.converged,
+            gave_up=anchor.gave_up,
         )
 
 

@@ -112,6 +112,7 @@ class GeometricMedian(Aggregator):
             sq_distances=unscaled(geometry.sq_distances_to(result), geometry.scale),
             iterations=iterations,
             converged=converged,
+            gave_up=not converged and self.max_iter is None,
         )
 
 
