@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from support import assert_close, make_rows
 
 import robustkern as rk
+from robustkern import _registry
 
 Array = NDArray[Any]
 
@@ -321,11 +322,12 @@ def test_a_split_residue_is_dropped() -> None:
     """1e-16 times an infinite row is still infinite."""
     x = np.random.default_rng(0).standard_normal((10, 4))
     x[9] = np.inf
-    weights = np.full(10, 0.1)
-    weights[0] = 0.1 + 1e-17
-    weights[1] = 0.1000000000000001
-    result = rk.ctma(x, f=2, anchor="median", weights=weights)
-    assert np.isfinite(result).all()
+    for seed in range(100):
+        weights = np.random.default_rng(seed).random(10)
+        weights[9] = weights[:9].sum() / 9 * (1 - 4e-16)  # a tenth of the weight: nine finite rows are the rest
+        result, info = rk.ctma(x, f=1, anchor="median", weights=weights, return_info=True)
+        assert np.isfinite(result).all()
+        assert info.weights[9] == 0
 
 
 @pytest.mark.parametrize("rule", ["geometric_median", "median", "trimmed_mean", "ctma(geometric_median)"])
@@ -401,6 +403,21 @@ def test_the_mean_lets_nan_through_and_says_so() -> None:
     assert result[4] == np.inf
     assert np.isfinite(np.delete(result, [3, 4])).all()
     assert info.nonfinite_rows == (2, 4)
+
+
+def test_nnm_leaves_a_bad_row_alone() -> None:
+    """No other row mixes it in, and it mixes in no other: it must not spoil more rows than itself."""
+    from robustkern._arrays import adapt
+    from robustkern.rules._view import start
+
+    x = make_rows("normal", 7, 5, np.dtype(np.float32))
+    x[3, 2] = np.nan
+    view = start(adapt(x)[0], _registry.load_backend("reference"), 2, None, False)
+    mix = rk.NNM().mixing(view)
+    assert np.array_equal(mix[3], np.eye(7)[3])
+    assert not mix[[0, 1, 2, 4, 5, 6], 3].any()
+    np.testing.assert_allclose(mix.sum(axis=1), 1)
+    assert np.flatnonzero(~view.remixed(mix).geometry().finite).tolist() == [3]
 
 
 @pytest.mark.parametrize("rule", RULES)
