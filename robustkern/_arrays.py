@@ -8,6 +8,7 @@ their column-wise lower median, an actual value that at least half of the rows d
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,7 +169,9 @@ def _contiguous_axes(shape: tuple[int, ...], strides: tuple[int, ...], item: int
 
 def _describe(x: Any) -> str:
     shape = getattr(x, "shape", None)
-    return type(x).__name__ if shape is None else f"{type(x).__name__} of shape {tuple(shape)} and dtype {x.dtype}"
+    if not isinstance(shape, (tuple, list)):
+        return type(x).__name__
+    return f"{type(x).__name__} of shape {tuple(shape)} and dtype {getattr(x, 'dtype', None)}"
 
 
 def _as_numpy(x: Any, what: str) -> NDArray[Any]:
@@ -180,14 +183,18 @@ def _as_numpy(x: Any, what: str) -> NDArray[Any]:
             raise ValueError(
                 f"{what} is a torch tensor on device {x.device}; this version aggregates on the CPU (pass x.cpu())"
             )
-        if x.layout != torch.strided:
+        if getattr(x, "is_nested", False) or x.layout != torch.strided:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
         x = x.detach()
         if x.is_quantized or x.is_complex():
             raise TypeError(f"{what} has dtype {x.dtype}; expected float16, bfloat16, float32, float64 or an integer")
-        if x.dtype == torch.bfloat16:
-            return np.asarray(x.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
-        return np.asarray(x.numpy())
+        try:
+            x = x.resolve_neg()
+            if x.dtype == torch.bfloat16:
+                return np.asarray(x.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+            return np.asarray(x.numpy())
+        except (RuntimeError, TypeError) as error:  # tensors without memory of their own, dtypes NumPy lacks
+            raise TypeError(f"{what} is a torch tensor that NumPy cannot view: {error}") from None
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{what} is a masked array, whose mask would be lost (pass x.filled(numpy.nan))")
     if is_numpy_array(x) or isinstance(x, np.generic):
@@ -222,9 +229,7 @@ def _empty(shape: tuple[int, ...], like: Any) -> Any:
     return np.empty(shape, dtype=like.dtype)
 
 
-def _check_out(
-    out: Any, shape: tuple[int, ...], like: Any, sources: Sequence[NDArray[Any]] | NDArray[Any], what: str
-) -> Any:
+def _check_out(out: Any, shape: tuple[int, ...], like: Any, what: str) -> Any:
     if _library(out) != _library(like) or not (hasattr(out, "shape") and hasattr(out, "dtype")):
         raise TypeError(f"{what} is {_describe(out)}; expected a {_library(like)} array like the updates")
     if tuple(out.shape) != shape or out.dtype != like.dtype:
@@ -234,11 +239,45 @@ def _check_out(
     view = _as_numpy(out, what)
     if not view.flags.c_contiguous or not view.flags.writeable or not view.flags.aligned:
         raise ValueError(f"{what} must be contiguous, aligned and writeable (pass a fresh array)")
-    if isinstance(sources, np.ndarray):
-        sources = [sources]
-    if any(np.may_share_memory(view, source) for source in sources):
-        raise ValueError(f"{what} shares memory with the updates, which are never written (pass a fresh array)")
     return out
+
+
+def _check_disjoint(leaves: list[Leaf]) -> None:
+    """Raise where the memory of a result overlaps an update's or another result's, as far as their bounds tell."""
+    taken = []
+    for leaf in leaves:
+        sources = [leaf.arrays] if isinstance(leaf.arrays, np.ndarray) else leaf.arrays
+        taken += [_bounds(source) for source in sources if source.size]
+    taken.sort()
+    highest = -1
+    merged: list[tuple[int, int]] = []  # disjoint and ascending
+    for low, high in taken:
+        if low < highest:
+            highest = max(highest, high)
+            merged[-1] = (merged[-1][0], highest)
+        else:
+            merged.append((low, high))
+            highest = high
+    starts = [low for low, _ in merged]
+    results = sorted((*_bounds(leaf.out), leaf.path) for leaf in leaves if leaf.out.size)
+    for k, (low, high, path) in enumerate(results):
+        at = bisect.bisect_left(starts, high) - 1
+        what = f"out, leaf {path}" if path else "out"
+        if at >= 0 and merged[at][1] > low:
+            raise ValueError(f"{what} shares memory with the updates, which are never written (pass a fresh array)")
+        if k and results[k - 1][1] > low:
+            raise ValueError(f"{what} shares memory with leaf {results[k - 1][2]} of out (pass fresh arrays)")
+
+
+def _bounds(x: NDArray[Any]) -> tuple[int, int]:
+    """First byte of an array, and the first one behind it."""
+    low = high = int(x.__array_interface__["data"][0])
+    for size, stride in zip(x.shape, x.strides, strict=True):
+        if stride < 0:
+            low += (size - 1) * stride
+        else:
+            high += (size - 1) * stride
+    return low, high + x.itemsize
 
 
 def _check_count(n: int) -> None:
@@ -278,8 +317,13 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
     _check_count(len(updates))
     if all(type(u) is np.ndarray for u in updates):
         leaf, result = _make_leaf(updates, "", out)
+        if out is not None:
+            _check_disjoint([leaf])
         return MemorySource(len(updates), [leaf]), lambda: result
-    return _adapt_trees(updates, out)
+    try:
+        return _adapt_trees(updates, out)
+    except RecursionError:
+        raise ValueError("updates: a pytree is nested too deeply, or contains itself") from None
 
 
 def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], Any]]:
@@ -292,8 +336,10 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     _check_count(array.shape[0])
     _check_dtype(array.dtype, "updates", False)
     shape = array.shape[1:]
-    result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, array, "out")
+    result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, "out")
     leaf = Leaf("", shape, array.dtype, array, _as_numpy(result, "out"))
+    if out is not None:
+        _check_disjoint([leaf])
     return MemorySource(array.shape[0], [leaf]), lambda: result
 
 
@@ -317,7 +363,7 @@ def _make_leaf(values: Sequence[Any], path: str, out: Any) -> tuple[Leaf, Any]:
             )
         arrays.append(array)
     name = f"out, leaf {path}" if path else "out"
-    result = _empty(first.shape, like) if out is None else _check_out(out, first.shape, like, arrays, name)
+    result = _empty(first.shape, like) if out is None else _check_out(out, first.shape, like, name)
     return Leaf(path, first.shape, first.dtype, arrays, _as_numpy(result, name)), result
 
 
@@ -342,6 +388,8 @@ def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callab
             raise ValueError(f"out {_difference(names, out)} (structure {out_spec}, in the updates {spec})")
     made = [_make_leaf(c, name, target) for c, name, target in zip(columns, names, targets, strict=True)]
     libraries = {_library(leaf) for leaf in leaves}
+    if out is not None:
+        _check_disjoint([leaf for leaf, _ in made])
     if len(libraries) > 1:
         raise TypeError("row 0 mixes NumPy and torch leaves (convert them to one library)")
     return MemorySource(len(updates), [leaf for leaf, _ in made]), lambda: optree.tree_unflatten(

@@ -6,13 +6,17 @@ import os
 
 __all__ = ["requested_threads", "set_num_threads"]
 
+MAX_THREADS = 65536
+
 
 def _from_environment() -> int:
     text = os.environ.get("ROBUSTKERN_NUM_THREADS", "")
     if not text:
         return 0
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"ROBUSTKERN_NUM_THREADS must be a positive integer; got {text!r} (unset it for all cores)")
+    if not (text.isascii() and text.isdecimal() and len(text) < 6 and 1 <= int(text) <= MAX_THREADS):
+        raise ValueError(
+            f"ROBUSTKERN_NUM_THREADS must be a positive integer up to {MAX_THREADS}; got {text!r} (unset: all cores)"
+        )
     return int(text)
 
 
@@ -30,7 +34,7 @@ def set_num_threads(k: int | None, /) -> None:
     Parameters
     ----------
     k : int or None
-        At least 1. None goes back to ``ROBUSTKERN_NUM_THREADS``, or without it to what OpenMP allows.
+        Between 1 and 65536. None goes back to ``ROBUSTKERN_NUM_THREADS``, or without it to what OpenMP allows.
 
     Raises
     ------
@@ -45,6 +49,6 @@ def set_num_threads(k: int | None, /) -> None:
     if k is not None:
         if isinstance(k, bool) or not isinstance(k, int):
             raise TypeError(f"set_num_threads: k must be an int or None; got {type(k).__name__}")
-        if k < 1:
-            raise ValueError(f"set_num_threads: k must be at least 1; got {k} (None for the default)")
+        if not 1 <= k <= MAX_THREADS:
+            raise ValueError(f"set_num_threads: k must be between 1 and {MAX_THREADS}; got {k} (None for the default)")
     _requested = k

@@ -283,7 +283,7 @@ def check_f(rule: str, n: int, f: Any, delta: Any) -> int | None:
             raise TypeError(f"{rule}: delta must be a number; got {type(delta).__name__}")
         if not 0 <= delta < 0.5:
             raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {delta}")
-        return math.floor(float(delta) * n + 1e-9)  # 0.29 * 100 is 28.999999999999996
+        return min(math.floor(float(delta) * n + 1e-9), (n - 1) // 2)  # 0.29 * 100 is 28.999999999999996
     if f is None:
         return None
     if isinstance(f, (bool, np.bool_)) or not isinstance(f, (int, np.integer)):
@@ -307,7 +307,7 @@ def check_weights(rule: str, n: int, weights: ArrayLike | None) -> Vector | None
         return None
     try:
         values = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with gradients
         raise TypeError(f"{rule}: weights must be numbers, one for each row ({error})") from None
     if values.shape != (n,):
         raise ValueError(f"{rule}: weights must have shape ({n},), one for each row; got shape {values.shape}")
@@ -562,7 +562,7 @@ def nnm(updates: Any, /, *, then: Aggregator | str = "mean", **options: Any) -> 
     ----------
     .. [1] Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
     """
-    return aggregate(updates, NNM() | (parse_rule(then) if isinstance(then, str) else then), **options)
+    return aggregate(updates, NNM() | (parse_rule(then) if isinstance(then, str) else as_aggregator(then)), **options)
 
 
 def bucketing(
@@ -596,4 +596,5 @@ def bucketing(
     ----------
     .. [1] Karimireddy, He & Jaggi, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
     """
-    return aggregate(updates, Bucketing(size, seed) | (parse_rule(then) if isinstance(then, str) else then), **options)
+    last = parse_rule(then) if isinstance(then, str) else as_aggregator(then)
+    return aggregate(updates, Bucketing(size, seed) | last, **options)

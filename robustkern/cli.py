@@ -97,6 +97,8 @@ def _guard(run: Any) -> Any:
         return run()
     except ModuleNotFoundError as error:
         _fail(f"{error}; install what the command needs: pip install 'robustkern[demo]'", 2)
+    except MemoryError as error:
+        _fail(f"not enough memory for one tensor of all files ({error})", 1)
     except (RobustkernError, ValueError, TypeError, OSError) as error:
         _fail(str(error), 1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 import tempfile
@@ -64,7 +65,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Number of values."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
 
 # ---- readers ---------------------------------------------------------------------------------------------------
@@ -108,9 +109,7 @@ class _NpyReader:
         self.path = path
         with path.open("rb") as file:
             tensor, offset = _npy_header(file)
-        expected = offset + tensor.size * tensor.dtype.itemsize
-        if path.stat().st_size < expected:
-            raise ValueError(f"truncated: {path.stat().st_size} bytes, expected {expected}")
+        _check_length(tensor, offset, path.stat().st_size)
         self.tensors = {"array": tensor}
 
     def read(self, name: str) -> NDArray[Any]:
@@ -128,7 +127,9 @@ class _NpzReader:
                 if not member.endswith(".npy"):
                     raise ValueError(f"its member {member!r} is no array")
                 with archive.open(member) as file:
-                    self.tensors[member[: -len(".npy")]] = _npy_header(file)[0]
+                    tensor, offset = _npy_header(file)
+                _check_length(tensor, offset, archive.getinfo(member).file_size)
+                self.tensors[member[: -len(".npy")]] = tensor
 
     def read(self, name: str) -> NDArray[Any]:
         with zipfile.ZipFile(self.path) as archive, archive.open(name + ".npy") as file:
@@ -141,7 +142,16 @@ def _npy_header(file: IO[bytes]) -> tuple[Tensor, int]:
     shape, _, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its shape {shape} is negative")
     return Tensor(shape, dtype), file.tell()
+
+
+def _check_length(tensor: Tensor, offset: int, length: int) -> None:
+    """Hold what a header promises against what is there."""
+    expected = offset + tensor.size * tensor.dtype.itemsize
+    if length < expected:
+        raise ValueError(f"truncated: {length} bytes, expected {expected} for shape {tensor.shape}")
 
 
 def _open_reader(path: Path) -> _Reader:
@@ -332,6 +342,8 @@ class _NpyWriter:
 def _check_out(out: Path, source: FileSource) -> type[_SafetensorsWriter] | type[_NpzWriter] | type[_NpyWriter]:
     if out.suffix not in SUFFIXES:
         raise FileError(f"{out}: unknown kind of output; expected one of {', '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise FileError(f"{out}: is a directory (name a file)")
     if not out.parent.is_dir():
         raise FileError(f"{out}: the directory {out.parent} does not exist")
     if out.exists() and any(out.samefile(reader.path) for reader in source.readers):
@@ -340,6 +352,9 @@ def _check_out(out: Path, source: FileSource) -> type[_SafetensorsWriter] | type
         raise FileError(f"{out}: an npy file holds one tensor, the updates have {len(source.tensors)} (use .npz)")
     if out.suffix != ".safetensors" and any(t.dtype == ml_dtypes.bfloat16 for t in source.tensors.values()):
         raise FileError(f"{out}: {out.suffix[1:]} files cannot hold bfloat16 (use .safetensors)")
+    for name in source.tensors:
+        if (out.suffix == ".safetensors" and name == "__metadata__") or (out.suffix == ".npz" and "\0" in name):
+            raise FileError(f"{out}: {out.suffix[1:]} files cannot hold a tensor named {name!r}")
     return {".safetensors": _SafetensorsWriter, ".npz": _NpzWriter, ".npy": _NpyWriter}[out.suffix]  # type: ignore[return-value]
 
 
@@ -404,15 +419,14 @@ def aggregate_files(
     phase, done = "writing", 0
     metadata = getattr(source.readers[0], "metadata", {})
     with _complete_or_absent(target) as file:
-        writer = make_writer(file, source.tensors, metadata)
-        for name in writer.order:
-            if name in source.counters:
-                values = lower_median(source.load(name)).reshape(source.tensors[name].shape)
-            else:
-                task.emit(source.block(name), distances=True)
-                values = source.result(name)
-            writer.write(name, values)
-        writer.close()
+        with contextlib.closing(make_writer(file, source.tensors, metadata)) as writer:
+            for name in writer.order:
+                if name in source.counters:
+                    values = lower_median(source.load(name)).reshape(source.tensors[name].shape)
+                else:
+                    task.emit(source.block(name), distances=True)
+                    values = source.result(name)
+                writer.write(name, values)
         if task.poisoned:
             task.raise_nonfinite()
     return task.info()
@@ -421,7 +435,7 @@ def aggregate_files(
 @contextlib.contextmanager
 def _complete_or_absent(target: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside the target that replaces it at the end, and is removed after an error."""
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=".robustkern-", suffix=".part", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             yield file

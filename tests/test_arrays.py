@@ -242,6 +242,47 @@ def test_unusable_out(out: Any, error: type[Exception], message: str) -> None:
         rk.median(X, out=out)
 
 
+def test_out_must_not_be_another_leaf_of_the_updates() -> None:
+    rows = [{"a": np.full(3, float(i)), "b": np.full(3, 10.0 + i)} for i in range(5)]
+    with pytest.raises(ValueError, match=r"out, leaf \['a'\] shares memory with the updates"):
+        rk.median(rows, out={"a": rows[0]["b"], "b": np.zeros(3)})
+    same = np.zeros(4)
+    with pytest.raises(ValueError, match=r"out, leaf \['b'\] shares memory with leaf \['a'\] of out"):
+        rk.median(rows, out={"a": same[:3], "b": same[1:]})
+    assert rows[0]["b"].tolist() == [10, 10, 10]
+
+
+def test_out_beside_the_updates_in_one_array() -> None:
+    memory = np.random.default_rng(0).standard_normal((6, 8))
+    want = np.median(memory[:5], axis=0)
+    assert np.array_equal(rk.median(memory[:5], out=memory[5]), want)
+    with pytest.raises(ValueError, match="out shares memory with the updates"):
+        rk.median(memory, out=memory[5])
+
+
+def test_pytrees_without_end() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    with pytest.raises(ValueError, match="nested too deeply, or contains itself"):
+        rk.median([loop, loop])
+
+
+def test_things_that_only_look_like_arrays() -> None:
+    class Shaped:
+        shape = (3, 2)
+
+    for updates in (Shaped(), [Shaped(), Shaped()]):
+        with pytest.raises(TypeError, match="is Shaped of shape"):
+            rk.median(updates)
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    with pytest.raises(TypeError, match="layout"):
+        rk.median(nested)
+    with pytest.raises(TypeError, match="torch tensor that NumPy cannot view"):
+        rk.median(torch.ones(3, 4).to(torch.float8_e4m3fn))
+    imaginary = torch.conj(torch.ones(3, 4, dtype=torch.complex64) * 1j).imag
+    assert rk.median(imaginary).tolist() == [-1, -1, -1, -1]
+
+
 def test_out_tree_of_another_structure() -> None:
     with pytest.raises(ValueError, match=r"out lacks the leaves \['a'\]"):
         rk.median([{"a": X[0]}] * 3, out={"c": X[0].copy()})

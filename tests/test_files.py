@@ -275,6 +275,49 @@ def test_bad_outputs(tmp_path: Path) -> None:
         aggregate_files([tmp_path / "odd.npz"], "median", out=tmp_path / "out.npz")
 
 
+def npy_bytes(shape: str, data: bytes = b"") -> bytes:
+    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}".encode()
+    header += b" " * (117 - len(header)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "(10**15,)".replace("10**15", str(10**15)),
+        "(99999999999999999999,)",
+        "(4294967296, 4294967296)",
+        "(-1,)",
+        "(5,)",
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, shape: str) -> None:
+    (tmp_path / "a.npy").write_bytes(npy_bytes(shape, b"12345678"))
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("x.npy", npy_bytes(shape, b"12345678"))
+    for name in ("a.npy", "b.npz"):
+        with pytest.raises(FileError, match=rf"{name}: corrupt, truncated or no np. file"):
+            aggregate_files([tmp_path / name], "mean", out=tmp_path / "out.npz")
+        result = run("aggregate", tmp_path / name, "--rule", "mean", "--out", tmp_path / "out.npz")
+        assert result.exit_code == 1
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_names_that_a_format_cannot_hold(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **{"__metadata__": np.ones(2)})
+    with pytest.raises(FileError, match="safetensors files cannot hold a tensor named '__metadata__'"):
+        aggregate_files([tmp_path / "a.npz"], "mean", out=tmp_path / "out.safetensors")
+    save_file({"a\0b": np.ones(2)}, tmp_path / "b.safetensors")
+    with pytest.raises(FileError, match="npz files cannot hold a tensor named"):
+        aggregate_files([tmp_path / "b.safetensors"], "mean", out=tmp_path / "out.npz")
+    (tmp_path / "dir.npz").mkdir()
+    with pytest.raises(FileError, match=r"is a directory \(name a file\)"):
+        aggregate_files([tmp_path / "a.npz"], "mean", out=tmp_path / "dir.npz")
+    long = tmp_path / ("n" * 245 + ".npz")
+    aggregate_files([tmp_path / "a.npz"], "mean", out=long)
+    assert long.exists()
+
+
 def test_bad_rows_are_called_by_their_files(tmp_path: Path) -> None:
     updates = make_updates()
     for i in (1, 6, 7):

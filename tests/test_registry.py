@@ -72,6 +72,12 @@ def test_text_form(text: str, rule: rk.Rule, printed: str) -> None:
         ("(" * 400 + "median" + ")" * 400, "not in Python call syntax"),
         ("m" * 1001, "may have 1000 characters; got 1001"),
         ("krum(neighbours=__import__('os'))", "'__import__' is not known"),
+        (
+            "rfa(nu=1)",
+            "'rfa' takes no parameters; write geometric_median\\(nu=0.1, max_iter=3, start='zero'\\) with others",
+        ),
+        ("median\ud800", "not in Python call syntax"),
+        ("geometric_median(nu=1" + "0" * 400 + ")", "nu must be a finite number of at least 0"),
         ("median(even='middle')", "even must be 'mean', 'low' or 'high'; got 'middle'"),
     ],
 )
@@ -179,7 +185,8 @@ def test_isa_by_environment(isa: str) -> None:
 def test_bad_environment_is_named() -> None:
     for name, value, message in (
         ("ROBUSTKERN_ISA", "v9", "ROBUSTKERN_ISA must be one of"),
-        ("ROBUSTKERN_NUM_THREADS", "many", "ROBUSTKERN_NUM_THREADS must be a positive integer; got 'many'"),
+        ("ROBUSTKERN_NUM_THREADS", "many", "ROBUSTKERN_NUM_THREADS must be a positive integer up to 65536; got 'many'"),
+        ("ROBUSTKERN_NUM_THREADS", "9" * 30, "ROBUSTKERN_NUM_THREADS must be a positive integer up to 65536; got"),
     ):
         code = "import robustkern as rk, numpy as np; rk.median(np.eye(5))"
         done = subprocess.run(
@@ -200,9 +207,9 @@ def test_info() -> None:
 # ---- threads -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [0, -1])
+@pytest.mark.parametrize("bad", [0, -1, 2**31])
 def test_set_num_threads_bad_value(bad: int) -> None:
-    with pytest.raises(ValueError, match=f"k must be at least 1; got {bad}"):
+    with pytest.raises(ValueError, match=f"k must be between 1 and 65536; got {bad}"):
         rk.set_num_threads(bad)
 
 

@@ -459,6 +459,77 @@ def test_huge_attackers_among_ordinary_float64_rows_are_out_of_reach(backend: st
         assert np.isinf(info.sq_distances[:3]).all()
 
 
+@pytest.mark.parametrize("far", [6e153, 1.2e154, -1.2e154, 7e153, 1e150, 1e200, 1.7e308])
+@pytest.mark.parametrize("rule", RULES)
+def test_float64_attackers_whose_squares_just_overflow(rule: str, far: float) -> None:
+    """Squares that are finite numbers, but sums of two of them are not."""
+    honest = make_rows("normal", 9, 4, np.dtype(np.float64))
+    for attack in ((far, far), (far, -far)):
+        x = np.vstack([np.full((1, 4), attack[0]), np.full((1, 4), attack[1]), honest])
+        result = rk.aggregate(x, rule, f=2)
+        assert np.isfinite(result).all()
+        if "bucketing" not in rule and rule not in (
+            "rfa",
+            "nnm | mean",
+        ):  # which average attackers in, whatever their size
+            assert (np.abs(result) <= np.abs(honest).max() + 1e-9).all()
+
+
+@pytest.mark.parametrize("neighbours", [3, 4, 5, 6])
+def test_krum_with_more_neighbours_than_finite_rows(neighbours: int) -> None:
+    x = np.array([[np.nan], [np.nan], [0.0], [1], [2], [3], [4]])
+    assert rk.krum(x, f=2, neighbours=neighbours)[0] in (1, 2, 3)
+    assert np.isfinite(rk.multi_krum(x, f=2, neighbours=neighbours)).all()
+
+
+@pytest.mark.parametrize("rule", ["ctma(median)", "geometric_median", "multi_krum", "nnm | mean"])
+def test_tiny_rows_do_not_push_honest_rows_out_of_reach(rule: str) -> None:
+    """Some honest rows are zero, f hostile ones almost: the middle one must not set the scale for all."""
+    x = np.array([[0.0], [0], [1e-200], [1e-200], [1e-200], [1], [2], [3], [4]])
+    assert 0 <= rk.aggregate(x, rule, f=3)[0] <= 4
+
+
+@pytest.mark.parametrize(
+    "rule", ["geometric_median", "ctma(median)", "krum", "nnm | mean", "mean", "bucketing | median"]
+)
+@pytest.mark.parametrize(
+    "value", [1e146, 1e150, 1e300, float(np.finfo(np.float64).max), -float(np.finfo(np.float64).max)]
+)
+@pytest.mark.parametrize("n", [7, 11, 12])
+def test_equal_rows_of_any_magnitude(rule: str, value: float, n: int) -> None:
+    got = rk.aggregate(np.full((n, 3), value), rule, f=2)
+    np.testing.assert_allclose(got, value, rtol=1e-15)
+
+
+def test_one_row_of_the_largest_number() -> None:
+    x = np.full((1, 2), np.finfo(np.float64).max)
+    assert np.array_equal(rk.geometric_median(x), x[0])
+
+
+def test_the_scale_follows_the_weights() -> None:
+    rng = np.random.default_rng(0)
+    x = np.vstack([rng.normal(size=(4, 3)), 1e200 * rng.normal(size=(5, 3))])
+    got, info = rk.geometric_median(x, weights=[100] * 4 + [1] * 5, return_info=True)
+    want = rk.geometric_median(x[:4])
+    assert (info.weights[4:] == 0).all()
+    np.testing.assert_allclose(got, want, atol=0.1)
+
+
+def test_weighted_ctma_at_the_border_of_what_is_tolerated() -> None:
+    for n, scale in ((3000, 0.7), (90, 1 / 3)):
+        weights = np.tile([1.0, 2, 3], n // 3) * scale
+        x = np.random.default_rng(0).standard_normal((n, 2))
+        x[1::3] = np.nan  # a third of the weight, all that f tolerates
+        result, info = rk.ctma(x, f=n // 3, anchor="median", weights=weights, return_info=True)
+        assert np.isfinite(result).all()
+        assert not info.weights[1::3].any()
+
+
+def test_huge_nu_is_a_mean() -> None:
+    x = make_rows("normal", 5, 3, np.dtype(np.float64)) * 1e-200
+    np.testing.assert_allclose(rk.geometric_median(x, nu=1e200), x.mean(axis=0), rtol=1e-9)
+
+
 # ---- exact cuts --------------------------------------------------------------------------------------------------
 
 
@@ -532,7 +603,7 @@ def test_f_of_a_bucketed_view_is_checked() -> None:
         rk.aggregate(np.ones((12, 3)), "bucketing(size=3) | trimmed_mean", f=2)
 
 
-@pytest.mark.parametrize(("delta", "f"), [(0, 0), (0.29, 29), (0.2, 20), (0.499, 49), (0.3, 30)])
+@pytest.mark.parametrize(("delta", "f"), [(0, 0), (0.29, 29), (0.2, 20), (0.4999999999999, 49), (0.3, 30)])
 def test_delta_stands_for_f(delta: float, f: int) -> None:
     x = make_rows("normal", 100, 3, np.dtype(np.float64))
     _, info = rk.trimmed_mean(x, delta=delta, return_info=True)
@@ -553,6 +624,7 @@ def test_delta_stands_for_f(delta: float, f: int) -> None:
         ({"f": 1, "weights": [1, 1, -1, 1, 1]}, ValueError, "not negative; got -1.0 for row 2"),
         ({"f": 1, "weights": [1, 1, 1, np.nan, 1]}, ValueError, "finite and not negative; got nan for row 3"),
         ({"f": 1, "weights": [0, 0, 0, 0, 0]}, ValueError, "weights are all 0"),
+        ({"f": 1, "weights": [10**400, 1, 1, 1, 1]}, TypeError, "weights must be numbers"),
         ({"f": 1, "weights": ["a"] * 5}, TypeError, "weights must be numbers"),
         ({"f": 1, "backend": "gpu"}, ValueError, "backend must be one of auto, cpp, numba, reference; got 'gpu'"),
         ({"f": 1, "backend": 3}, TypeError, "backend must be a string; got int"),
@@ -569,6 +641,9 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         (lambda: rk.Median("middle"), "median: even must be 'mean', 'low' or 'high'; got 'middle'"),
         (lambda: rk.GeometricMedian(nu=-1), "geometric_median: nu must be a finite number of at least 0; got -1"),
         (lambda: rk.GeometricMedian(nu=math.inf), "nu must be a finite number"),
+        (lambda: rk.GeometricMedian(nu=10**400), "nu must be a finite number"),
+        (lambda: rk.Median(np.array(["mean", "low"])), "even must be 'mean', 'low' or 'high'"),
+        (lambda: rk.nnm(np.ones((4, 2)), f=1, then=rk.NNM()), "nnm only mixes the rows"),
         (lambda: rk.GeometricMedian(max_iter=0), "max_iter must be None or an integer of at least 1; got 0"),
         (lambda: rk.GeometricMedian(start="median"), "start must be 'mean' or 'zero'; got 'median'"),
         (lambda: rk.Krum(0), "krum: neighbours must be None or an integer of at least 1; got 0"),

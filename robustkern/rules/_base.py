@@ -204,7 +204,7 @@ def parse_rule(text: str, /) -> Aggregator:
     try:
         tree = ast.parse(text.strip(), mode="eval")
         rule = _rule_of(tree.body, text)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, RecursionError, MemoryError, UnicodeError) as error:
         raise ValueError(
             f"rule: {text!r} is not in Python call syntax, such as 'nnm | ctma(median)' ({error})"
         ) from None
@@ -245,6 +245,8 @@ def _argument(node: ast.expr, text: str) -> Any:
 def _make(name: str, arguments: list[Any], options: dict[str, Any]) -> Rule:
     if name in _PRESETS and not arguments and not options:
         return _PRESETS[name]
+    if name in _PRESETS:
+        raise ValueError(f"rule: {name!r} takes no parameters; write {_PRESETS[name]} with others")
     if name not in _RULES:
         close = difflib.get_close_matches(name, available_rules(), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""

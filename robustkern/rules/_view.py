@@ -38,6 +38,8 @@ Mask = NDArray[np.bool_]
 EPSILON = 2.0**-53
 #: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
 RESCALE = 2.0**540
+#: Squared distances above it count as infinite: sums of 65535 times four of them are still finite numbers.
+MAX_SQUARE = 1e302
 _CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
 
@@ -124,9 +126,33 @@ class _Input:
     source: Source
     kernels: Kernels
     needs_origin: bool
+    f: int | None
     weights: Vector | None
     geometry: Geometry | None = None
     nonfinite: Mask = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+
+    def better_scale(self, squares: Vector) -> float:
+        """Return the power of two at which the middle row (by weight) has an ordinary square."""
+        middle = self._middle(squares)
+        if middle > MAX_SQUARE:
+            return 1 / RESCALE
+        return RESCALE if middle < 1e-250 else 1.0
+
+    def improves(self, scale: float, before: Vector, after: Vector) -> bool:
+        """Tell whether squares taken at another scale are better than those before.
+
+        Downwards they always are. Upwards only if the middle one had vanished, rather than being 0, and if no more rows
+        are lost than may be Byzantine: a few tiny rows must not push the honest ones out of reach.
+        """
+        return scale < 1 or (
+            self._middle(after) > 0 and tolerated(measurable(before) & ~measurable(after), self.f, self.weights)
+        )
+
+    def _middle(self, squares: Vector) -> float:
+        order = np.argsort(np.where(np.isnan(squares), np.inf, squares), kind="stable")
+        weights = np.ones(len(squares)) if self.weights is None else self.weights
+        share = np.cumsum(weights[order])
+        return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
 
 
 @dataclass(frozen=True)
@@ -173,23 +199,16 @@ class View:
     def require_finite(self, rule: str, finite: Mask) -> None:
         """Raise if more rows are not finite than the rule tolerates (f, or without f fewer than half)."""
         bad = np.flatnonzero(~finite)
-        if self.weights is not None:
-            total = float(self.weights.sum())
-            limit = total * self.f / self.n if self.f is not None else total / 2
-            spoilt = float(self.weights[bad].sum())
-            tolerated = spoilt <= limit if self.f is not None else spoilt < limit
-        else:
-            tolerated = bad.size <= (self.f if self.f is not None else (self.n - 1) // 2)
-        if not tolerated:
+        if not tolerated(~finite, self.f, self.weights):
             raise self.nonfinite_error(rule, bad)
 
     def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
         """Build the error that names rows which are not finite."""
         rows = np.flatnonzero(self.data.nonfinite) if self.data.nonfinite.any() else bad
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
-        tolerated = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
         return NonFiniteError(
-            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {tolerated} that may be "
+            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {limit} that may be "
             "Byzantine; drop them, or raise f",
             tuple(int(i) for i in rows),
         )
@@ -207,13 +226,16 @@ class View:
         scale = 1.0
         result = self._selection_distances(selection, scale)
         if np.dtype(np.float64) in self.data.source.dtypes:
-            scale = _better_scale(result)
+            # Mixed rows have no weights, and as many as the input or fewer: the middle one is found alike.
+            choice = self.data if self.mix is None else replace(self.data, weights=None)
+            scale = choice.better_scale(result)
             if scale != 1.0:
                 rescaled = self._selection_distances(selection, scale)
-                if _middle(rescaled) > 0:
+                if choice.improves(scale, result, rescaled):
                     result = rescaled
                 else:
-                    scale = 1.0  # nothing had vanished: most rows are equal
+                    scale = 1.0
+            result[~measurable(result)] = np.inf
         errors = np.where(np.isfinite(result), result, 0.0) * _rounding(self.data.source.d)
         again = functools.partial(self._measure_again, selection, scale) if self.mix is None else None
         return Distances(result, errors, again, scale)
@@ -326,7 +348,19 @@ def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple
             flags = found.nonfinite if flags is None else flags | found.nonfinite
             if found.sq_distances is not None:
                 total = found.sq_distances if total is None else total + found.sq_distances
+        if rows.dtype == np.float64:
+            _clamp(rows, out)
     return total, flags
+
+
+def _clamp(rows: Rows, out: Rows) -> None:
+    """Bring results back that rounding pushed beyond the largest float64: averages of finite rows are finite."""
+    largest = np.finfo(np.float64).max
+    for s in range(len(out.addresses)):
+        result = out.array(s, 0)
+        over = np.isinf(result)
+        if over.any() and all(np.isfinite(rows.array(s, i)).all() for i in range(rows.n)):
+            result[over] = np.copysign(largest, result[over])
 
 
 def smallest(
@@ -377,33 +411,34 @@ def _all_finite(parts: list[Vector], i: int) -> bool:
     return all(math.isfinite(part[i]) for part in parts)
 
 
-def _better_scale(sq_distances: Vector) -> float:
-    """Return the power of two at which the middle one of some squares is an ordinary number."""
-    middle = _middle(sq_distances)
-    if math.isinf(middle):
-        return 1 / RESCALE
-    return RESCALE if middle < 1e-250 else 1.0
+def measurable(squares: Vector) -> Mask:
+    """Tell which squared distances are numbers that arithmetic on them cannot make overflow."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(squares <= MAX_SQUARE)
 
 
-def _middle(values: Vector) -> float:
-    return float(np.sort(values)[(values.size - 1) // 2]) if values.size else 1.0
+def tolerated(bad: Mask, f: int | None, weights: Vector | None) -> bool:
+    """Tell whether these rows may all be Byzantine: at most f (of the weight: f/n), without f fewer than half."""
+    if weights is None:
+        return int(bad.sum()) <= (f if f is not None else (len(bad) - 1) // 2)
+    spoilt, total = float(weights[bad].sum()), float(weights.sum())
+    return spoilt <= total * f / len(bad) * (1 + 1e-12) if f is not None else spoilt < total / 2
 
 
 def _measure(data: _Input) -> Geometry:
+    n = data.source.n
     gram = _gram_pass(data, 1.0)
     scale = 1.0
     if np.dtype(np.float64) in data.source.dtypes:
-        norms = np.diagonal(gram)[: data.source.n]
-        scale = _better_scale(norms[~np.isnan(norms)])
+        norms = np.diagonal(gram)[:n]
+        scale = data.better_scale(norms)
         if scale != 1.0:
             rescaled = _gram_pass(data, scale)
-            norms = np.diagonal(rescaled)[: data.source.n]
-            if _middle(norms[~np.isnan(norms)]) > 0:
+            if data.improves(scale, norms, np.diagonal(rescaled)[:n]):
                 gram = rescaled
             else:
-                scale = 1.0  # nothing had vanished: most rows are equal
-    n = data.source.n
-    finite = np.isfinite(np.diagonal(gram)[:n])
+                scale = 1.0
+    finite = measurable(np.diagonal(gram)[:n])
     inner = gram[:n, :n].copy()
     inner[~finite, :] = 0.0
     inner[:, ~finite] = 0.0
@@ -436,4 +471,4 @@ def as_cells(weights: Vector) -> NDArray[np.int64]:
 
 def start(source: Source, kernels: Kernels, f: int | None, weights: Vector | None, needs_origin: bool) -> View:
     """Return the view of the input rows themselves."""
-    return View(_Input(source, kernels, needs_origin, weights), source.n, f, weights)
+    return View(_Input(source, kernels, needs_origin, f, weights), source.n, f, weights)

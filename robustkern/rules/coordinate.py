@@ -31,7 +31,7 @@ class Median(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if self.even not in ("mean", "low", "high"):
+        if not isinstance(self.even, str) or self.even not in ("mean", "low", "high"):
             raise ValueError(f"median: even must be 'mean', 'low' or 'high'; got {self.even!r}")
 
     def solve(self, view: View) -> Solution:

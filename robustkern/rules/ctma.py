@@ -58,7 +58,8 @@ class CTMA(Aggregator):
             weights = np.zeros(view.n)
             weights[smallest(distances.values, distances.errors, view.n - f, distances.again)] = 1.0 / (view.n - f)
         else:
-            weights = _weighted_cut(view.weights, f / view.n, np.argsort(distances.values, kind="stable"))
+            order = np.argsort(distances.values, kind="stable")
+            weights = _weighted_cut(view.weights, f / view.n, order[np.isfinite(distances.values[order])])
         return Solution(
             weights=weights,
             kept=weights > 0,

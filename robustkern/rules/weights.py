@@ -68,7 +68,7 @@ class GeometricMedian(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if isinstance(self.nu, bool) or not isinstance(self.nu, (int, float)) or not 0 <= self.nu < math.inf:
+        if isinstance(self.nu, bool) or not isinstance(self.nu, (int, float)) or not 0 <= self.nu <= 1e308:
             raise ValueError(f"geometric_median: nu must be a finite number of at least 0; got {self.nu!r}")
         if self.max_iter is not None and (
             isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int) or self.max_iter < 1
@@ -76,7 +76,7 @@ class GeometricMedian(Aggregator):
             raise ValueError(
                 f"geometric_median: max_iter must be None or an integer of at least 1; got {self.max_iter!r}"
             )
-        if self.start not in ("mean", "zero"):
+        if not isinstance(self.start, str) or self.start not in ("mean", "zero"):
             raise ValueError(f"geometric_median: start must be 'mean' or 'zero'; got {self.start!r}")
 
     @classmethod
@@ -102,9 +102,8 @@ class GeometricMedian(Aggregator):
             if self.needs_origin():
                 assert geometry.origin is not None
                 origin = (geometry.origin[0][used], geometry.origin[1])
-            found, iterations, converged = smoothed_weights(
-                inner, weights[used], self.nu * geometry.scale, self.max_iter, origin
-            )
+            nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
+            found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
         result = np.zeros(view.n)
         result[used] = found
         return Solution(
@@ -130,15 +129,17 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
     view.require_finite(rule.name, geometry.finite)
     distances = geometry.sq_distances
 
-    def score(row: int, to_others: Vector) -> float:
-        return math.fsum(np.sort(np.delete(to_others, row))[:neighbours])
-
     finite = np.flatnonzero(geometry.finite)
+    counted = min(neighbours, len(finite) - 1)  # rows that are not finite are infinitely far from all alike
+
+    def score(row: int, to_others: Vector) -> float:
+        return math.fsum(np.sort(np.delete(to_others, row))[:counted])
+
     scores = np.full(view.n, np.inf)
     errors = np.zeros(view.n)
     for i in map(int, finite):
         scores[i] = score(i, distances[i])
-        nearest = np.argsort(distances[i], kind="stable")[: neighbours + 1]
+        nearest = np.argsort(distances[i], kind="stable")[: counted + 1]
         errors[i] = geometry.pair_errors(i)[nearest].sum()
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
