@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern._arrays import Block, Source, adapt
-from robustkern._kernels import Vector
+from robustkern._kernels import Rows, Vector
 from robustkern._registry import choose
 from robustkern.errors import ConvergenceWarning
 from robustkern.rules import (
@@ -214,18 +214,9 @@ class Task:
             self._sq_distances = sq_distances if self._sq_distances is None else self._sq_distances + sq_distances
         if nonfinite is not None and nonfinite.any():
             self._nonfinite |= nonfinite
-        self.poisoned |= self._is_poisoned(block, nonfinite)
-
-    def _is_poisoned(self, block: Block, nonfinite: NDArray[np.bool_] | None) -> bool:
-        """Tell whether a NaN or Inf of the rows came through to the result."""
-        if nonfinite is None:
-            if not isinstance(self.rule, Mean):
-                return False
+            self.poisoned |= not _is_finite(block.out)
+        elif nonfinite is None and distances and isinstance(self.rule, Mean):
             self._nonfinite |= _nonfinite_rows(block)
-            return False
-        if not nonfinite.any():
-            return False
-        return not all(np.isfinite(out.array(s, 0)).all() for out in block.out for s in range(len(out.addresses)))
 
     def raise_nonfinite(self) -> None:
         """Raise the error that names the rows which broke the result."""
@@ -256,6 +247,10 @@ class Task:
             iterations=solution.iterations,
             converged=solution.converged,
         )
+
+
+def _is_finite(out: tuple[Rows, ...]) -> bool:
+    return all(bool(np.isfinite(rows.array(s, 0)).all()) for rows in out for s in range(len(rows.addresses)))
 
 
 def _nonfinite_rows(block: Block) -> NDArray[np.bool_]:

@@ -207,8 +207,9 @@ class View:
         rows = np.flatnonzero(self.data.nonfinite) if self.data.nonfinite.any() else bad
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
         limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        far = " or are 1e150 spreads away" if np.dtype(np.float64) in self.data.source.dtypes else ""
         return NonFiniteError(
-            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}), more than the {limit} that may be "
+            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
             "Byzantine; drop them, or raise f",
             tuple(int(i) for i in rows),
         )
