@@ -159,7 +159,7 @@ def _warn_of_fallback(backend: Backend) -> None:
     if backend.name == BACKENDS[0].name or _warned:
         return
     _warned = True
-    speed = {"numba": "about 3 times slower", "reference": "50 times slower and more"}[backend.name]
+    speed = {"numba": "2 to 5 times slower", "reference": "100 times slower and more"}[backend.name]
     reasons = "; ".join(
         f"{other.name}: {_load(other)}" for other in BACKENDS[: [b.name for b in BACKENDS].index(backend.name)]
     )

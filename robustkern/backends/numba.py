@@ -160,11 +160,14 @@ def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: 
 @njit(nogil=True, cache=True)
 def _select_tile(x, low, high, lo, hi, multiplicities, total, count, out, nonfinite):  # type: ignore[no-untyped-def]
     """Sorts x in place; NaN sort as +inf, and columns whose window reaches one are spoilt afterwards."""
-    check = 0.0
+    check = np.zeros(count, dtype=x.dtype)  # one for each column: a single sum could not be vectorised
     for i in range(len(x)):
+        row = x[i]
         for j in range(count):
-            check += x[i, j] * 0
-    careful = check != 0
+            check[j] += row[j] * 0
+    careful = False
+    for j in range(count):
+        careful |= check[j] != 0
     nan_cells = np.zeros(count if careful else 0, dtype=np.int64)
     if careful:
         _note_nonfinite(x, count, nonfinite)
@@ -257,11 +260,13 @@ def _select_piece(  # type: ignore[no-untyped-def]
             _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, mixed_nonfinite)
             if mixed_nonfinite.any():
                 _note_nonfinite(tile, width, nonfinite)
-        else:
+        elif len(distances):
             for i in range(n):
                 for j in range(width):
                     work[i, j] = tile[i, j]
             _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, nonfinite)
+        else:  # nobody needs the rows any more
+            _select_tile(tile, low, high, lo, hi, multiplicities, total, width, target, nonfinite)
         if len(distances):
             if len(rounding):  # distances are to what is stored: rounded to 16 bits
                 for j in range(width):
