@@ -194,6 +194,23 @@ def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["merged.safetensors"]
 
 
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from robustkern import files
+
+    paths = write(tmp_path / "in", make_updates(3), "safetensors")
+    monkeypatch.setattr(files._SafetensorsReader, "read", lambda self, name: np.zeros(1))
+    with pytest.raises(FileError, match=r"worker-0.safetensors: .*tensor '.*' changed while it was being read"):
+        aggregate_files(paths, "median", out=tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_dtype_that_no_rule_reads(tmp_path: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"12")
+    with pytest.raises(FileError, match=r"a.safetensors: tensor 'x' has the unsupported dtype F8_E4M3"):
+        aggregate_files([tmp_path / "a.safetensors"], "mean", out=tmp_path / "out.safetensors")
+
+
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> Any:

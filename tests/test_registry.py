@@ -129,6 +129,26 @@ def test_capability_table_is_what_runs() -> None:
     assert rk.info()["capabilities"] == table
 
 
+def test_the_docs_table_is_the_capability_table() -> None:
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    rows = [f"| `{b.name}` | {b.device} | {', '.join(d.name for d in b.dtypes)} |" for b in _registry.BACKENDS]
+    assert "\n".join(rows) in text
+
+
+def test_a_required_backend_that_is_missing_ends_the_tests() -> None:
+    """A skip would hide it: what CI relies on."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); sys.modules['numba'] = None; import support"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(pathlib.Path(__file__).parent)],
+        env={**os.environ, "ROBUSTKERN_REQUIRE": "cpp,numba"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ROBUSTKERN_REQUIRE=cpp,numba, but missing: {'numba':" in done.stderr
+
+
 def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_rows("normal", 3, 5, np.dtype(np.float32))
 

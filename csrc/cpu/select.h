@@ -5,8 +5,6 @@
 namespace rk {
 namespace RK_ISA {
 
-struct Comparators;  // a network built at run time, for what is not unrolled
-
 // What one selection needs besides the tile; built once per call, read by all threads.
 struct Window {
   int64_t n, lo, hi;
@@ -22,7 +20,7 @@ void release_window(Window& window);
 // Scratch values (of the compute type) that select_tile needs.
 int64_t select_scratch(const Window& window, bool is_double);
 
-// src: n pointers to `columns` values, a multiple of the vector; `valid` columns of them count.
+// src: n pointers to `columns` values, a multiple of the vector.
 // nonfinite[i] becomes 1 where row i holds a NaN or Inf.
 void select_tile(const Window&, const float* const* src, int64_t columns, float* scratch, float* out,
                  uint8_t* nonfinite);

@@ -25,7 +25,7 @@ RK_INLINE Grid make_grid(int64_t columns, int64_t task_columns) {
   return {columns, task_columns, (columns + task_columns - 1) / task_columns};
 }
 
-// Tasks of about a million values: small enough to balance, large enough to hide their overhead.
+// Tasks of about a quarter of a million values: small enough to balance, large enough to hide their overhead.
 RK_INLINE Grid streaming_grid(const Rows& rows, int64_t tile) {
   const int64_t wanted = (int64_t{1} << 18) / max64(rows.n, 1);
   return make_grid(rows.columns(), max64(wanted / tile, 1) * tile);
