@@ -54,6 +54,9 @@ struct Kernels {
   // out[s * k + j] = segment s of row j of weights (k, n) @ rows, summed in float64 in row order.
   // Rows of weight 0 are never read.
   Status (*weighted_row_sum)(const Rows&, const double* weights, std::int64_t k, void* const* out, int threads);
+  // No primitive, but what their speed is measured against: the sum modulo 2^64 of the rows' segments read as
+  // little 64-bit words, the last of a segment filled with zero bytes, in one stream per row and thread.
+  std::uint64_t (*read_pass)(const Rows&, int threads);
 };
 
 // The table for an instruction set by name, or null where it is not built or not supported here.

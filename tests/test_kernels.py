@@ -25,9 +25,10 @@ SIZES = [
     (33, 100),
     (64, 31),
     (130, 70),
+    (257, 9),
 ]
-#: Every unrolled network and the first ones beyond.
-ALL_N = range(1, 41)
+#: Every unrolled network, the first sizes beyond, all ways of cutting in two parts, and where counting begins.
+ALL_N = [*range(1, 41), 47, 48, 49, 63, 64, 65, 80, 81, 96, 127, 128, 129, 144, 145, 160, 192, 193, 255, 256, 257, 300]
 
 Array = NDArray[Any]
 
@@ -85,7 +86,7 @@ def test_select_columns_for_every_number_of_rows(fast: Kernels) -> None:
         for n in ALL_N:
             x = np.random.default_rng(n).standard_normal((n, 67)).astype(dtype)
             ranked = np.sort(x, axis=0)
-            for r in range(n):
+            for r in range(n) if n <= 65 else sorted({0, 1, 2, n // 4, n // 2 - 1, n // 2, n - n // 4, n - 2, n - 1}):
                 got, out = one_row(67, dtype)
                 fast.select_columns(Rows.of(x), Window(r, r + 1), out=out)
                 assert np.array_equal(got, ranked[r]), (n, r)
@@ -102,12 +103,49 @@ def test_every_zero_one_input_is_sorted(fast: Kernels) -> None:
             assert np.array_equal(got, (n - r <= ones).astype(np.float32))
 
 
+def test_counting_finds_any_rank_of_any_distribution(fast: Kernels) -> None:
+    """Columns made to mislead interpolation: heavy tails, few values, one far value, neighbouring numbers, infinities."""
+    rng = np.random.default_rng(0)
+    n, each = 401, 6
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        big, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+        normal = rng.standard_normal((n, each))
+        exponents = rng.uniform(np.log2(float(tiny)), np.log2(float(big)) - 1, (n, each))
+        kinds = [
+            normal,
+            np.exp2(exponents) * np.sign(normal),
+            np.exp2(-np.abs(exponents)),
+            np.where(normal > 0.5, normal, 0.0),
+            np.sign(normal),
+            np.where(np.arange(n)[:, None] == 7, big, normal),
+            np.where(normal > 0, big, -big),
+            1 + np.floor(normal * 3) * np.finfo(dtype).eps,
+            np.where(normal > 0, 0.0, -0.0),
+            np.where(normal > 0.8, np.inf, np.where(normal < -0.8, -np.inf, normal)),
+            np.floor(normal * 4) * tiny,
+            np.cumprod(np.full((n, each), 0.7), axis=0) * (1 + np.arange(each)),
+        ]
+        x = np.concatenate(kinds, axis=1).astype(dtype)
+        x = np.ascontiguousarray(x[:, rng.permutation(x.shape[1])])  # neighbours have nothing to do with each other
+        ranked = np.sort(x, axis=0)
+        for r in (0, 1, 5, 100, 133, 199, 200, 201, 267, 300, 399, 400):
+            got, out = one_row(x.shape[1], dtype)
+            fast.select_columns(Rows.of(x), Window(r, r + 1), out=out)
+            assert np.array_equal(got, ranked[r]), r
+        finite = np.isfinite(ranked).all(axis=0)
+        for lo, hi in ((100, 301), (0, 201), (200, 401), (7, 9), (0, 401)):
+            got, out = one_row(x.shape[1], dtype)
+            fast.select_columns(Rows.of(x), Window(lo, hi), out=out)
+            want = ranked[lo:hi, finite].astype(np.longdouble).mean(axis=0)
+            assert_close(got[finite], want, x[:, finite], terms=hi - lo)
+
+
 def test_selections_are_the_same_bits_in_every_backend(fast: Kernels, dtype: np.dtype[Any]) -> None:
     """Where a value or the middle of two is selected, there is nothing to round differently."""
     from robustkern.backends.reference import Reference
 
     for kind in KINDS:
-        for n in (1, 2, 7, 8, 21, 40):
+        for n in (1, 2, 7, 8, 21, 40, 260):
             x = make_rows(kind, n, 50, dtype, seed=n)
             want, out = one_row(50, dtype)
             Reference().select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), out=out)

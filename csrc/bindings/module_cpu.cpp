@@ -141,6 +141,13 @@ void weighted_row_sum(const std::string& isa, Addresses data, Offsets offsets, i
   check(status);
 }
 
+std::uint64_t read_pass(const std::string& isa, Addresses data, Offsets offsets, int dtype, int threads) {
+  const rk::Kernels& table = kernels(isa);
+  const rk::Rows rows = view(data, offsets, dtype);
+  nb::gil_scoped_release release;
+  return table.read_pass(rows, threads_for(rows, threads));
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const char* const* name = rk::supported_isas(); *name; ++name) names.emplace_back(*name);
@@ -164,4 +171,5 @@ NB_MODULE(_cpu, m) {
         "centre"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
         "weights"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
+  m.def("read_pass", &read_pass, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a, "threads"_a);
 }

@@ -1,12 +1,14 @@
-// Compiled once per instruction set: sorting networks with one column in each SIMD lane.
-// Up to 32 rows the network is unrolled in registers (medians pruned for the exact n; other windows as a full
-// sort padded to a multiple of 4 rows); above that, and with multiplicities, a network built at run time and
-// pruned to the window runs over values that stay in the first-level cache.
+// Compiled once per instruction set: selection with one column in each SIMD lane.
+// Up to 32 rows a sorting network is unrolled in registers (medians pruned for the exact n; other windows as a full
+// sort padded to a multiple of 4 rows); above that the window's ends are found in two sorted parts (merge.h), from 257
+// rows on by counting (pivot.h). With multiplicities values and their rows are sorted by a network built at run time.
 #include "select.h"
 
 #include <stdlib.h>
 
 #include "../common/networks.h"
+#include "merge.h"
+#include "pivot.h"
 #include "tiles.h"
 
 namespace rk {
@@ -15,20 +17,8 @@ namespace {
 
 constexpr int kUnrolledRows = 32;
 constexpr int kPrefetchVectors = 8;  // how far ahead each row is fetched: many streams defeat the hardware
-
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
-template <int... I>
-struct MakeIndices<0, I...> {
-  using type = Indices<I...>;
-};
-
-template <class C>
-constexpr C infinity() {
-  return static_cast<C>(__builtin_inf());
-}
+constexpr int kFollowedRows =
+    16;  // above, whole runs of rows are fetched (Ahead): 1.2 against 1.4 at 16 rows, 1.9 against 2.3 reads at 32
 
 // ---- from sorted values to the result ------------------------------------------------------------------
 
@@ -53,9 +43,13 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   if (sizeof(C) == 4 && hi - lo <= kUnrolledRows) {
     // Few enough that float32 keeps them within 3e-7 of the spread.
     const V base = sorted[lo];
-    V sum[2] = {V{}, sorted[lo + 1] - base};
-    for (int64_t r = lo + 2; r < hi; ++r) sum[r & 1] += sorted[r] - base;
-    const V mean = base + (sum[0] + sum[1]) / static_cast<C>(hi - lo);
+    V sum[4] = {};
+    int64_t r = lo + 1;
+    for (; r + 4 <= hi; r += 4)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += sorted[r + k] - base;
+    for (; r < hi; ++r) sum[0] += sorted[r] - base;
+    const V mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1 / static_cast<C>(hi - lo));
     if (__builtin_expect(!any_nan(mean * static_cast<C>(0)), true)) {
       store(out, mean);
       return;
@@ -78,29 +72,28 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
 
 // Replaces NaN by +inf (they sort alike), notes the rows that hold a NaN or Inf and counts the NaN per column.
 template <class C>
-__attribute__((noinline)) void patch_nonfinite(const C* const* src, int64_t n, int64_t at, C* patched,
-                                               int64_t* nan_cells, const int64_t* multiplicities, uint8_t* nonfinite) {
-  constexpr int lanes = Simd<C>::lanes;
-  for (int lane = 0; lane < lanes; ++lane) nan_cells[lane] = 0;
+__attribute__((noinline)) typename Simd<C>::Index patch_nonfinite(const C* const* src, int64_t n, int64_t at,
+                                                                  typename Simd<C>::V* patched, uint8_t* nonfinite) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  Index nan_cells = {};
   for (int64_t i = 0; i < n; ++i) {
-    for (int lane = 0; lane < lanes; ++lane) {
-      C x = load_scalar(src[i] + at + lane);
-      if (x - x != 0) nonfinite[i] = 1;
-      if (x != x) {
-        x = infinity<C>();
-        nan_cells[lane] += multiplicities ? multiplicities[i] : 1;
-      }
-      patched[i * lanes + lane] = x;
-    }
+    const V x = load(src[i] + at);
+    const Index is_nan = x != x;
+    nonfinite[i] |= any_nan(x * 0);
+    patched[i] = is_nan ? V{} + infinity<C>() : x;
+    nan_cells -= is_nan;
   }
+  return nan_cells;
 }
 
 // A window that reaches a NaN gives NaN.
 template <class C>
-void spoil_nan(const Window& window, const int64_t* nan_cells, C* out) {
-  for (int lane = 0; lane < Simd<C>::lanes; ++lane)
-    if (nan_cells[lane] > 0 && window.hi > window.total - nan_cells[lane])
-      out[lane] = static_cast<C>(__builtin_nan(""));
+RK_INLINE void spoil_nan(const Window& window, typename Simd<C>::Index nan_cells, C* out) {
+  using V = typename Simd<C>::V;
+  using I = typename Simd<C>::IndexScalar;
+  const typename Simd<C>::Index reached = nan_cells > static_cast<I>(window.n - window.hi);
+  store(out, reached ? V{} + static_cast<C>(__builtin_nan("")) : load(out));
 }
 
 // ---- unrolled networks ---------------------------------------------------------------------------------
@@ -110,22 +103,10 @@ template <class C, int N, bool kMedian>
 struct Unrolled {
   using V = typename Simd<C>::V;
   static constexpr int lanes = Simd<C>::lanes;
-  static constexpr FixedNetwork<N> network{kMedian ? (N - 1) / 2 : 0, kMedian ? N / 2 + 1 : N};
-
-  template <int... I>
-  static RK_INLINE void sort(V (&x)[N], Indices<I...>) {
-    (
-        [&] {
-          constexpr int low = network.net[I].low, high = network.net[I].high;
-          const V smaller = vmin(x[low], x[high]);
-          x[high] = vmax(x[low], x[high]);
-          x[low] = smaller;
-        }(),
-        ...);
-  }
+  static constexpr FixedNetwork<N> value{kMedian ? (N - 1) / 2 : 0, kMedian ? N / 2 + 1 : N};
 
   static RK_INLINE void sort_and_store(V (&x)[N], const Window& window, C* out) {
-    sort(x, typename MakeIndices<network.count>::type{});
+    apply<Unrolled>(x, typename MakeIndices<value.count>::type{});
     if constexpr (kMedian) {
       // Only the middle is in order; an even N offers its low, its high or their mean.
       constexpr int low = (N - 1) / 2, high = N / 2;
@@ -137,26 +118,30 @@ struct Unrolled {
       }
     } else {
       V sorted[N];
+#pragma GCC unroll 32  // as a loop it would be compiled to a slow block copy
       for (int i = 0; i < N; ++i) sorted[i] = x[i];
       store_window_mean<C>(sorted, window.lo, window.hi, out);
     }
   }
 
-  static void run(const Window& window, const C* const* src, int64_t columns, C*, C* out, uint8_t* nonfinite) {
+  static void run(const Window& window, const C* const* src, int64_t columns, C*, C* out, uint8_t* nonfinite,
+                  Ahead& ahead) {
     const int rows = kMedian ? N : static_cast<int>(window.n);
     for (int64_t at = 0; at < columns; at += lanes) {
       V x[N];
-      V check = {};
+      V check[2] = {};
+#pragma GCC unroll 32  // as a loop it would go through memory
       for (int i = 0; i < N; ++i) {
         if (kMedian || i < N - 3 || i < rows) {
           x[i] = load(src[i] + at);
-          check = fmadd(x[i], V{}, check);
-          __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
+          check[i % 2] = fmadd(x[i], V{}, check[i % 2]);
+          if (N <= kFollowedRows) __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
         } else {
           x[i] = V{} + infinity<C>();
         }
       }
-      if (__builtin_expect(any_nan(check), false))
+      if (N > kFollowedRows) ahead.step();
+      if (__builtin_expect(any_nan(check[0] + check[1]), false))
         run_patched(window, src, at, out + at, nonfinite);
       else
         sort_and_store(x, window, out + at);
@@ -165,18 +150,16 @@ struct Unrolled {
 
   static __attribute__((noinline)) void run_patched(const Window& window, const C* const* src, int64_t at, C* out,
                                                     uint8_t* nonfinite) {
-    C patched[N * lanes];
-    int64_t nan_cells[lanes];
-    patch_nonfinite(src, window.n, at, patched, nan_cells, static_cast<const int64_t*>(nullptr), nonfinite);
     V x[N];
-    for (int i = 0; i < N; ++i) x[i] = i < window.n ? load(patched + i * lanes) : V{} + infinity<C>();
+    const auto nan_cells = patch_nonfinite<C>(src, window.n, at, x, nonfinite);
+    for (int i = static_cast<int>(window.n); i < N; ++i) x[i] = V{} + infinity<C>();
     sort_and_store(x, window, out);
-    spoil_nan(window, nan_cells, out);
+    spoil_nan<C>(window, nan_cells, out);
   }
 };
 
 template <class C>
-using Selector = void (*)(const Window&, const C* const*, int64_t, C*, C*, uint8_t*);
+using Selector = void (*)(const Window&, const C* const*, int64_t, C*, C*, uint8_t*, Ahead&);
 
 template <class C, int... I>
 Selector<C> unrolled_median(int64_t n, Indices<I...>) {
@@ -192,34 +175,141 @@ Selector<C> unrolled_sort(int64_t n, Indices<I...>) {
 bool is_median(const Window& w) { return w.lo >= (w.n - 1) / 2 && w.hi <= w.n / 2 + 1; }
 bool is_unrolled(const Window& w) { return w.n <= kUnrolledRows && !w.multiplicities; }
 
-// ---- networks built at run time ------------------------------------------------------------------------
+// ---- more rows than registers ----------------------------------------------------------------------------
 
+// A lane of the window mean where differences from the smallest value overflow or meet an infinity.
 template <class C>
-void run_network(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite) {
-  using V = typename Simd<C>::V;
+C plain_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, double copies_low, double low,
+                    double copies_high, double high) {
   constexpr int lanes = Simd<C>::lanes;
-  V* x = reinterpret_cast<V*>(scratch);
-  const Comparator* net = static_cast<const Comparator*>(window.network);
-  for (int64_t at = 0; at < columns; at += lanes) {
-    V check = {};
-    for (int64_t i = 0; i < window.n; ++i) {
-      x[i] = load(src[i] + at);
-      check = fmadd(x[i], V{}, check);
-      __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
+  const double count = static_cast<double>(cells);
+  double mean = 0;
+  if (copies_low > 0) mean += low * (copies_low / count);
+  for (int64_t i = 0; i < n; ++i)
+    if (x[i * lanes] >= from && !(x[i * lanes] >= below)) mean += static_cast<double>(x[i * lanes]) / count;
+  if (copies_high > 0) mean += high * (copies_high / count);
+  return static_cast<C>(mean);
+}
+
+// Mean of the cells [lo, hi) of n values, which may be reordered; no value is a NaN.
+template <class C>
+void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  using I = typename Simd<C>::IndexScalar;
+  constexpr int lanes = Simd<C>::lanes;
+  const int64_t n = window.n, cells = window.hi - window.lo;
+  const auto is = [](Index mask, V yes, V no) { return mask ? yes : no; };
+  // The first and the last value of the window; values in [from, below) lie inside, and so do some copies of the two.
+  V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
+  Index low_tied = {}, copies_high = {};
+  if (n <= kSortedRows) {
+    const Parts parts(n);
+    for (int64_t i = n; i < parts.size(); ++i) x[i] = V{} + infinity<C>();
+    sort_part(x, parts.first);
+    sort_part(x + parts.first, parts.second);
+    low = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.lo);
+    high = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.hi - 1);
+    if (cells > 2) {
+      from = next_above<C>(low);
+      below = high;
+      low_tied = Index{} - 1;
+      copies_high = static_cast<I>(window.hi) - count_below<C>(x, n, high);
     }
-    int64_t nan_cells[lanes];
-    const bool careful = any_nan(check);
-    if (__builtin_expect(careful, false))
-      patch_nonfinite(src, window.n, at, scratch, nan_cells, static_cast<const int64_t*>(nullptr), nonfinite);
-    for (int64_t c = 0; c < window.comparators; ++c) {
-      const V a = x[net[c].low], b = x[net[c].high];
-      x[net[c].low] = vmin(a, b);
-      x[net[c].high] = vmax(a, b);
+  } else if (cells <= 2) {
+    // One cell has a cut on either side; two have one between them.
+    const int64_t least = cells == 2 ? window.lo + 1 : max64(window.lo, 1);
+    const int64_t most = cells == 2 ? least : min64(window.hi, n - 1);
+    const Cut<C> cut = find_cut<C>(x, n, least, most, guess[0]);
+    low = is(cut.tied, cut.at, largest_below<C>(x, n, cut.at)) + static_cast<C>(0);
+    high = is(cut.tied, cut.at, smallest_from<C>(x, n, cut.at)) + static_cast<C>(0);
+    if (cells == 1) low = is(cut.below == static_cast<I>(window.hi), low, high);
+  } else {
+    if (window.lo > 0) {
+      const Cut<C> cut = find_cut<C>(x, n, window.lo, window.lo, guess[0]);
+      low_tied = cut.tied;
+      low = cut.at;
+      from = is(cut.tied, next_above<C>(cut.at), cut.at);
     }
-    store_window_mean<C>(x, window.lo, window.hi, out + at);
-    if (__builtin_expect(careful, false)) spoil_nan(window, nan_cells, out + at);
+    low = is(low_tied, low, smallest_from<C>(x, n, from));
+    if (window.hi < n) {
+      const Cut<C> cut = find_cut<C>(x, n, window.hi, window.hi, guess[1]);
+      below = high = cut.at;
+      copies_high = cut.tied & (static_cast<I>(window.hi) - cut.below);
+    }
+  }
+  if (cells <= 2) {
+    const V ends[2] = {low, high};
+    store_window_mean<C>(ends, 0, cells, out);
+    return;
+  }
+  constexpr int parts = lanes / kDoubles;
+  C base[lanes], differences[lanes];
+  store(base, low);
+  F64 sum[parts] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const Index outside = (x[i] < from) | (x[i] >= below);
+    store(differences, is(outside, low, x[i]));
+    for (int part = 0; part < parts; ++part)
+      sum[part] += load_double(differences + part * kDoubles) - load_double(base + part * kDoubles);
+  }
+  I copies[lanes], tied[lanes];
+  C ends[lanes];
+  memcpy(copies, &copies_high, sizeof(copies));
+  memcpy(tied, &low_tied, sizeof(tied));
+  store(ends, high);
+  for (int lane = 0; lane < lanes; ++lane) {
+    double total = sum[lane / kDoubles][lane % kDoubles];
+    const double first = static_cast<double>(base[lane]), last = static_cast<double>(ends[lane]);
+    const double copied = static_cast<double>(copies[lane]);
+    if (copied > 0) total += copied * (last - first);
+    double mean = first + total / static_cast<double>(cells);
+    if (__builtin_expect(mean - mean != 0, false)) {
+      int64_t inside = 0;
+      const C* column = reinterpret_cast<const C*>(x) + lane;
+      for (int64_t i = 0; i < n; ++i) inside += column[i * lanes] >= from[lane] && !(column[i * lanes] >= below[lane]);
+      const bool one_value = tied[lane] && copied > 0 && first == last;
+      mean = one_value ? first
+                       : static_cast<double>(plain_window_mean<C>(column, n, cells, from[lane], below[lane],
+                                                                  static_cast<double>(cells - inside) - copied, first,
+                                                                  copied, last));
+    }
+    out[lane] = static_cast<C>(mean);
   }
 }
+
+template <class C>
+void run_many(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
+              Ahead& ahead) {
+  using V = typename Simd<C>::V;
+  constexpr int lanes = Simd<C>::lanes;
+  Guess<C>* guess = reinterpret_cast<Guess<C>*>(scratch);
+  V* x = reinterpret_cast<V*>(guess + 2);
+  for (int64_t at = 0; at < columns; at += lanes) {
+    V check[4] = {};  // apart, because each waits for the one before
+    int64_t i = 0;
+    for (; i + 4 <= window.n; i += 4)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < 4; ++k) {
+        x[i + k] = load(src[i + k] + at);
+        check[k] = fmadd(x[i + k], V{}, check[k]);
+      }
+    for (; i < window.n; ++i) {
+      x[i] = load(src[i] + at);
+      check[0] = fmadd(x[i], V{}, check[0]);
+    }
+    ahead.step();
+    if (__builtin_expect(any_nan((check[0] + check[1]) + (check[2] + check[3])), false)) {
+      const auto nan_cells = patch_nonfinite<C>(src, window.n, at, x, nonfinite);
+      store_mean_of_many<C>(window, x, guess, out + at);
+      spoil_nan<C>(window, nan_cells, out + at);
+    } else {
+      store_mean_of_many<C>(window, x, guess, out + at);
+    }
+  }
+}
+
+// ---- with multiplicities -------------------------------------------------------------------------------
 
 // One column's sorted values and their rows, a lane apart: the mean over the cells [lo, hi).
 template <class C, class I>
@@ -257,7 +347,8 @@ C weighted_window_mean(const Window& window, const C* sorted, const I* row) {
 
 // Values and the rows they come from are sorted together.
 template <class C>
-void run_weighted(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite) {
+void run_weighted(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
+                  Ahead&) {
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   constexpr int lanes = Simd<C>::lanes;
@@ -273,10 +364,8 @@ void run_weighted(const Window& window, const C* const* src, int64_t columns, C*
       row[i] = Index{} + static_cast<I>(i);
       __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
     }
-    int64_t nan_cells[lanes];
     const bool careful = any_nan(check);
-    if (__builtin_expect(careful, false))
-      patch_nonfinite(src, window.n, at, scratch, nan_cells, window.multiplicities, nonfinite);
+    if (__builtin_expect(careful, false)) patch_nonfinite<C>(src, window.n, at, x, nonfinite);
     for (int64_t c = 0; c < window.comparators; ++c) {
       const int64_t low = net[c].low, high = net[c].high;
       const V a = x[low], b = x[high];
@@ -289,19 +378,28 @@ void run_weighted(const Window& window, const C* const* src, int64_t columns, C*
     }
     for (int lane = 0; lane < lanes; ++lane)
       out[at + lane] = weighted_window_mean<C>(window, scratch + lane, reinterpret_cast<const I*>(row) + lane);
-    if (__builtin_expect(careful, false)) spoil_nan(window, nan_cells, out + at);
+    if (__builtin_expect(careful, false))
+      for (int lane = 0; lane < lanes; ++lane) {
+        int64_t nan_cells = 0;
+        for (int64_t i = 0; i < window.n; ++i) {
+          const C value = load_scalar(src[i] + at + lane);
+          if (value != value) nan_cells += window.multiplicities[i];
+        }
+        if (nan_cells > window.total - window.hi) out[at + lane] = static_cast<C>(__builtin_nan(""));
+      }
   }
 }
 
 template <class C>
-void run(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite) {
-  Selector<C> selector = &run_network<C>;
+void run(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
+         Ahead& ahead) {
+  Selector<C> selector = &run_many<C>;
   if (window.multiplicities)
     selector = &run_weighted<C>;
   else if (is_unrolled(window))
     selector = is_median(window) ? unrolled_median<C>(window.n, MakeIndices<kUnrolledRows>::type{})
                                  : unrolled_sort<C>(window.n, MakeIndices<kUnrolledRows / 4>::type{});
-  selector(window, src, columns, scratch, out, nonfinite);
+  selector(window, src, columns, scratch, out, nonfinite, ahead);
 }
 
 }  // namespace
@@ -314,42 +412,35 @@ bool prepare_window(Window& window) {
     window.total = 0;
     for (int64_t i = 0; i < window.n; ++i) window.total += window.multiplicities[i];
   }
-  if (is_unrolled(window)) return true;
+  if (!window.multiplicities) return true;
   const int n = static_cast<int>(window.n);
   int count = 0;
-  merge_exchange(n, [&](int, int) { ++count; });
+  sorting_network(n, [&](int, int) { ++count; });
   Comparator* net = static_cast<Comparator*>(malloc(sizeof(Comparator) * static_cast<size_t>(count + 1)));
-  bool* needed = static_cast<bool*>(malloc(static_cast<size_t>(n)));
-  if (!net || !needed) {
-    free(net);
-    free(needed);
-    return false;
-  }
-  int filled = 0;
-  merge_exchange(n, [&](int low, int high) {
-    net[filled++] = {static_cast<unsigned short>(low), static_cast<unsigned short>(high)};
+  if (!net) return false;
+  // Which rank a window of cells reaches depends on the column: nothing to prune.
+  sorting_network(n, [&](int low, int high) {
+    net[window.comparators++] = {static_cast<unsigned short>(low), static_cast<unsigned short>(high)};
   });
-  const bool all = window.multiplicities != nullptr;  // which rank a window of cells reaches depends on the column
-  window.comparators =
-      prune(net, filled, needed, n, all ? 0 : static_cast<int>(window.lo), all ? n : static_cast<int>(window.hi));
   window.network = net;
-  free(needed);
   return true;
 }
 
 void release_window(Window& window) { free(window.network); }
 
 int64_t select_scratch(const Window& window, bool is_double) {
-  return 2 * window.n * (is_double ? Simd<double>::lanes : Simd<float>::lanes);
+  // Values and their rows; or two guesses and the values, filled up.
+  const int64_t filled = window.n <= kSortedRows ? Parts(window.n).size() : window.n;
+  return max64(2 * window.n, filled + 4) * (is_double ? Simd<double>::lanes : Simd<float>::lanes);
 }
 
 void select_tile(const Window& window, const float* const* src, int64_t columns, float* scratch, float* out,
-                 uint8_t* nonfinite) {
-  run<float>(window, src, columns, scratch, out, nonfinite);
+                 uint8_t* nonfinite, Ahead& ahead) {
+  run<float>(window, src, columns, scratch, out, nonfinite, ahead);
 }
 void select_tile(const Window& window, const double* const* src, int64_t columns, double* scratch, double* out,
-                 uint8_t* nonfinite) {
-  run<double>(window, src, columns, scratch, out, nonfinite);
+                 uint8_t* nonfinite, Ahead& ahead) {
+  run<double>(window, src, columns, scratch, out, nonfinite, ahead);
 }
 
 }  // namespace RK_ISA

@@ -1,6 +1,6 @@
 // Selection on one tile: out[j] = mean of the cells [lo, hi) of the sorted values of column j.
 #pragma once
-#include "../kernels.h"
+#include "tiles.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -10,22 +10,22 @@ struct Window {
   int64_t n, lo, hi;
   const int64_t* multiplicities;  // or null
   int64_t total;                  // their sum
-  void* network;                  // owned; null where the unrolled code serves
+  void* network;                  // owned; null without multiplicities
   int64_t comparators;
 };
 
 bool prepare_window(Window& window);  // false: out of memory
 void release_window(Window& window);
 
-// Scratch values (of the compute type) that select_tile needs.
+// Scratch values (of the compute type) that select_tile needs; zeros before the first tile of a thread.
 int64_t select_scratch(const Window& window, bool is_double);
 
 // src: n pointers to `columns` values, a multiple of the vector.
 // nonfinite[i] becomes 1 where row i holds a NaN or Inf.
 void select_tile(const Window&, const float* const* src, int64_t columns, float* scratch, float* out,
-                 uint8_t* nonfinite);
+                 uint8_t* nonfinite, Ahead& ahead);
 void select_tile(const Window&, const double* const* src, int64_t columns, double* scratch, double* out,
-                 uint8_t* nonfinite);
+                 uint8_t* nonfinite, Ahead& ahead);
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -26,6 +26,8 @@ struct Simd<float> {
   typedef float Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
   using IndexScalar = int32_t;
   typedef int32_t Index __attribute__((vector_size(RK_VECTOR_BYTES)));
+  using KeyScalar = uint32_t;
+  typedef uint32_t Key __attribute__((vector_size(RK_VECTOR_BYTES)));
   static constexpr int lanes = RK_VECTOR_BYTES / 4;
 };
 
@@ -35,6 +37,8 @@ struct Simd<double> {
   typedef double Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
   using IndexScalar = int64_t;
   typedef int64_t Index __attribute__((vector_size(RK_VECTOR_BYTES)));
+  using KeyScalar = uint64_t;
+  typedef uint64_t Key __attribute__((vector_size(RK_VECTOR_BYTES)));
   static constexpr int lanes = RK_VECTOR_BYTES / 8;
 };
 
@@ -42,6 +46,11 @@ using F32 = Simd<float>::V;
 using F64 = Simd<double>::V;
 typedef float HalfF32 __attribute__((vector_size(RK_VECTOR_BYTES / 2), aligned(1), may_alias));
 constexpr int kDoubles = Simd<double>::lanes;
+
+template <class C>
+constexpr C infinity() {
+  return static_cast<C>(__builtin_inf());
+}
 
 template <class C>
 RK_INLINE typename Simd<C>::V load(const C* p) {
@@ -53,12 +62,34 @@ RK_INLINE void store(C* p, typename Simd<C>::V v) {
   *reinterpret_cast<typename Simd<C>::Unaligned*>(p) = v;
 }
 
-// kDoubles values as float64, exactly.
-RK_INLINE F64 load_double(const double* p) { return load(p); }
-RK_INLINE F64 load_double(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfF32*>(p), F64); }
+// The same value in all lanes; minus zero, unlike plus zero, is no operation that the compiler must keep.
+template <class V, class C>
+RK_INLINE V splat(C value) {
+  return value - V{};
+}
 
+// kDoubles values as float64, exactly, and back. For the generic conversion GCC 12 takes the vectors apart.
+RK_INLINE F64 load_double(const double* p) { return load(p); }
 RK_INLINE void store_rounded(double* p, F64 v) { store(p, v); }
+#if defined(__AVX512F__)
+RK_INLINE F64 load_double(const float* p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+RK_INLINE void store_rounded(float* p, F64 v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+#elif defined(__AVX2__)
+RK_INLINE F64 load_double(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+RK_INLINE void store_rounded(float* p, F64 v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+#else
+RK_INLINE F64 load_double(const float* p) { return __builtin_convertvector(*reinterpret_cast<const HalfF32*>(p), F64); }
 RK_INLINE void store_rounded(float* p, F64 v) { *reinterpret_cast<HalfF32*>(p) = __builtin_convertvector(v, HalfF32); }
+#endif
+
+// Zeros, one register at a time: `= {}` on an array is a block operation, far slower than the few stores it replaces.
+template <class V, int64_t kRows, int64_t kColumns>
+RK_INLINE void clear(V (&x)[kRows][kColumns]) {
+#pragma GCC unroll 8
+  for (int64_t p = 0; p < kRows; ++p)
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < kColumns; ++q) x[p][q] = V{};
+}
 
 // One value at any alignment.
 template <class C>
@@ -127,6 +158,55 @@ RK_INLINE bool any_nan<F32>(F32 v) {
 template <>
 RK_INLINE bool any_nan<F64>(F64 v) {
   return _mm256_movemask_pd(_mm256_cmp_pd(v, v, _CMP_UNORD_Q)) != 0;
+}
+#endif
+
+// True where some lane of a comparison's result is set.
+template <class M>
+RK_INLINE bool any_set(M mask) {
+  uint64_t words[RK_VECTOR_BYTES / 8], any = 0;
+  memcpy(words, &mask, sizeof(words));
+  for (unsigned i = 0; i < RK_VECTOR_BYTES / 8; ++i) any |= words[i];
+  return any != 0;
+}
+
+// Lane by lane, for numbers: count += x < y; count += x <= y; the larger of a and x where x < y; the smaller of a and x
+// where not.
+#if defined(__AVX512F__)
+RK_INLINE void count_less(Simd<float>::Index& count, F32 x, F32 y) {
+  const __m512i c = reinterpret_cast<__m512i>(count);
+  count = reinterpret_cast<Simd<float>::Index>(
+      _mm512_mask_sub_epi32(c, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), c, _mm512_set1_epi32(-1)));
+}
+RK_INLINE void count_less(Simd<double>::Index& count, F64 x, F64 y) {
+  const __m512i c = reinterpret_cast<__m512i>(count);
+  count = reinterpret_cast<Simd<double>::Index>(
+      _mm512_mask_sub_epi64(c, _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ), c, _mm512_set1_epi64(-1)));
+}
+RK_INLINE F32 max_where_less(F32 a, F32 x, F32 y) {
+  return _mm512_mask_max_ps(a, _mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), a, x);
+}
+RK_INLINE F64 max_where_less(F64 a, F64 x, F64 y) {
+  return _mm512_mask_max_pd(a, _mm512_cmp_pd_mask(x, y, _CMP_LT_OQ), a, x);
+}
+RK_INLINE F32 min_where_not_less(F32 a, F32 x, F32 y) {
+  return _mm512_mask_min_ps(a, _mm512_cmp_ps_mask(x, y, _CMP_NLT_UQ), a, x);
+}
+RK_INLINE F64 min_where_not_less(F64 a, F64 x, F64 y) {
+  return _mm512_mask_min_pd(a, _mm512_cmp_pd_mask(x, y, _CMP_NLT_UQ), a, x);
+}
+#else
+template <class I, class V>
+RK_INLINE void count_less(I& count, V x, V y) {
+  count -= reinterpret_cast<I>(x < y);
+}
+template <class V>
+RK_INLINE V max_where_less(V a, V x, V y) {
+  return vmax(a, x < y ? x : a);
+}
+template <class V>
+RK_INLINE V min_where_not_less(V a, V x, V y) {
+  return vmin(a, x < y ? a : x);
 }
 #endif
 

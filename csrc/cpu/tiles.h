@@ -11,11 +11,36 @@ namespace RK_ISA {
 RK_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 RK_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Columns per tile: about 64 KiB of values, a multiple of 64 (16 for thousands of rows).
+// Columns per tile: about 64 KiB of values, a multiple of 64 (of 16 for thousands of rows).
 RK_INLINE int64_t tile_columns(int64_t n, int64_t value_bytes) {
   const int64_t fit = 65536 / (max64(n, 1) * value_bytes);
-  return fit >= 64 ? min64(fit / 64 * 64, 1024) : 16;
+  return fit >= 64 ? min64(fit / 64 * 64, 1024) : n <= 1024 ? 64 : 16;
 }
+
+// Fetches the next tile into the second-level cache, row by row, while the present one is computed: for rows too many
+// for the hardware to follow.
+class Ahead {
+ public:
+  // A tile of `bytes` of each row begins `skip` bytes into it; step() will be called `steps` times.
+  Ahead(const void* const* rows, int64_t n, int64_t skip, int64_t bytes, int64_t steps)
+      : rows_(rows), n_(bytes > 0 ? n : 0), skip_(skip), bytes_(bytes) {
+    lines_ = (n_ * ((bytes + 63) / 64) + steps - 1) / max64(steps, 1);
+  }
+  RK_INLINE void step() {
+    for (int64_t line = 0; line < lines_ && row_ < n_; ++line) {
+      __builtin_prefetch(static_cast<const char*>(rows_[row_]) + skip_ + done_, 0, 2);
+      done_ += 64;
+      if (done_ >= bytes_) {
+        done_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  const void* const* rows_;
+  int64_t n_, skip_, bytes_, lines_, row_ = 0, done_ = 0;
+};
 
 struct Grid {
   int64_t columns, task_columns, n_tasks;
@@ -53,6 +78,14 @@ template <class Body>
 RK_INLINE void for_task_pieces(const Rows& rows, const Grid& grid, int64_t task, Body&& body) {
   const int64_t begin = task * grid.task_columns;
   for_pieces(rows, begin, min64(begin + grid.task_columns, grid.columns), body);
+}
+
+// The tile after one that ends at a column of a segment, if the segment goes on.
+template <class S>
+RK_INLINE Ahead ahead_of(const Rows& rows, int64_t segment, int64_t end, int64_t columns, int64_t steps) {
+  const int64_t left = rows.offsets[segment + 1] - rows.offsets[segment] - end;
+  constexpr int64_t item = static_cast<int64_t>(sizeof(S));
+  return Ahead(rows.data + segment * rows.n, rows.n, end * item, min64(columns, left) * item, steps);
 }
 
 // One aligned block cut into typed parts, one of them per thread; freed at the end of the scope.
