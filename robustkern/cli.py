@@ -1,4 +1,4 @@
-"""The command line: ``robustkern aggregate``, ``demo`` and ``info``.
+"""The command line: ``robustkern aggregate``, ``bench``, ``demo`` and ``info``.
 
 Exit codes: 0 done; 1 the updates cannot be aggregated (corrupt or unlike files, too many rows with NaN, an n that the
 rule does not allow); 2 the command was not understood, or an optional package is missing.
@@ -80,6 +80,27 @@ def demo(
 
 
 @app.command()
+def bench(
+    rules: Annotated[
+        list[str] | None,
+        typer.Option(help="A rule in its text form, 'gram' or 'weighted median'; may be repeated. Default: all."),
+    ] = None,
+    n: Annotated[list[int] | None, typer.Option("--n", min=1, help="Rows; may be repeated.")] = None,
+    d: Annotated[int | None, typer.Option("--d", min=1, help="Columns. Default: n * d = 1.6e8.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="numpy, torch, byzfl, geom_median, bottleneck or scipy; may be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of read pass and rule.")] = 7,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write machine and figures as JSON.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw reads against n.")] = None,
+) -> None:
+    """Measure what rules cost in read passes: the time of one streaming sum over the same rows, in the same run."""
+    _guard(lambda: _bench(rules, n, d, dtype, against or [], rounds, json_file, plot_file))
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -147,6 +168,67 @@ def _aggregate(
         print(json.dumps(facts(info, files, out, seconds)))
     else:
         print_workers(info, files, out, seconds)
+
+
+def _bench(
+    rules: list[str] | None,
+    sizes: list[int] | None,
+    d: int | None,
+    dtype: str,
+    against: list[str],
+    rounds: int,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    from robustkern import benchmark, peers
+
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"--dtype must be float16, bfloat16, float32 or float64; got {dtype!r}")
+    for library in against:
+        peers.load(library, 1)
+    jobs = [
+        (rule, n)
+        for n in sizes or (8, 16, 32, 64, 128, 256, 1024)
+        for rule in rules or benchmark.CASES
+        if rules or benchmark.goal(rule, n) is not None
+    ]
+    results: list[benchmark.Measured] = []
+    held: tuple[int, Any] = (0, None)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("benchmark", total=len(jobs))
+        for rule, n in jobs:
+            bar.update(task, description=f"{rule}, n={n}")
+            if held[0] != n:
+                held = (0, None)  # one set of rows at a time
+                held = (n, benchmark.make_rows(n, d or max(benchmark.VALUES // n, 1), dtype))
+            results.append(benchmark.measure(rule, held[1], rounds=rounds))
+            results.extend(benchmark.measure_peers(rule, held[1], against))
+            bar.advance(task)
+    _print_bench(results)
+    if json_file is not None:
+        benchmark.save(results, json_file)
+    if plot_file is not None:
+        benchmark.plot(results, plot_file)
+
+
+def _print_bench(results: list[Any]) -> None:
+    table = Table(title="in read passes of the same rows (median of the rounds, quartiles)", title_justify="left")
+    for column in ("rule", "library", "n", "d", "reads", "quartiles", "goal", "GB/s"):
+        table.add_column(column, justify="left" if column in ("rule", "library") else "right", no_wrap=True)
+    for r in results:
+        reads = Text(f"{r.reads:.2f}")
+        if r.goal is not None:
+            reads.stylize("green" if r.reads <= r.goal else "yellow")
+        wanted = "" if r.goal is None else f"{r.goal:g}"
+        spread = f"{r.low:.2f}-{r.high:.2f}"
+        table.add_row(r.rule, r.library, str(r.n), f"{r.d:,}", reads, spread, wanted, f"{r.gb_per_s:.1f}")
+    Console(soft_wrap=True).print(table)
 
 
 def _info(as_json: bool) -> None:

@@ -7,10 +7,8 @@ workers send their momentum, and the 8 attackers, who see those, all send minus 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import robustkern as rk
 from robustkern.files import aggregate_files
+from robustkern.peers import naive_rules
 from robustkern.report import print_workers
 
 __all__ = ["run"]
@@ -172,36 +171,6 @@ def _one_round_through_files(out: Path, digits: Digits, seed: int, console: Cons
 # ---- speed -----------------------------------------------------------------------------------------------------
 
 
-def naive_geometric_median(x: Floats) -> Floats:
-    """Plain Weiszfeld in NumPy until a step is below 1e-7 of the spread; every step reads the data twice."""
-    y = x.mean(axis=0)
-    while True:
-        r = np.linalg.norm(x - y, axis=1)
-        w = 1 / r
-        new = (w[:, None] * x).sum(axis=0) / w.sum()
-        done = np.linalg.norm(new - y) <= 1e-7 * np.sqrt((r * r).mean())
-        y = new
-        if done:
-            return np.asarray(y, dtype=np.float32)
-
-
-def naive_ctma(x: Floats, f: int, anchor: Floats) -> Floats:
-    """Mean of the n-f rows nearest to the anchor, in NumPy."""
-    nearest = np.argsort(((x - anchor) ** 2).sum(axis=1), kind="stable")[: len(x) - f]
-    return np.asarray(x[nearest].mean(axis=0))
-
-
-def naive_rules(f: int) -> dict[str, Callable[[Floats], Any]]:
-    """Return each rule as one would write it in NumPy."""
-    return {
-        "median": lambda x: np.median(x, axis=0),
-        "trimmed_mean": lambda x: np.sort(x, axis=0)[f : len(x) - f].mean(axis=0),
-        "ctma(median)": lambda x: naive_ctma(x, f, np.median(x, axis=0)),
-        "geometric_median": naive_geometric_median,
-        "ctma(geometric_median)": lambda x: naive_ctma(x, f, naive_geometric_median(x)),
-    }
-
-
 def compare_speed(n: int = 20, d: int = 1_000_000, f: int = 4) -> list[tuple[str, float, float, float]]:
     """Time every rule against plain NumPy on the same float32 data and check that they agree.
 
@@ -212,7 +181,9 @@ def compare_speed(n: int = 20, d: int = 1_000_000, f: int = 4) -> list[tuple[str
     x = np.random.default_rng(0).standard_normal((n, d), dtype=np.float32)
     x[:f] += 3  # the attackers
     rows = []
-    for rule, naive in naive_rules(f).items():
+    naive_of = naive_rules(f)
+    for rule in RULES[1:]:
+        naive = naive_of[rule]
         plan = rk.parse_rule(rule)
         started = time.perf_counter()
         want = naive(x)

@@ -1,0 +1,328 @@
+"""What each rule costs, in read passes: the time of one streaming sum over the same rows in the same run.
+
+A ratio of two measurements taken one right after the other says what an absolute time on a shared machine cannot.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import robustkern
+from robustkern._kernels import Rows
+from robustkern._registry import load_backend
+from robustkern.backends.cpp import Cpp
+from robustkern.peers import Peer, load
+
+__all__ = ["CASES", "GOALS", "VALUES", "Measured", "machine", "make_rows", "measure", "measure_peers", "plot", "save"]
+
+#: Values (n times d) of a measurement: 640 MB in float32, beyond any cache.
+VALUES = 160_000_000
+#: Values against which slower libraries are measured.
+PEER_VALUES = 24_000_000
+
+_TWO_READS = {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}
+_SELECTION = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
+#: Goals in read passes, by rule and the largest n they hold for (float32, all cores, AVX-512).
+GOALS: dict[str, dict[int, float]] = {
+    "median": _SELECTION,
+    "trimmed_mean": _SELECTION,
+    "ctma(median)": {16: 2.1, 32: 2.2, 64: 2.5, 128: 3.0},
+    "gram": {16: 1.2, 32: 1.4, 64: 2.0, 128: 3.5},
+    "geometric_median": _TWO_READS,
+    "ctma(geometric_median)": _TWO_READS,
+    "krum": _TWO_READS,
+    "multi_krum": _TWO_READS,
+    "nnm | geometric_median": _TWO_READS,
+    "nnm | median": {16: 2.5, 32: 3.0, 64: 4.5},
+    "weighted median": {16: 2.0, 32: 3.0},
+}
+CASES = tuple(GOALS)
+
+Array = NDArray[Any]
+
+
+def goal(rule: str, n: int) -> float | None:
+    """Return the goal of a rule for n rows: that of the next larger n in the table."""
+    known = [limit for limit in GOALS.get(rule, {}) if limit >= n]
+    return GOALS[rule][min(known)] if known else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One rule on one input.
+
+    Attributes
+    ----------
+    rule, library : str
+        What ran; "robustkern" or a peer.
+    n, d, f, dtype : int, int, int, str
+        On which rows.
+    reads, low, high : float
+        Median and quartiles of its time over that of the read pass just before it.
+    seconds, read_seconds : float
+        Medians.
+    goal : float or None
+        In reads, where there is one.
+    """
+
+    rule: str
+    library: str
+    n: int
+    d: int
+    f: int
+    dtype: str
+    reads: float
+    low: float
+    high: float
+    seconds: float
+    read_seconds: float
+    goal: float | None = field(default=None)
+
+    @property
+    def gb_per_s(self) -> float:
+        """Input bytes over time."""
+        return self.n * self.d * _dtype(self.dtype).itemsize / self.seconds / 1e9
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+
+
+def make_rows(n: int, d: int, dtype: str = "float32", seed: int = 0) -> Array:
+    """Return honest rows of normal values and floor(n/4) attackers three standard deviations away.
+
+    Parameters
+    ----------
+    n, d : int
+        Rows and columns.
+    dtype : str
+        float16, bfloat16, float32 or float64.
+    seed : int
+        Of the values.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.empty((n, d), dtype=_dtype(dtype))
+    for i in range(n):
+        row = rng.standard_normal(d, dtype=np.float32)
+        if i < n // 4:
+            row += 3
+        rows[i] = row
+    return rows
+
+
+def _cpp() -> Cpp:
+    kernels = load_backend("cpp")
+    assert isinstance(kernels, Cpp)
+    return kernels
+
+
+def read_pass(rows: Array) -> Callable[[], Any]:
+    """Return the yardstick for these rows; it reads them all, once, with all threads.
+
+    Raises
+    ------
+    BackendUnavailable
+        If the compiled backend, which holds it, is not there.
+    """
+    kernels, pointers = _cpp(), Rows.of(rows)
+    return lambda: kernels.read_pass(pointers)
+
+
+def job(rule: str, rows: Array, f: int, backend: str = "auto") -> tuple[Callable[[], Any], Array]:
+    """Return a call that runs a rule on the rows, and the array that receives its result.
+
+    Parameters
+    ----------
+    rule : str
+        A rule in its text form, or "gram", or "weighted median".
+    rows : (n, d) array
+        The updates.
+    f : int
+        Tolerated Byzantine rows.
+    backend : str
+        As for `aggregate`.
+    """
+    n, d = rows.shape
+    if rule == "gram":
+        kernels = robustkern._registry.choose(backend, {rows.dtype})
+        pointers, gram = Rows.of(rows), np.empty((n, n))
+
+        def run_gram() -> None:
+            gram[:] = kernels.gram(pointers)
+
+        return run_gram, gram
+    options: dict[str, Any] = {"f": f, "out": np.zeros(d, dtype=rows.dtype), "backend": backend}
+    if rule == "weighted median":
+        rule, options["weights"] = "median", np.arange(n) % 7 + 1.0
+    plan = robustkern.parse_rule(rule)
+    return lambda: robustkern.aggregate(rows, plan, **options), options["out"]
+
+
+def _time(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def compare(call: Callable[[], Any], read: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
+    """Time a call and the read pass before it, in turn; return both lists of seconds."""
+    calls, reads = [], []
+    for _ in range(rounds):
+        reads.append(_time(read))
+        calls.append(_time(call))
+    return calls, reads
+
+
+def _measured(rule: str, library: str, rows: Array, f: int, calls: list[float], reads: list[float]) -> Measured:
+    ratios = np.array(calls) / np.array(reads)
+    low, middle, high = (float(q) for q in np.quantile(ratios, [0.25, 0.5, 0.75]))
+    n, d = rows.shape
+    wanted = goal(rule, n) if library == "robustkern" and rows.dtype == np.float32 else None
+    seconds, read_seconds = float(np.median(calls)), float(np.median(reads))
+    return Measured(rule, library, n, d, f, rows.dtype.name, middle, low, high, seconds, read_seconds, wanted)
+
+
+def measure(rule: str, rows: Array, *, rounds: int = 7, backend: str = "auto") -> Measured:
+    """Measure a rule on the rows, f = floor(n/4).
+
+    Parameters
+    ----------
+    rule : str
+        As for `job`.
+    rows : (n, d) array
+        The updates.
+    rounds : int
+        How many pairs of read pass and rule; their median ratio counts.
+    backend : str
+        As for `aggregate`.
+    """
+    f = len(rows) // 4
+    call, _ = job(rule, rows, f, backend)
+    read = read_pass(rows)
+    call()
+    calls, reads = compare(call, read, rounds)
+    return _measured(rule, "robustkern", rows, f, calls, reads)
+
+
+def measure_peers(rule: str, rows: Array, libraries: Sequence[str]) -> Iterator[Measured]:
+    """Measure what the libraries make of a rule on the first columns of the rows, and check that they agree with us.
+
+    Parameters
+    ----------
+    rule : str
+        As for `job`; libraries that do not have it yield nothing.
+    rows : (n, d) array
+        The updates; at most `PEER_VALUES` of them are used.
+    libraries : sequence of str
+        Names in `robustkern.peers.PEERS`.
+
+    Raises
+    ------
+    RuntimeError
+        If a library's result is another one than ours.
+    """
+    n, f = len(rows), len(rows) // 4
+    part = np.ascontiguousarray(rows[:, : PEER_VALUES // n])
+    for library in libraries:
+        offered = load(library, f)
+        if rule not in offered:
+            continue
+        call, ours = job(rule, part, f)
+        call()
+        theirs, got = offered[rule], [None]
+
+        def peer(theirs: Peer = theirs, got: list[Any] = got) -> None:
+            got[0] = theirs(part)
+
+        calls, reads = compare(peer, read_pass(part), 2)
+        wide = np.asarray(got[0], dtype=np.float64)
+        if not np.allclose(wide, ours.astype(np.float64), atol=1e-2 if part.dtype.itemsize == 2 else 2e-4):
+            worst = float(np.abs(wide - ours.astype(np.float64)).max())
+            raise RuntimeError(f"{library}'s {rule} differs from ours by {worst:.1e} at n={n}; please report this")
+        yield _measured(rule, library, part, f, calls, reads)
+
+
+def call_seconds(rule: str, rows: Any, *, repeats: int = 200, **options: Any) -> float:
+    """Return the least seconds of a whole Python call, for inputs so small that the call is what costs."""
+    plan = robustkern.parse_rule(rule)
+    for _ in range(20):
+        robustkern.aggregate(rows, plan, **options)
+    return min(_time(lambda: robustkern.aggregate(rows, plan, **options)) for _ in range(repeats))
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Return what a reader must know of the machine, and the date."""
+    here = robustkern.info()
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        model = names[0] if names else model
+    except OSError:
+        pass
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": here["threads"],
+        "isa": here["isa"],
+        "robustkern": here["version"],
+        "python": here["python"],
+        "numpy": here["numpy"],
+        "system": here["machine"],
+    }
+
+
+def save(results: Sequence[Measured], path: Path) -> None:
+    """Write the machine's facts and the results as JSON."""
+    path.write_text(json.dumps({"machine": machine(), "results": [asdict(r) for r in results]}, indent=1) + "\n")
+
+
+def plot(results: Sequence[Measured], path: Path) -> None:
+    """Draw reads against n: ours as lines, peers as dashed lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    rules = list(dict.fromkeys(r.rule for r in results))
+    colours = {rule: f"C{k % 10}" for k, rule in enumerate(rules)}
+    for rule, library in dict.fromkeys((r.rule, r.library) for r in results):
+        points = sorted((r.n, r.reads) for r in results if (r.rule, r.library) == (rule, library))
+        ours = library == "robustkern"
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colours[rule],
+            linestyle="-" if ours else ":",
+            marker="o" if ours else {"numpy": "s", "torch": "^"}.get(library, "x"),
+            label=rule if ours else f"{rule}, {library}",
+            linewidth=2 if ours else 1,
+        )
+    axes.axhline(1, color="0.5", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="n rows", ylabel="read passes of the same rows", title=_title(results))
+    ticks = sorted({r.n for r in results})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+
+
+def _title(results: Sequence[Measured]) -> str:
+    facts = machine()
+    return f"{results[0].dtype}, {facts['cpu']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"

@@ -1,0 +1,180 @@
+"""The measurement of speed: its yardstick, its reports, and that the regression check catches what it is for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from support import IMPLEMENTATIONS
+from typer.testing import CliRunner
+
+from robustkern import benchmark, peers
+from robustkern._kernels import DTYPES, Rows
+from robustkern.backends.cpp import Cpp
+from robustkern.cli import app
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+ISAS = [name.removeprefix("cpp-") for name in IMPLEMENTATIONS if name.startswith("cpp-")]
+
+pytestmark = pytest.mark.skipif(not ISAS, reason="the read pass is part of the compiled backend")
+
+
+def words(row: np.ndarray[Any, Any]) -> int:
+    """Sum of a row's bytes as 64-bit words, the last one filled with zeros."""
+    data = row.tobytes()
+    return sum(int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 8))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_read_pass_reads_every_byte(isa: str) -> None:
+    rng = np.random.default_rng(0)
+    for dtype in DTYPES:
+        for n, d in ((1, 1), (3, 7), (2, 63), (5, 1000), (2, 70_001)):
+            x = rng.standard_normal((n, d)).astype(dtype)
+            assert Cpp(isa).read_pass(Rows.of(x)) == sum(words(row) for row in x) % 2**64
+    two = Rows(
+        np.array([[x.ctypes.data], [x.ctypes.data + 8 * x.itemsize]], dtype=np.uint64),
+        np.array([0, 8, 20], dtype=np.int64),
+        x.dtype,
+        x,
+    )
+    assert Cpp(isa).read_pass(two) == (words(x[0, :8]) + words(x[0, 8:20])) % 2**64
+
+
+def load_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("check", BENCH / "check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytest.CaptureFixture[str]) -> None:
+    check = load_check()
+    limits = {
+        "slack": 1.5,
+        "rows": [
+            {"rule": "median", "n": 10, "dtype": "float32", "reads": {"v3": 1.0, "v4": 0.8}},
+            {"rule": "gram", "n": 10, "dtype": "float32", "reads": {"v3": 2.0}},
+        ],
+    }
+    calls: list[str] = []
+
+    def steady(rule: str, n: int, dtype: str) -> float:
+        calls.append(rule)
+        return {"median": 1.1, "gram": 2.9}[rule]
+
+    assert check.slow_rows(limits, "v4", steady) == []
+    assert calls == ["median", "gram"]  # no second attempt where the first is good
+
+    def disturbed(rule: str, n: int, dtype: str) -> float:
+        calls.append(rule)
+        return 9.0 if len(calls) % 2 else 1.0
+
+    calls.clear()
+    assert check.slow_rows(limits, "v3", disturbed) == []
+    assert calls == ["median", "median", "gram", "gram"]
+
+    def planted(rule: str, n: int, dtype: str) -> float:
+        return {"median": 1.6, "gram": 2.0}[rule]
+
+    failed = check.slow_rows(limits, "v3", planted)
+    assert len(failed) == 1
+    assert "median" in failed[0]
+    assert "1.60, 1.60, 1.60, 1.60 reads; limit 1.50" in failed[0]
+    assert "SLOW  median" in capsys.readouterr().out
+
+
+def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real measurement, with a kernel that selects everything three times."""
+    check = load_check()
+    monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
+    measure = check.measure_reads({})
+    honest = sorted(measure("median", 10, "float32") for _ in range(3))[0]
+    limits = {
+        "slack": 1.5,
+        "rows": [{"rule": "median", "n": 10, "dtype": "float32", "reads": {"v3": honest, "v4": honest}}],
+    }
+    once = Cpp.select_columns
+
+    def thrice(self: Cpp, *args: Any, **options: Any) -> Any:
+        once(self, *args, **options)
+        once(self, *args, **options)
+        return once(self, *args, **options)
+
+    monkeypatch.setattr(Cpp, "select_columns", thrice)
+    assert len(check.slow_rows(limits, benchmark.machine()["isa"], measure)) == 1
+
+
+def test_limits_name_rules_that_exist_and_figures_for_v3() -> None:
+    limits = json.loads((BENCH / "limits.json").read_text())
+    assert 1 < limits["slack"] <= 2
+    for row in limits["rows"]:
+        call, _ = benchmark.job(row["rule"], benchmark.make_rows(row["n"], 20, row["dtype"]), row["n"] // 4)
+        call()
+        assert row["reads"]["v3"] > 0
+
+
+def test_goals_hold_up_to_the_next_n_of_the_table() -> None:
+    assert benchmark.goal("median", 3) == 1.1
+    assert benchmark.goal("median", 16) == 1.1
+    assert benchmark.goal("median", 17) == 1.25
+    assert benchmark.goal("median", 2000) is None
+    assert benchmark.goal("nnm | median", 128) is None
+    assert benchmark.goal("rfa", 8) is None
+
+
+@pytest.mark.parametrize("rule", peers.naive_rules(2))
+def test_naive_rules_agree_with_ours(rule: str) -> None:
+    x = benchmark.make_rows(10, 300)
+    call, ours = benchmark.job(rule, x, 2)
+    call()
+    np.testing.assert_allclose(ours, peers.naive_rules(2)[rule](x), atol=1e-5)
+
+
+def test_a_peer_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(peers.PEERS, "numpy", lambda f: {"median": lambda x: x[0]})
+    with pytest.raises(RuntimeError, match=r"numpy's median differs from ours by .* at n=5"):
+        list(benchmark.measure_peers("median", benchmark.make_rows(5, 50), ["numpy"]))
+
+
+def test_bench_command(tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app,
+        [
+            *("bench", "--rules", "median", "--rules", "gram", "--rules", "weighted median", "--n", "4", "--n", "9"),
+            *("--d", "500", "--rounds", "2", "--against", "numpy", "--json", str(tmp_path / "r.json")),
+            *("--plot", str(tmp_path / "r.png")),
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    assert "numpy" in run.output
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert {(r["rule"], r["library"], r["n"]) for r in saved["results"]} == {
+        *((rule, "robustkern", n) for rule in ("median", "gram", "weighted median") for n in (4, 9)),
+        *(("median", "numpy", n) for n in (4, 9)),
+    }
+    assert all(r["reads"] > 0 and r["low"] <= r["reads"] <= r["high"] for r in saved["results"])
+    assert {"date", "cpu", "isa", "threads"} <= set(saved["machine"])
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "--dtype must be float16, bfloat16, float32 or float64; got 'int8'"),
+        (["--against", "nothing"], "against: 'nothing' is not known"),
+        (["--rules", "medain", "--n", "3", "--d", "9"], "did you mean 'median'"),
+    ],
+)
+def test_bench_errors(arguments: list[str], message: str) -> None:
+    run = CliRunner().invoke(app, ["bench", *arguments])
+    assert run.exit_code == 1
+    assert message in " ".join(run.output.split())
