@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -28,8 +28,7 @@ MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their 
 BLOCK_BYTES = 1 << 22
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """Some columns of all rows, one `Rows` for each dtype, and where their result goes."""
 
     rows: tuple[Rows, ...]
@@ -64,6 +63,15 @@ class Leaf:
 class MemorySource:
     """Rows in memory."""
 
+    @classmethod
+    def of_rows(cls, rows: Rows, out: Rows) -> MemorySource:
+        """Return the source of rows that lie in one piece each: the usual case, kept short for small calls."""
+        source = cls.__new__(cls)
+        source.n, source.d, source.dtypes = rows.addresses.shape[1], rows.d, {rows.dtype}
+        source.leaves, source.counters, source._strided = [], [], []
+        source._direct = Block((rows,), (out,))
+        return source
+
     def __init__(self, n: int, leaves: list[Leaf]) -> None:
         self.n = n
         self.leaves = [leaf for leaf in leaves if leaf.dtype in DTYPES]
@@ -86,6 +94,12 @@ class MemorySource:
                 parts.setdefault(leaf.dtype, []).append(segments)
         rows, out = [], []
         for dtype, group in parts.items():
+            if len(group) == 1 and len(group[0][0]) == 1:  # one array a row: nothing to join
+                addresses, target, run = group[0]
+                offsets = np.array([0, run], dtype=np.int64)
+                rows.append(Rows(addresses, offsets, dtype, self))
+                out.append(Rows(target.reshape(-1, 1), offsets, dtype, self))
+                continue
             lengths = np.concatenate([np.full(len(addresses), run, dtype=np.int64) for addresses, _, run in group])
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             rows.append(Rows(np.concatenate([addresses for addresses, _, _ in group]), offsets, dtype, self))
@@ -131,6 +145,7 @@ def lower_median(values: NDArray[Any]) -> NDArray[Any]:
 def _segments(leaf: Leaf) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int] | None:
     """Addresses (n_segments, n) of equal contiguous runs and of their results, or None where there are none."""
     arrays, item = leaf.arrays, leaf.dtype.itemsize
+    target = leaf.out.__array_interface__["data"][0]
     if isinstance(arrays, np.ndarray):
         strides = {arrays.strides[1:]}
         n, first = len(arrays), arrays.__array_interface__["data"][0]
@@ -149,8 +164,8 @@ def _segments(leaf: Leaf) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int] 
         addresses = addresses[:, None] + base
     else:
         addresses = np.stack([np.array(a.strides[: len(outer)], dtype=np.int64) @ index for a in arrays], axis=1) + base
-    target = leaf.out.__array_interface__["data"][0] + run * item * np.arange(len(addresses), dtype=np.int64)
-    return np.ascontiguousarray(addresses.astype(np.uint64)), target.astype(np.uint64), run
+    targets = target + run * item * np.arange(len(addresses), dtype=np.int64)
+    return np.ascontiguousarray(addresses.astype(np.uint64)), targets.astype(np.uint64), run
 
 
 def _contiguous_axes(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> int:
@@ -336,6 +351,11 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     _check_count(array.shape[0])
     _check_dtype(array.dtype, "updates", False)
     shape = array.shape[1:]
+    if out is None and type(updates) is np.ndarray and array.flags.c_contiguous and array.size:
+        result = np.empty(shape, dtype=array.dtype)
+        return MemorySource.of_rows(
+            Rows.of(array.reshape(len(array), -1)), Rows.of(result.reshape(1, -1))
+        ), lambda: result
     result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, "out")
     leaf = Leaf("", shape, array.dtype, array, _as_numpy(result, "out"))
     if out is not None:

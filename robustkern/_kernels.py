@@ -46,7 +46,7 @@ class _Memory:
         self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Rows:
     """n rows of one dtype, cut into the same segments, used where they lie.
 
@@ -73,12 +73,12 @@ class Rows:
         if isinstance(arrays, np.ndarray):
             n, d = arrays.shape
             first, step = arrays.__array_interface__["data"][0], arrays.strides[0]
-            addresses = (first + step * np.arange(n, dtype=np.int64)).astype(np.uint64)
+            addresses = first + step * np.arange(n)
             dtype = arrays.dtype
         else:
             d, dtype = arrays[0].shape[0], arrays[0].dtype
             addresses = np.array([a.__array_interface__["data"][0] for a in arrays], dtype=np.uint64)
-        return cls(addresses.reshape(1, -1), np.array([0, d], dtype=np.int64), dtype, arrays)
+        return cls(addresses.astype(np.uint64).reshape(1, -1), np.array([0, d], dtype=np.int64), dtype, arrays)
 
     @property
     def n(self) -> int:

@@ -6,6 +6,7 @@ It decides the backend of a call, and feeds the error texts, `robustkern.info()`
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import platform
@@ -111,6 +112,12 @@ def capabilities() -> list[dict[str, str]]:
     return table
 
 
+@functools.cache
+def _from_environment() -> str | None:
+    """Read ROBUSTKERN_BACKEND, once a process: small calls would feel it."""
+    return os.environ.get("ROBUSTKERN_BACKEND") or None
+
+
 def choose(name: str, dtypes: set[np.dtype[Any]], device: str = "cpu") -> Kernels:
     """Return the backend that runs a call.
 
@@ -133,8 +140,12 @@ def choose(name: str, dtypes: set[np.dtype[Any]], device: str = "cpu") -> Kernel
         override = _override.get()
         if override is not None:
             name = override
-        elif os.environ.get("ROBUSTKERN_BACKEND"):
-            name, source = os.environ["ROBUSTKERN_BACKEND"], "ROBUSTKERN_BACKEND"
+        elif (wanted := _from_environment()) is not None:
+            name, source = wanted, "ROBUSTKERN_BACKEND"
+        else:  # the usual call: the best backend is here and can run it
+            best = _loaded.get(BACKENDS[0].name, "")
+            if not isinstance(best, str) and device == BACKENDS[0].device and dtypes.issubset(BACKENDS[0].dtypes):
+                return best
     candidates = BACKENDS if name == "auto" else (_by_name(name, source),)
     reasons = []
     for backend in candidates:

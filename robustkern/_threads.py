@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 __all__ = ["requested_threads", "set_num_threads"]
@@ -9,7 +10,9 @@ __all__ = ["requested_threads", "set_num_threads"]
 MAX_THREADS = 65536
 
 
+@functools.cache
 def _from_environment() -> int:
+    """Read ROBUSTKERN_NUM_THREADS, once a process: small calls would feel it."""
     text = os.environ.get("ROBUSTKERN_NUM_THREADS", "")
     if not text:
         return 0

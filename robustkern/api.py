@@ -163,8 +163,8 @@ def aggregate(
     plan = parse_rule(rule) if isinstance(rule, str) else as_aggregator(rule)
     # Adapt.
     source, restore = adapt(updates, out)
-    count = check_f(str(plan), source.n, f, delta)
-    row_weights = check_weights(str(plan), source.n, weights)
+    count = check_f(plan, source.n, f, delta)
+    row_weights = check_weights(plan, source.n, weights)
     # Choose.
     kernels = choose(backend, source.dtypes)
     # Run.
@@ -263,7 +263,7 @@ def _nonfinite_rows(block: Block) -> NDArray[np.bool_]:
     return flags
 
 
-def check_f(rule: str, n: int, f: Any, delta: Any) -> int | None:
+def check_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
     """Return the number of tolerated rows from f or delta.
 
     Raises
@@ -290,7 +290,7 @@ def check_f(rule: str, n: int, f: Any, delta: Any) -> int | None:
     return int(f)
 
 
-def check_weights(rule: str, n: int, weights: ArrayLike | None) -> Vector | None:
+def check_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vector | None:
     """Return the weights as float64, None where there are none or all are equal.
 
     Raises

@@ -413,8 +413,8 @@ def aggregate_files(
     source = FileSource(files, on_tensor)
     target = Path(out)
     make_writer = _check_out(target, source)
-    count = check_f(str(plan), source.n, f, delta)
-    task = Task(plan, source, choose(backend, source.dtypes), count, check_weights(str(plan), source.n, weights))
+    count = check_f(plan, source.n, f, delta)
+    task = Task(plan, source, choose(backend, source.dtypes), count, check_weights(plan, source.n, weights))
     task.solve()
     phase, done = "writing", 0
     metadata = getattr(source.readers[0], "metadata", {})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from support import FAST, IMPLEMENTATIONS, MISSING
 
 import robustkern as rk
-from robustkern import _registry
+from robustkern import _registry, _threads
 from robustkern._kernels import DTYPES, Kernels
 
 settings.register_profile(
@@ -63,5 +63,9 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests choose backends and threads themselves."""
     for name in ("ROBUSTKERN_BACKEND", "ROBUSTKERN_ISA", "ROBUSTKERN_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
+    for read_once in (_registry._from_environment, _threads._from_environment):
+        read_once.cache_clear()
     yield
+    for read_once in (_registry._from_environment, _threads._from_environment):
+        read_once.cache_clear()
     rk.set_num_threads(None)

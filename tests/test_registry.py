@@ -158,6 +158,7 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     best = next(name for name in ("cpp", "numba", "reference") if any(k.startswith(name) for k in IMPLEMENTATIONS))
     assert used() == best
     monkeypatch.setenv("ROBUSTKERN_BACKEND", "reference")
+    _registry._from_environment.cache_clear()
     assert used() == "reference"
     with rk.use_backend("numba"):
         assert used() == "numba"
@@ -165,6 +166,7 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         with rk.use_backend("auto"):
             assert used() == best
     monkeypatch.setenv("ROBUSTKERN_BACKEND", "fast")
+    _registry._from_environment.cache_clear()
     with pytest.raises(ValueError, match="ROBUSTKERN_BACKEND must be one of auto, cpp, numba, reference; got 'fast'"):
         used()
     with pytest.raises(ValueError, match="backend must be one of"), rk.use_backend("gpu"):

@@ -129,7 +129,7 @@ class Chain(Aggregator):
             return solution
         kept = None if solution.kept is None else (mixing[solution.kept] != 0).any(axis=0)
         distances = solution.sq_distances if inner.n == view.n else None
-        return dataclasses.replace(solution, weights=solution.weights @ mixing, kept=kept, sq_distances=distances)
+        return solution._replace(weights=solution.weights @ mixing, kept=kept, sq_distances=distances)
 
 
 def _steps(rule: Rule) -> tuple[Rule, ...]:

@@ -155,8 +155,7 @@ class _Input:
         return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """The n rows that a rule sees: the input rows, or ``mix @`` them.
 
     Attributes
@@ -178,7 +177,7 @@ class View:
     def remixed(self, weights: Matrix) -> View:
         """Return the view of the rows ``weights @ rows``."""
         mix = weights if self.mix is None else weights @ self.mix
-        return replace(self, n=len(weights), mix=np.ascontiguousarray(mix))
+        return self._replace(n=len(weights), mix=np.ascontiguousarray(mix))
 
     # -- geometry ------------------------------------------------------------------------------------------------
 
@@ -280,8 +279,7 @@ class View:
         return _exact_sums(parts, len(others))
 
 
-@dataclass(frozen=True)
-class Selection:
+class Selection(NamedTuple):
     """A window of each column of a view's rows."""
 
     view: View
@@ -311,8 +309,7 @@ class Selection:
         )
 
 
-@dataclass(frozen=True)
-class Solution:
+class Solution(NamedTuple):
     """A rule's answer for the rows of a view.
 
     Exactly one of `weights` (of the view's rows) and `selection` is set; the rest is for `Info`.
