@@ -1,4 +1,4 @@
-# make demo, make test: each sets up everything it needs in .venv and runs. No root.
+# make demo, make test, make bench: each sets up everything it needs in .venv and runs. No root.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench check-speed clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
@@ -27,6 +27,9 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest bench -o python_files="bench_*.py" -o timeout=0 --benchmark-only --benchmark-columns=median,min,max,rounds --benchmark-group-by=group $(ARGS)
+
+check-speed: $(VENV)/dev.stamp
+	$(BIN)/python bench/check.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,113 +1,86 @@
-"""Each rule beside its plain NumPy and torch versions, on the same data in the same run."""
+"""Each rule beside the versions of plain NumPy and of every other library that is installed, on the same data."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import robustkern as rk
-from robustkern.demo import naive_rules
+from robustkern import benchmark as rb
+from robustkern.peers import PEERS, load
 
-Array = NDArray[np.float32]
-N, D, F = 20, 1_000_000, 4
-NAIVE = naive_rules(F)
-
-
-@pytest.fixture(scope="module")
-def rows() -> Array:
-    x = np.random.default_rng(0).standard_normal((N, D), dtype=np.float32)
-    x[:F] += 3
-    return x
+N, D = 20, 1_000_000
+F = N // 4
+RULES = tuple(rb.GOALS)
 
 
 @pytest.fixture(scope="module")
-def read_s(rows: Array) -> float:
-    """Seconds of one read of the rows (and one write of the result)."""
-    out = np.empty(D, dtype=np.float32)
-    times = []
-    for _ in range(9):
-        started = time.perf_counter()
-        rk.mean(rows, out=out)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+def rows() -> rb.Array:
+    return rb.make_rows(N, D)
 
 
 @pytest.fixture(scope="module")
-def expected(rows: Array) -> Callable[[str], Array]:
-    known: dict[str, Array] = {}
+def read_s(rows: rb.Array) -> float:
+    """Seconds of one read of the rows."""
+    read = rb.read_pass(rows)
+    return float(np.median([rb._time(read) for _ in range(9)]))
 
-    def result(rule: str) -> Array:
+
+@pytest.fixture(scope="module")
+def expected(rows: rb.Array) -> Callable[[str], rb.Array]:
+    """Return our result of a rule, which `test_robustkern` compares with plain NumPy's."""
+    known: dict[str, rb.Array] = {}
+
+    def result(rule: str) -> rb.Array:
         if rule not in known:
-            known[rule] = NAIVE[rule](rows)
+            call, known[rule] = rb.job(rule, rows, F)
+            call()
         return known[rule]
 
     return result
 
 
-def torch_rules() -> dict[str, Callable[[Any], Any]]:
-    torch = pytest.importorskip("torch")
-
-    def weiszfeld(x: Any) -> Any:
-        y = x.mean(0)
-        while True:
-            r = (x - y).norm(dim=1)
-            w = 1 / r
-            new = (w[:, None] * x).sum(0) / w.sum()
-            done = (new - y).norm() <= 1e-7 * r.square().mean().sqrt()
-            y = new
-            if done:
-                return y
-
-    def ctma(x: Any, anchor: Any) -> Any:
-        return x[torch.argsort((x - anchor).square().sum(1), stable=True)[: N - F]].mean(0)
-
-    def median(x: Any) -> Any:
-        return x.quantile(0.5, dim=0) if N % 2 == 0 else x.median(0).values
-
-    return {
-        "median": median,
-        "trimmed_mean": lambda x: x.sort(0).values[F : N - F].mean(0),
-        "ctma(median)": lambda x: ctma(x, median(x)),
-        "geometric_median": weiszfeld,
-        "ctma(geometric_median)": lambda x: ctma(x, weiszfeld(x)),
-    }
-
-
-def note(benchmark: BenchmarkFixture, rule: str, read_s: float) -> None:
+def note(benchmark: BenchmarkFixture, group: str, nbytes: int, read_s: float) -> None:
     info = rk.info()
-    benchmark.group = f"{rule} n={N} d={D} float32"
+    seconds = benchmark.stats.stats.median
+    benchmark.group = group
     benchmark.extra_info.update(
         read_pass_s=read_s,
-        reads=benchmark.stats.stats.median / read_s,
+        reads=seconds / read_s,
+        gb_per_s=nbytes / seconds / 1e9,
         isa=info["isa"],
         threads=info["threads"],
     )
 
 
-@pytest.mark.parametrize("rule", NAIVE)
-def test_robustkern(benchmark: BenchmarkFixture, rows: Array, read_s: float, expected: Any, rule: str) -> None:
-    plan = rk.parse_rule(rule)
-    got = benchmark.pedantic(rk.aggregate, (rows, plan), {"f": F}, rounds=15, warmup_rounds=2)
-    note(benchmark, rule, read_s)
-    np.testing.assert_allclose(got, expected(rule), atol=2e-6)
+@pytest.mark.parametrize("backend", ["cpp", "numba"])
+@pytest.mark.parametrize("rule", RULES)
+def test_robustkern(
+    benchmark: BenchmarkFixture, rows: rb.Array, read_s: float, expected: Any, rule: str, backend: str
+) -> None:
+    call, out = rb.job(rule, rows, F, backend)
+    benchmark.pedantic(call, rounds=9, warmup_rounds=2)
+    note(benchmark, f"{rule} n={N} d={D} float32", rows.nbytes, read_s)
+    naive = load("numpy", F)
+    want = naive[rule](rows) if rule in naive else expected(rule)
+    np.testing.assert_allclose(out, want, atol=2e-5 if rule != "gram" else 1e-3)
 
 
-@pytest.mark.parametrize("rule", NAIVE)
-def test_numpy(benchmark: BenchmarkFixture, rows: Array, read_s: float, expected: Any, rule: str) -> None:
-    got = benchmark.pedantic(NAIVE[rule], (rows,), rounds=3)
-    note(benchmark, rule, read_s)
-    np.testing.assert_allclose(got, expected(rule), atol=2e-6)
-
-
-@pytest.mark.parametrize("rule", NAIVE)
-def test_torch(benchmark: BenchmarkFixture, rows: Array, read_s: float, expected: Any, rule: str) -> None:
-    torch = pytest.importorskip("torch")
-    got = benchmark.pedantic(torch_rules()[rule], (torch.from_numpy(rows),), rounds=3)
-    note(benchmark, rule, read_s)
-    np.testing.assert_allclose(got.numpy(), expected(rule), atol=2e-5)  # float32 sums of its own
+@pytest.mark.parametrize("library", PEERS)
+@pytest.mark.parametrize("rule", [*RULES, "rfa"])
+def test_peers(
+    benchmark: BenchmarkFixture, rows: rb.Array, read_s: float, expected: Any, rule: str, library: str
+) -> None:
+    try:
+        offered = load(library, F)
+    except ImportError as error:
+        pytest.skip(f"{library} is not installed: {error}")
+    if rule not in offered:
+        pytest.skip(f"{library} has no {rule}")
+    got = benchmark.pedantic(offered[rule], (rows,), rounds=2)
+    note(benchmark, f"{rule} n={N} d={D} float32", rows.nbytes, read_s)
+    np.testing.assert_allclose(got, expected(rule), atol=2e-4)  # float32 sums, and looser stops, of their own

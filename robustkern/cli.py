@@ -228,7 +228,8 @@ def _print_bench(results: list[Any]) -> None:
         wanted = "" if r.goal is None else f"{r.goal:g}"
         spread = f"{r.low:.2f}-{r.high:.2f}"
         table.add_row(r.rule, r.library, str(r.n), f"{r.d:,}", reads, spread, wanted, f"{r.gb_per_s:.1f}")
-    Console(soft_wrap=True).print(table)
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
 
 
 def _info(as_json: bool) -> None:

@@ -25,7 +25,7 @@ SIZES = [
     (33, 100),
     (64, 31),
     (130, 70),
-    (257, 9),
+    (257, 3),
 ]
 #: Every unrolled network, the first sizes beyond, all ways of cutting in two parts, and where counting begins.
 ALL_N = [*range(1, 41), 47, 48, 49, 63, 64, 65, 80, 81, 96, 127, 128, 129, 144, 145, 160, 192, 193, 255, 256, 257, 300]
@@ -36,8 +36,11 @@ Array = NDArray[Any]
 def oracle_select(x: Array, window: Window, multiplicities: Array | None = None) -> Array:
     """Sort in longdouble and average the cells; a NaN ranks last."""
     wide = x.astype(np.longdouble)
+    if multiplicities is None:
+        with np.errstate(invalid="ignore"):
+            return np.asarray((np.sort(wide, axis=0)[window.lo : window.hi] / (window.hi - window.lo)).sum(axis=0))
     result = np.empty(x.shape[1], dtype=np.longdouble)
-    cells = [1] * len(x) if multiplicities is None else [int(m) for m in multiplicities]
+    cells = [int(m) for m in multiplicities]
     with np.errstate(invalid="ignore"):
         for j in range(x.shape[1]):
             order = sorted(range(len(x)), key=lambda i: (bool(np.isnan(wide[i, j])), wide[i, j]))
@@ -166,6 +169,37 @@ def test_select_columns_with_multiplicities(kernels: Kernels, dtype: np.dtype[An
             got, out = one_row(d, dtype)
             kernels.select_columns(Rows.of(x), window, multiplicities=m, out=out)
             assert_close(got, oracle_select(x, window, m), x, terms=n)
+
+
+@pytest.mark.parametrize("factor", [1, 3, 2**45])
+def test_every_weighted_rank_for_every_number_of_rows(fast: Kernels, factor: int) -> None:
+    """Multiplicities that share a factor, that share none and fill 50 bits, and that are 0."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        for n in range(1, 35):
+            rng = np.random.default_rng(n)
+            x = rng.integers(-9, 9, (n, 21)).astype(dtype)
+            m = rng.integers(0, 9, n) * factor
+            m[rng.integers(n)] += factor if n % 2 else 2**45 + 1
+            total = int(m.sum())
+            order = np.argsort(x, axis=0, kind="stable")
+            up_to = np.cumsum(m[order], axis=0)
+            for cell in {
+                0,
+                1,
+                total // 4,
+                (total - 1) // 2,
+                total // 2,
+                total - 2,
+                total - 1,
+                *up_to[:, 0],
+                *up_to[:, 1] - 1,
+            }:
+                if not 0 <= cell < total:
+                    continue
+                got, out = one_row(21, dtype)
+                fast.select_columns(Rows.of(x), Window(int(cell), int(cell) + 1), multiplicities=m, out=out)
+                at = (up_to > cell).argmax(axis=0)
+                assert np.array_equal(got, np.take_along_axis(np.sort(x, axis=0), at[None], 0)[0]), (n, cell)
 
 
 @pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "nan", "inf"])

@@ -142,7 +142,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   // The partial distances stay far below the input: at least 512 columns to a task.
   if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
 
-  Window window{k, select.lo, select.hi, select.multiplicities, 0, nullptr, 0};
+  Window window{k, select.lo, select.hi, select.multiplicities};
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;
@@ -326,7 +326,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   if (multiplicities)
     for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
   const int64_t middle = (cells - 1) / 2;
-  Centring<S> centring{{n, middle, middle + 1, multiplicities, 0, nullptr, 0}, scale, tile, origin};
+  Centring<S> centring{{n, middle, middle + 1, multiplicities}, scale, tile, origin};
   if (!prepare_window(centring.window)) return Status::out_of_memory;
 
   // Tasks of whole tiles; where the Gram is shared, one task after another is a panel of columns.

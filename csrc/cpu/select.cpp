@@ -311,6 +311,77 @@ void run_many(const Window& window, const C* const* src, int64_t columns, C* scr
 
 // ---- with multiplicities -------------------------------------------------------------------------------
 
+// At most two cells of at most N rows: values are sorted together with their multiplicities in units of the greatest
+// common divisor, and the values in which the first and the last cell fall are picked in one walk over the sums.
+template <class C, int N>
+struct UnrolledWeighted {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  using I = typename Simd<C>::IndexScalar;
+  static constexpr int lanes = Simd<C>::lanes;
+  static constexpr FixedNetwork<N> value{0, N};
+
+  template <int... K>
+  static RK_INLINE void sort(V (&x)[N], Index (&cells)[N], Indices<K...>) {
+    (
+        [&] {
+          constexpr int low = value.net[K].low, high = value.net[K].high;
+          const Index swap = x[high] < x[low], a = cells[low], b = cells[high];
+          exchange(x[low], x[high]);
+          cells[low] = swap ? b : a;
+          cells[high] = swap ? a : b;
+        }(),
+        ...);
+  }
+
+  static void run(const Window& window, const C* const* src, int64_t columns, C*, C* out, uint8_t* nonfinite,
+                  Ahead& ahead) {
+    const Index first = Index{} + static_cast<I>(window.first_cell), last = Index{} + static_cast<I>(window.last_cell);
+    for (int64_t at = 0; at < columns; at += lanes) {
+      V x[N];
+      Index cells[N];
+      V check[2] = {};
+#pragma GCC unroll 32
+      for (int i = 0; i < N; ++i) {
+        const bool real = i < N - 3 || i < window.n;
+        x[i] = real ? load(src[i] + at) : V{} + infinity<C>();
+        cells[i] = Index{} + static_cast<I>(real ? window.reduced[i] : 0);
+        if (real) check[i % 2] = fmadd(x[i], V{}, check[i % 2]);
+      }
+      ahead.step();
+      const bool careful = any_nan(check[0] + check[1]);
+      Index nan_cells = {};
+      if (__builtin_expect(careful, false)) {
+        patch_nonfinite<C>(src, window.n, at, x, nonfinite);
+        for (int64_t i = 0; i < window.n; ++i) {
+          const V value = load(src[i] + at);
+          nan_cells += (value != value) & static_cast<I>(window.reduced[i]);
+        }
+      }
+      sort(x, cells, typename MakeIndices<value.count>::type{});
+      V ends[2] = {x[0], x[0]};
+      Index before = cells[0];
+#pragma GCC unroll 32
+      for (int r = 1; r < N; ++r) {
+        ends[0] = before <= first ? x[r] : ends[0];
+        ends[1] = before <= last ? x[r] : ends[1];
+        before += cells[r];
+      }
+      store_window_mean<C>(ends, 0, 2, out + at);
+      if (__builtin_expect(careful, false)) {
+        const Index reached = last >= static_cast<I>(window.reduced_total) - nan_cells;
+        store(out + at, reached ? V{} + static_cast<C>(__builtin_nan("")) : load(out + at));
+      }
+    }
+  }
+};
+
+template <class C, int... K>
+Selector<C> unrolled_weighted(int64_t n, Indices<K...>) {
+  static constexpr Selector<C> table[] = {&UnrolledWeighted<C, 4 * (K + 1)>::run...};
+  return table[(n - 1) / 4];
+}
+
 // One column's sorted values and their rows, a lane apart: the mean over the cells [lo, hi).
 template <class C, class I>
 C weighted_window_mean(const Window& window, const C* sorted, const I* row) {
@@ -394,7 +465,10 @@ template <class C>
 void run(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
          Ahead& ahead) {
   Selector<C> selector = &run_many<C>;
-  if (window.multiplicities)
+  constexpr int64_t most = sizeof(C) == 4 ? INT32_MAX : INT64_MAX;
+  if (window.reduced && window.n <= kUnrolledRows && window.reduced_total <= most)
+    selector = unrolled_weighted<C>(window.n, MakeIndices<kUnrolledRows / 4>::type{});
+  else if (window.multiplicities)
     selector = &run_weighted<C>;
   else if (is_unrolled(window))
     selector = is_median(window) ? unrolled_median<C>(window.n, MakeIndices<kUnrolledRows>::type{})
@@ -405,19 +479,34 @@ void run(const Window& window, const C* const* src, int64_t columns, C* scratch,
 }  // namespace
 
 bool prepare_window(Window& window) {
-  window.network = nullptr;
-  window.comparators = 0;
   window.total = window.n;
-  if (window.multiplicities) {
-    window.total = 0;
-    for (int64_t i = 0; i < window.n; ++i) window.total += window.multiplicities[i];
-  }
   if (!window.multiplicities) return true;
+  window.total = 0;
+  int64_t divisor = 0;
+  for (int64_t i = 0; i < window.n; ++i) {
+    window.total += window.multiplicities[i];
+    for (int64_t rest = window.multiplicities[i]; rest != 0;) {
+      const int64_t next = divisor % rest;
+      divisor = rest;
+      rest = next;
+    }
+  }
+  if (window.hi - window.lo <= 2) {
+    window.reduced = static_cast<int64_t*>(malloc(sizeof(int64_t) * static_cast<size_t>(window.n)));
+    if (!window.reduced) return false;
+    for (int64_t i = 0; i < window.n; ++i) window.reduced[i] = window.multiplicities[i] / divisor;
+    window.reduced_total = window.total / divisor;
+    window.first_cell = window.lo / divisor;
+    window.last_cell = (window.hi - 1) / divisor;
+  }
   const int n = static_cast<int>(window.n);
   int count = 0;
   sorting_network(n, [&](int, int) { ++count; });
   Comparator* net = static_cast<Comparator*>(malloc(sizeof(Comparator) * static_cast<size_t>(count + 1)));
-  if (!net) return false;
+  if (!net) {
+    free(window.reduced);
+    return false;
+  }
   // Which rank a window of cells reaches depends on the column: nothing to prune.
   sorting_network(n, [&](int low, int high) {
     net[window.comparators++] = {static_cast<unsigned short>(low), static_cast<unsigned short>(high)};
@@ -426,7 +515,10 @@ bool prepare_window(Window& window) {
   return true;
 }
 
-void release_window(Window& window) { free(window.network); }
+void release_window(Window& window) {
+  free(window.network);
+  free(window.reduced);
+}
 
 int64_t select_scratch(const Window& window, bool is_double) {
   // Values and their rows; or two guesses and the values, filled up.

@@ -8,10 +8,13 @@ namespace RK_ISA {
 // What one selection needs besides the tile; built once per call, read by all threads.
 struct Window {
   int64_t n, lo, hi;
-  const int64_t* multiplicities;  // or null
-  int64_t total;                  // their sum
-  void* network;                  // owned; null without multiplicities
-  int64_t comparators;
+  const int64_t* multiplicities = nullptr;
+  int64_t total = 0;        // their sum
+  void* network = nullptr;  // owned, with multiplicities
+  int64_t comparators = 0;
+  // With multiplicities and at most two cells: them and the window's first and last cell in units of their greatest
+  // common divisor, which often makes them small. Owned; null for wider windows.
+  int64_t *reduced = nullptr, reduced_total = 0, first_cell = 0, last_cell = 0;
 };
 
 bool prepare_window(Window& window);  // false: out of memory
