@@ -1,7 +1,7 @@
 """Writes docs/performance.md from what `robustkern bench --json` measured: python bench/page.py FILE.json...
 
-One table for each file (each machine and instruction set), goal and figure side by side, and next to each figure that
-misses its goal the reason from `reasons.json`.
+One table for each file (each machine and instruction set): goal and figure side by side and the reasons from
+`reasons.json` for the figures that miss them; or, where other libraries were measured too, they side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ A **read pass** is a streaming sum over exactly the same rows with the same thre
 the same run. All figures are medians of such ratios: whole Python calls with `out=`, f = floor(n/4), n * d = 1.6e8
 values unless said otherwise. The goals were set for a machine with AVX-512; a figure above its goal is marked with `*`
 and its reason stands below the table. Peers were measured on the first columns of the same rows (2.4e7 values).
+
+![read passes against n](performance.png)
 
 To measure your machine: `robustkern bench` (all rules, some minutes), `robustkern bench --help` for less or for peers.
 """
@@ -48,25 +50,39 @@ def table(results: list[dict[str, Any]], library: str) -> list[str]:
     return lines
 
 
-def section(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
-    """Everything about one file."""
-    facts, results = saved["machine"], saved["results"]
-    lines = [
-        f"## {facts['isa']}: {facts['cpu']}, {facts['threads']} threads, {results[0]['dtype']}",
+def heading(saved: dict[str, Any], what: str) -> list[str]:
+    """Say where and when the figures were measured."""
+    facts = saved["machine"]
+    return [
+        f"## {facts['isa']}: {facts['cpu']}, {facts['threads']} threads, {saved['results'][0]['dtype']}{what}",
         "",
         f"{facts['date']}, robustkern {facts['robustkern']}, Python {facts['python']}, NumPy {facts['numpy']}, "
-        f"{facts['system']}. Read passes / goal.",
-        "",
-        *table(results, "robustkern"),
+        f"{facts['system']}. Read passes{'' if what else ' / goal'}.",
         "",
     ]
+
+
+def section(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
+    """Our figures beside their goals, and the reasons of those that miss them."""
+    results = saved["results"]
+    lines = [*heading(saved, ""), *table(results, "robustkern"), ""]
     missed = dict.fromkeys(r["rule"] for r in results if r["goal"] is not None and r["reads"] > r["goal"])
-    for rule in missed:
-        lines.append(f"- `{rule}`*: {reasons.get(rule, reasons['default'])}")
-    if missed:
+    lines += [f"- `{rule}`*: {reasons.get(rule, reasons['default'])}" for rule in missed]
+    return [*lines, ""]
+
+
+def comparison(saved: dict[str, Any]) -> list[str]:
+    """Rules down, libraries across, for each n."""
+    results = saved["results"]
+    libraries = list(dict.fromkeys(r["library"] for r in results))
+    lines = heading(saved, ", against other libraries")
+    for n in sorted({r["n"] for r in results}):
+        reads = {(r["rule"], r["library"]): r["reads"] for r in results if r["n"] == n}
+        lines += [f"| n = {n} | " + " | ".join(libraries) + " |", "|---" * (len(libraries) + 1) + "|"]
+        for rule in dict.fromkeys(rule for rule, _ in reads):
+            row = [f"{reads[rule, library]:.3g}" if (rule, library) in reads else "" for library in libraries]
+            lines.append("| `" + rule.replace("|", "\\|") + "` | " + " | ".join(row) + " |")
         lines.append("")
-    for library in dict.fromkeys(r["library"] for r in results if r["library"] != "robustkern"):
-        lines += [f"### {library}, read passes", "", *table(results, library), ""]
     return lines
 
 
@@ -74,8 +90,10 @@ def main() -> None:
     reasons = json.loads((HERE / "reasons.json").read_text())
     lines = [INTRODUCTION]
     for name in sys.argv[1:]:
-        lines += section(json.loads(Path(name).read_text()), reasons)
-    PAGE.write_text("\n".join(lines))
+        saved = json.loads(Path(name).read_text())
+        alone = all(r["library"] == "robustkern" for r in saved["results"])
+        lines += section(saved, reasons) if alone else comparison(saved)
+    PAGE.write_text("\n".join(lines).rstrip("\n") + "\n")
     print(PAGE)
 
 

@@ -296,12 +296,14 @@ def save(results: Sequence[Measured], path: Path) -> None:
 
 def plot(results: Sequence[Measured], path: Path) -> None:
     """Draw reads against n: ours as lines, peers as dashed lines."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     rules = list(dict.fromkeys(r.rule for r in results))
-    colours = {rule: f"C{k % 10}" for k, rule in enumerate(rules)}
+    shades = list(colormaps["tab10"].colors) + list(colormaps["Dark2"].colors)  # type: ignore[attr-defined]
+    colours = {rule: shades[k % len(shades)] for k, rule in enumerate(rules)}
     for rule, library in dict.fromkeys((r.rule, r.library) for r in results):
         points = sorted((r.n, r.reads) for r in results if (r.rule, r.library) == (rule, library))
         ours = library == "robustkern"
