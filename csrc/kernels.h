@@ -47,7 +47,10 @@ struct Kernels {
   // scale; the origin is one more row of zeros. Products and sums in float64. Rows that hold a NaN or
   // Inf get NaN in their row and column of the result.
   // multiplicities (n) or null: as in Select, for the median.
-  Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, double* out, int threads);
+  // single: products of 16 and 32-bit rows may be summed in float32, 32 terms at a time, wherever that neither
+  // overflows nor underflows; an entry's error is then at most 2^-24 * 40 * |x_i| |x_j|.
+  Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, double* out,
+                 int threads);
   // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last
   // bit but for rounding of about 1e-30. A NaN or Inf in the row or the centre gives NaN or Inf.
   Status (*row_sq_distances)(const Rows&, const void* const* centre, double scale, double* out, int threads);

@@ -31,6 +31,7 @@ def gram(
     multiplicities: NDArray[int64] | None,
     origin: bool,
     scale: float,
+    single: bool,
     out: NDArray[float64],
     threads: int,
 ) -> None: ...

@@ -94,8 +94,8 @@ void select_columns(const std::string& isa, Addresses data, Offsets offsets, int
 }
 
 void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype,
-          std::optional<Array<const std::int64_t, 1>> multiplicities, bool origin, double scale, Array<double, 2> out,
-          int threads) {
+          std::optional<Array<const std::int64_t, 1>> multiplicities, bool origin, double scale, bool single,
+          Array<double, 2> out, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
   const std::size_t m = data.shape(1) + (origin ? 1 : 0);
@@ -104,8 +104,8 @@ void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype,
   rk::Status status;
   {
     nb::gil_scoped_release release;
-    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, out.data(),
-                        threads_for(rows, threads));
+    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single,
+                        out.data(), threads_for(rows, threads));
   }
   check(status);
 }
@@ -166,7 +166,7 @@ NB_MODULE(_cpu, m) {
         "scale"_a, "out"_a.noconvert().none(), "sq_distances"_a.noconvert().none(), "nonfinite"_a.noconvert(),
         "threads"_a);
   m.def("gram", &gram, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
-        "multiplicities"_a.noconvert().none(), "origin"_a, "scale"_a, "out"_a.noconvert(), "threads"_a);
+        "multiplicities"_a.noconvert().none(), "origin"_a, "scale"_a, "single"_a, "out"_a.noconvert(), "threads"_a);
   m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
         "centre"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,

@@ -2,7 +2,7 @@
 // then by bitonic merges that do three stages for each load and store; a value of any rank follows from the two.
 #pragma once
 #include "../common/networks.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -25,10 +25,17 @@ struct MakeIndices<0, I...> {
   using type = Indices<I...>;
 };
 
+constexpr int kFetchEvery = 16;  // comparators
+
 // The comparators of a constant network on values in registers.
-template <class Network, class V, int N, int... I>
-RK_INLINE void apply(V (&x)[N], Indices<I...>) {
-  (exchange(x[Network::value.net[I].low], x[Network::value.net[I].high]), ...);
+template <class Network, bool kFetch, class V, int N, int... I>
+RK_INLINE void apply(V (&x)[N], Ahead& ahead, Indices<I...>) {
+  (
+      [&] {
+        exchange(x[Network::value.net[I].low], x[Network::value.net[I].high]);
+        if constexpr (kFetch && I % kFetchEvery == 0) ahead.pair();
+      }(),
+      ...);
 }
 
 struct RunNetwork {
@@ -36,21 +43,22 @@ struct RunNetwork {
 };
 
 template <class V>
-RK_INLINE void sort_run(V* x) {
+RK_INLINE void sort_run(V* x, Ahead& ahead) {
   V run[kSortedRun];
 #pragma GCC unroll 16  // as a loop it would be compiled to a block copy
   for (int i = 0; i < kSortedRun; ++i) run[i] = x[i];
-  apply<RunNetwork>(run, typename MakeIndices<RunNetwork::value.count>::type{});
+  apply<RunNetwork, true>(run, ahead, typename MakeIndices<RunNetwork::value.count>::type{});
 #pragma GCC unroll 16
   for (int i = 0; i < kSortedRun; ++i) x[i] = run[i];
 }
 
 // Compares values kStride, kStride/2, ... apart, kStages times, in every block of 2 * kStride of the kSize values.
 template <int kStages, int kStride, int kSize, class V>
-RK_INLINE void half_clean(V* x) {
+RK_INLINE void half_clean(V* x, Ahead& ahead) {
   constexpr int width = 1 << kStages, step = 2 * kStride / width;
   for (int block = 0; block < kSize; block += 2 * kStride)
     for (int j = block; j < block + step; ++j) {
+      ahead.pair();
       V part[width];
 #pragma GCC unroll 8
       for (int k = 0; k < width; ++k) part[k] = x[j + k * step];
@@ -66,23 +74,24 @@ RK_INLINE void half_clean(V* x) {
 
 // The stages from kStride down to 1, at most three at a time.
 template <int kStride, int kSize, class V>
-RK_INLINE void clean_from(V* x) {
+RK_INLINE void clean_from(V* x, Ahead& ahead) {
   if constexpr (kStride == 1) {
-    half_clean<1, 1, kSize>(x);
+    half_clean<1, 1, kSize>(x, ahead);
   } else if constexpr (kStride == 2 || kStride == 8) {
-    half_clean<2, kStride, kSize>(x);
-    if constexpr (kStride == 8) half_clean<2, 2, kSize>(x);
+    half_clean<2, kStride, kSize>(x, ahead);
+    if constexpr (kStride == 8) half_clean<2, 2, kSize>(x, ahead);
   } else if constexpr (kStride >= 4) {
-    half_clean<3, kStride, kSize>(x);
-    if constexpr (kStride > 4) clean_from<kStride / 8, kSize>(x);
+    half_clean<3, kStride, kSize>(x, ahead);
+    if constexpr (kStride > 4) clean_from<kStride / 8, kSize>(x, ahead);
   }
 }
 
 // Sorts the 2 * kRun values of which both halves are sorted: each value with its mirror image, then kRun/2, ... apart.
 template <int kRun, class V>
-RK_INLINE void merge_runs(V* x) {
+RK_INLINE void merge_runs(V* x, Ahead& ahead) {
   constexpr int quarter = kRun / 4;
   for (int j = 0; j < quarter; ++j) {
+    ahead.pair();
     V *low = x + j, *high = x + 2 * kRun - 1 - j, a[4], b[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
@@ -104,31 +113,31 @@ RK_INLINE void merge_runs(V* x) {
       high[-k * quarter] = b[k];
     }
   }
-  clean_from<kRun / 8, 2 * kRun>(x);
+  clean_from<kRun / 8, 2 * kRun>(x, ahead);
 }
 
 template <int kSize, class V>
-void sort_power(V* x) {
+void sort_power(V* x, Ahead& ahead) {
   if constexpr (kSize == kSortedRun) {
-    sort_run(x);
+    sort_run(x, ahead);
   } else {
-    sort_power<kSize / 2>(x);
-    sort_power<kSize / 2>(x + kSize / 2);
-    merge_runs<kSize / 2>(x);
+    sort_power<kSize / 2>(x, ahead);
+    sort_power<kSize / 2>(x + kSize / 2, ahead);
+    merge_runs<kSize / 2>(x, ahead);
   }
 }
 
 // Sorts x[0, size); size is 16, 32, 64 or 128.
 template <class V>
-void sort_part(V* x, int64_t size) {
+void sort_part(V* x, int64_t size, Ahead& ahead) {
   if (size == 16)
-    sort_power<16>(x);
+    sort_power<16>(x, ahead);
   else if (size == 32)
-    sort_power<32>(x);
+    sort_power<32>(x, ahead);
   else if (size == 64)
-    sort_power<64>(x);
+    sort_power<64>(x, ahead);
   else
-    sort_power<128>(x);
+    sort_power<128>(x, ahead);
 }
 
 constexpr int64_t kSortedRows = 256;

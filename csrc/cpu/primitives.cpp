@@ -9,9 +9,6 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-template <class S>
-using ComputeOf = typename Storage<S>::Compute;
-
 template <int64_t kCount>
 struct Count {
   static constexpr int64_t value = kCount;
@@ -142,6 +139,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   // The partial distances stay far below the input: at least 512 columns to a task.
   if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
 
+  const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
+
   Window window{k, select.lo, select.hi, select.multiplicities};
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
@@ -209,7 +208,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       }
       narrow_run(out, columns, rounded);
       if (select.out)
-        memcpy(static_cast<S*>(select.out[segment]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
+        write_run(reinterpret_cast<char*>(static_cast<S*>(select.out[segment]) + first),
+                  reinterpret_cast<const char*>(rounded), columns * static_cast<int64_t>(sizeof(S)), streamed);
       if (!distances) return;
       // Distances are to what is stored: 16-bit results are widened again.
       widen_run(rounded, columns, out);
@@ -241,186 +241,6 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] += partials[task * n_measured + i];
   }
   release_window(window);
-  return Status::ok;
-}
-
-// ---- gram ----------------------------------------------------------------------------------------------
-
-constexpr int64_t kGramTasks = 64;      // partial Grams at most
-constexpr int64_t kGramTaskRows = 128;  // above, one Gram is shared and its blocks are split among threads
-constexpr int64_t kGramBlock = 4;       // rows of a register tile,
-constexpr int64_t kGramRight = kVectorBytes == 64 ? 4 : 2;  // and rows it is multiplied with: sums fit the registers
-constexpr int64_t kGramTile = 256;  // columns centred at a time: 64 took 1.5 (32 rows) to 1.9 (128 rows) times as long
-constexpr int64_t kPanelColumns = 512;  // columns centred at a time where the Gram is shared
-
-// gram[i + p, q] += <rows i + p, row q> over a tile, for the rows of one register tile and all q up to them.
-RK_INLINE void add_products(const double* x, int64_t i, int64_t stride, int64_t columns, double* gram, int64_t m) {
-  const double* a = x + i * stride;
-  for (int64_t j = 0; j < i + kGramBlock; j += kGramRight) {
-    F64 sum[kGramBlock][kGramRight];
-    clear(sum);
-    const double* b = x + j * stride;
-    for (int64_t c = 0; c < columns; c += kDoubles) {
-      F64 left[kGramBlock];
-#pragma GCC unroll 4
-      for (int64_t p = 0; p < kGramBlock; ++p) left[p] = load(a + p * stride + c);
-#pragma GCC unroll 4
-      for (int64_t q = 0; q < kGramRight; ++q) {
-        const F64 right = load(b + q * stride + c);
-#pragma GCC unroll 4
-        for (int64_t p = 0; p < kGramBlock; ++p) sum[p][q] = fmadd(left[p], right, sum[p][q]);
-      }
-    }
-    for (int64_t p = 0; p < kGramBlock; ++p)
-      for (int64_t q = 0; q < kGramRight; ++q) gram[(i + p) * m + j + q] += sum_lanes(sum[p][q]);
-  }
-}
-
-template <class S>
-struct Centring {
-  using C = ComputeOf<S>;
-  Window window;
-  double scale;
-  int64_t tile;
-  bool origin;
-
-  // One tile of the rows minus their lower median as float64, into x (rows `stride` apart); the rest is zeros.
-  void run(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t stride, C* buffer, const C** src,
-           C* network, C* centre, double* x, uint8_t* nonfinite) const {
-    constexpr int64_t lanes = Simd<C>::lanes;
-    const int64_t padded = (columns + lanes - 1) / lanes * lanes;
-    const int64_t n = rows.n;
-    memset(nonfinite, 0, static_cast<size_t>(n));
-    read_tile<S>(rows, segment, first, columns, tile, buffer, src);
-    Ahead ahead = ahead_of<S>(rows, segment, first + columns, columns, padded / lanes);
-    select_tile(window, src, padded, network, centre, nonfinite, ahead);
-    bool careful = false;
-    for (int64_t i = 0; i < n; ++i) careful |= nonfinite[i] != 0;
-    if (careful)  // a median that is no number centres nothing
-      for (int64_t j = 0; j < padded; ++j)
-        if (centre[j] - centre[j] != 0) centre[j] = 0;
-    double minus[kGramTile];  // the centre's share: products with a power of two are exact
-    const F64 factor = splat<F64>(scale);
-    for (int64_t j = 0; j < padded; j += kDoubles) store(minus + j, load_double(centre + j) * -factor);
-    for (int64_t i = 0; i < n; ++i) {
-      double* dst = x + i * stride;
-      if (nonfinite[i]) {
-        memset(dst, 0, sizeof(double) * static_cast<size_t>(padded));
-        continue;
-      }
-      for (int64_t j = 0; j < padded; j += kDoubles)
-        store(dst + j, fmadd(load_double(src[i] + j), factor, load(minus + j)));
-    }
-    if (origin) memcpy(x + n * stride, minus, sizeof(double) * static_cast<size_t>(padded));
-  }
-};
-
-template <class S>
-Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
-  using C = ComputeOf<S>;
-  const int64_t n = rows.n, m = n + (origin ? 1 : 0);
-  const int64_t m_padded = (m + kGramBlock - 1) / kGramBlock * kGramBlock;
-  const bool shared = n > kGramTaskRows;
-  const int64_t tile = kGramTile;
-  int64_t cells = multiplicities ? 0 : n;
-  if (multiplicities)
-    for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
-  const int64_t middle = (cells - 1) / 2;
-  Centring<S> centring{{n, middle, middle + 1, multiplicities}, scale, tile, origin};
-  if (!prepare_window(centring.window)) return Status::out_of_memory;
-
-  // Tasks of whole tiles; where the Gram is shared, one task after another is a panel of columns.
-  const int64_t columns = rows.columns();
-  const int64_t per_task = (columns + kGramTasks - 1) / kGramTasks;
-  const Grid grid = make_grid(columns, shared ? kPanelColumns : max64((per_task + tile - 1) / tile, 1) * tile);
-  const int64_t stride =
-      (shared ? kPanelColumns : tile) + 8;  // not a power of two: rows fall into different cache sets
-
-  Workspace space;
-  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
-  const int64_t at_network = space.reserve<C>(select_scratch(centring.window, sizeof(C) == 8));
-  const int64_t at_centre = space.reserve<C>(tile), at_seen = space.reserve<uint8_t>(n);
-  const int64_t at_bad = space.reserve<uint8_t>(n);
-  const int64_t at_x = space.reserve<double>(shared ? 0 : m_padded * stride);
-  Workspace sums;
-  const int64_t n_grams = shared ? 1 : grid.n_tasks;
-  const int64_t at_panel = sums.reserve<double>(shared ? m_padded * stride : 0);
-  const int64_t at_grams = sums.reserve<double>(n_grams * m_padded * m_padded);
-  if (!space.allocate(threads) || !sums.allocate(1)) {
-    release_window(centring.window);
-    return Status::out_of_memory;
-  }
-  double* panel = sums.part<double>(0, at_panel);
-  double* grams = sums.part<double>(0, at_grams);
-  memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * m_padded * m_padded));
-  uint8_t* bad_rows = static_cast<uint8_t*>(calloc(static_cast<size_t>(n + 1), 1));
-  if (!bad_rows) {
-    release_window(centring.window);
-    return Status::out_of_memory;
-  }
-
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
-    C* buffer = space.part<C>(thread, at_buffer);
-    const C** src = space.part<const C*>(thread, at_src);
-    C* network = space.part<C>(thread, at_network);
-    C* centre = space.part<C>(thread, at_centre);
-    uint8_t* seen = space.part<uint8_t>(thread, at_seen);
-    uint8_t* bad = space.part<uint8_t>(thread, at_bad);
-    memset(bad, 0, static_cast<size_t>(n));
-    memset(network, 0, sizeof(C) * static_cast<size_t>(select_scratch(centring.window, sizeof(C) == 8)));
-    const auto centre_tile = [&](int64_t segment, int64_t first, int64_t count, double* x) {
-      centring.run(rows, segment, first, count, stride, buffer, src, network, centre, x, seen);
-      for (int64_t i = 0; i < n; ++i) bad[i] |= seen[i];
-    };
-    if (!shared) {
-      double* x = space.part<double>(thread, at_x);
-      memset(x, 0, sizeof(double) * static_cast<size_t>(m_padded * stride));
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < grid.n_tasks; ++task) {
-        double* gram = grams + task * m_padded * m_padded;
-        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-          for (int64_t j = 0; j < count; j += tile) {
-            const int64_t part = min64(tile, count - j);
-            centre_tile(segment, first + j, part, x);
-            const int64_t padded = (part + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
-            for (int64_t p = 0; p < m_padded; p += kGramBlock) add_products(x, p, stride, padded, gram, m_padded);
-          }
-        });
-      }
-    } else {
-      // Panel after panel: the threads centre its tiles, then share out the blocks of the one Gram. Each
-      // entry grows in column order whoever adds to it, so bits do not depend on the number of threads.
-      const int64_t blocks = m_padded / kGramBlock;
-#pragma omp for
-      for (int64_t i = n; i < m_padded; ++i)
-        memset(panel + i * stride, 0, sizeof(double) * static_cast<size_t>(stride));
-      for (int64_t task = 0; task < grid.n_tasks; ++task) {
-        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-          const int64_t tiles = (count + tile - 1) / tile;
-#pragma omp for schedule(dynamic)
-          for (int64_t t = 0; t < tiles; ++t)
-            centre_tile(segment, first + t * tile, min64(tile, count - t * tile), panel + t * tile);
-          const int64_t padded = (count + Simd<C>::lanes - 1) / Simd<C>::lanes * Simd<C>::lanes;
-#pragma omp for schedule(dynamic)
-          for (int64_t p = blocks - 1; p >= 0; --p)
-            add_products(panel, p * kGramBlock, stride, padded, grams, m_padded);
-        });
-      }
-    }
-#pragma omp critical
-    for (int64_t i = 0; i < n; ++i) bad_rows[i] |= bad[i];
-  }
-  release_window(centring.window);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      double sum = 0;
-      for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * m_padded * m_padded + i * m_padded + j];
-      if ((i < n && bad_rows[i]) || (j < n && bad_rows[j])) sum = __builtin_nan("");
-      out[i * m + j] = out[j * m + i] = sum;
-    }
-  free(bad_rows);
   return Status::ok;
 }
 
@@ -524,98 +344,115 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
 
 // ---- weighted_row_sum ----------------------------------------------------------------------------------
 
+constexpr int64_t kSumColumns = 2048;  // a row at a time: memory likes long runs (mean of 64 rows: 2.2 reads, 1.1 so)
+constexpr int64_t kSumRows = 4;        // or some rows: sums are loaded and stored once for them
+
+// sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile fetches
+// as much of the rows `next`.
+template <int64_t kCount, class S>
+RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double* weights, int64_t columns, bool begin,
+                        double* sums) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
+  F64 factor[kCount];
+  for (int64_t i = 0; i < kCount; ++i) factor[i] = splat<F64>(weights[i]);
+  for (int64_t j = 0; j < columns; j += kDoubles) {
+    if (j % line == 0)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kSumRows; ++i) __builtin_prefetch(next[i] + j, 0, 2);
+    F64 sum = begin ? F64{} : load(sums + j);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kCount; ++i) sum = fmadd(factor[i], load_double(rows[i] + j), sum);
+    store(sums + j, sum);
+  }
+}
+
 template <class S>
 Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
   using C = ComputeOf<S>;
-  constexpr int64_t lanes = Simd<C>::lanes, unroll = 4 * kDoubles;
-  const int64_t n = rows.n, tile = max64(tile_columns(n, sizeof(C)), unroll);
-  const Grid grid = streaming_grid(rows, tile);
+  const int64_t n = rows.n;
+  const Grid grid = make_grid(rows.columns(), max64((int64_t{1} << 18) / max64(n, 1) / kSumColumns, 1) * kSumColumns);
+  const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
   Workspace space;
-  const int64_t at_used = space.reserve<int64_t>(n), at_rows = space.reserve<const void*>(n);
-  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
-  const int64_t at_sum = space.reserve<C>(tile), at_rounded = space.reserve<S>(tile);
+  const int64_t at_used = space.reserve<int64_t>(n), at_weights = space.reserve<double>(n);
+  const int64_t at_sums = space.reserve<double>(kSumColumns), at_tail = space.reserve<S>(kSumRows * kDoubles);
+  const int64_t at_rounded = space.reserve<C>(kSumColumns), at_stored = space.reserve<S>(kSumColumns);
   if (!space.allocate(threads)) return Status::out_of_memory;
 
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    // Only rows with some weight are looked at, in row order.
     int64_t* used = space.part<int64_t>(thread, at_used);
-    const void** used_rows = space.part<const void*>(thread, at_rows);
-    C* buffer = space.part<C>(thread, at_buffer);
-    const C** src = space.part<const C*>(thread, at_src);
-    C* sums = space.part<C>(thread, at_sum);
-    S* rounded = space.part<S>(thread, at_rounded);
-    int64_t n_used = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      bool any = false;
-      for (int64_t r = 0; r < k; ++r) any |= weights[r * n + i] != 0;
-      if (any) used[n_used++] = i;
-    }
-    const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
-      for (int64_t i = 0; i < n_used; ++i) used_rows[i] = rows.data[segment * n + used[i]];
-      const Rows part{used_rows, rows.offsets, 1, n_used, rows.dtype};
-      const int64_t padded = (columns + lanes - 1) / lanes * lanes;
-      read_tile<S>(part, 0, first, columns, tile, buffer, src);
-      for (int64_t r = 0; r < k; ++r) {
-        const double* w = weights + r * n;
-        int64_t j = 0;
-        for (; j + unroll <= padded; j += unroll) {
-          F64 sum[4] = {};
-          for (int64_t i = 0; i < n_used; ++i) {
-            const double weight = w[used[i]];
-            if (weight == 0) continue;
-            const F64 factor = splat<F64>(weight);
-            const C* row = src[i] + j;
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < 4; ++v) sum[v] = fmadd(factor, load_double(row + v * kDoubles), sum[v]);
-            __builtin_prefetch(row + 8 * unroll);
+    double* w = space.part<double>(thread, at_weights);
+    double* sums = space.part<double>(thread, at_sums);
+    S* tail = space.part<S>(thread, at_tail);
+    C* rounded = space.part<C>(thread, at_rounded);
+    S* stored = space.part<S>(thread, at_stored);
+    // The sums of some columns of a segment; only rows with some weight are looked at, in row order.
+    const auto add_columns = [&](int64_t segment, int64_t first, int64_t columns, int64_t n_used, auto tailed) {
+      const int64_t padded = round_up(columns, kDoubles);
+      for (int64_t i = 0; i < n_used; i += kSumRows) {
+        const int64_t count = min64(kSumRows, n_used - i);
+        const S *src[kSumRows], *next[kSumRows];
+        for (int64_t p = 0; p < kSumRows; ++p) {
+          const int64_t then = i + count + p < n_used ? i + count + p : i + count < n_used ? i + count : min64(p, n_used - 1);
+          next[p] = static_cast<const S*>(rows.data[segment * n + used[then]]) + first +
+                    (i + count < n_used ? 0 : columns);
+        }
+        for (int64_t p = 0; p < count; ++p) {
+          src[p] = static_cast<const S*>(rows.data[segment * n + used[i + p]]) + first;
+          if (tailed.value) {
+            memset(tail + p * kDoubles, 0, sizeof(S) * kDoubles);
+            memcpy(tail + p * kDoubles, src[p], sizeof(S) * static_cast<size_t>(columns));
+            src[p] = tail + p * kDoubles;
           }
-          for (int64_t v = 0; v < 4; ++v) store_rounded(sums + j + v * kDoubles, sum[v]);
         }
-        for (; j < padded; j += kDoubles) {
-          F64 sum = {};
-          for (int64_t i = 0; i < n_used; ++i)
-            if (w[used[i]] != 0) sum = fmadd(splat<F64>(w[used[i]]), load_double(src[i] + j), sum);
-          store_rounded(sums + j, sum);
-        }
-        narrow_run(sums, columns, rounded);
-        memcpy(static_cast<S*>(out[segment * k + r]) + first, rounded, sizeof(S) * static_cast<size_t>(columns));
+        if (count == 4)
+          add_rows<4>(src, next, w + i, padded, i == 0, sums);
+        else if (count == 3)
+          add_rows<3>(src, next, w + i, padded, i == 0, sums);
+        else if (count == 2)
+          add_rows<2>(src, next, w + i, padded, i == 0, sums);
+        else
+          add_rows<1>(src, next, w + i, padded, i == 0, sums);
       }
+      if (n_used == 0) memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
+      for (int64_t j = 0; j < padded; j += kDoubles) store_rounded(rounded + j, load(sums + j));
+      narrow_run(rounded, columns, stored);
     };
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < grid.n_tasks; ++task)
-      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-        const int64_t whole = count / lanes * lanes;
-        for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j));
-        if (whole < count) run_tile(segment, first + whole, count - whole);
-      });
+      for (int64_t r = 0; r < k; ++r) {
+        int64_t n_used = 0;
+        for (int64_t i = 0; i < n; ++i)
+          if (weights[r * n + i] != 0) {
+            used[n_used] = i;
+            w[n_used++] = weights[r * n + i];
+          }
+        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+          S* target = static_cast<S*>(out[segment * k + r]);
+          const auto write = [&](int64_t from, int64_t columns) {
+            write_run(reinterpret_cast<char*>(target + from), reinterpret_cast<const char*>(stored),
+                      columns * static_cast<int64_t>(sizeof(S)), streamed);
+          };
+          const int64_t whole = count / kDoubles * kDoubles;
+          for (int64_t j = 0; j < whole; j += kSumColumns) {
+            add_columns(segment, first + j, min64(kSumColumns, whole - j), n_used, Count<0>{});
+            write(first + j, min64(kSumColumns, whole - j));
+          }
+          if (whole < count) {
+            add_columns(segment, first + whole, count - whole, n_used, Count<1>{});
+            write(first + whole, count - whole);
+          }
+        });
+      }
   }
   return Status::ok;
 }
 
 // ---- storage types -------------------------------------------------------------------------------------
 
-template <class F>
-Status by_dtype(DType dtype, F&& call) {
-  switch (dtype) {
-    case DType::float16:
-      return call(Half{});
-    case DType::bfloat16:
-      return call(Bfloat{});
-    case DType::float32:
-      return call(float{});
-    default:
-      return call(double{});
-  }
-}
-
 Status select_columns(const Rows& rows, const Select& select, int threads) {
   return by_dtype(rows.dtype, [&](auto s) { return select_columns_of<decltype(s)>(rows, select, threads); });
-}
-Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
-  return by_dtype(rows.dtype,
-                  [&](auto s) { return gram_of<decltype(s)>(rows, multiplicities, origin, scale, out, threads); });
 }
 Status row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, int threads) {
   return by_dtype(rows.dtype,
@@ -627,6 +464,8 @@ Status weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void
 
 }  // namespace
 
+Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
+            int threads);                            // gram.cpp
 uint64_t read_pass(const Rows& rows, int threads);  // read_pass.cpp
 
 extern const Kernels table;

@@ -161,6 +161,19 @@ RK_INLINE bool any_nan<F64>(F64 v) {
 }
 #endif
 
+// True where some lane of numbers is larger than a limit.
+RK_INLINE bool any_above(F32 v, float limit) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, splat<F32>(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, splat<F32>(limit), _CMP_GT_OQ)) != 0;
+#else
+  bool any = false;
+  for (int lane = 0; lane < Simd<float>::lanes; ++lane) any |= v[lane] > limit;
+  return any;
+#endif
+}
+
 // True where some lane of a comparison's result is set.
 template <class M>
 RK_INLINE bool any_set(M mask) {
@@ -289,6 +302,32 @@ struct Storage<Bfloat> {
   using Compute = float;
   static constexpr bool direct = false;
 };
+
+// kDoubles stored values as float64.
+#if defined(__AVX512F__)
+RK_INLINE F64 load_double(const Half* p) {
+  return _mm512_cvtps_pd(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+RK_INLINE F64 load_double(const Bfloat* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)));
+}
+#elif defined(__AVX2__)
+RK_INLINE F64 load_double(const Half* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+RK_INLINE F64 load_double(const Bfloat* p) {
+  const __m128i bits = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(bits, 16)));
+}
+#else
+template <class S>
+RK_INLINE F64 load_double(const S* p) {
+  double values[kDoubles];
+  for (int lane = 0; lane < kDoubles; ++lane) values[lane] = static_cast<double>(widen(load_scalar(p + lane)));
+  return load(values);
+}
+#endif
 
 template <class S>
 RK_INLINE void widen_run(const S* src, int64_t count, float* dst) {

@@ -86,6 +86,7 @@ class Cpp:
         multiplicities: NDArray[np.int64] | None = None,
         origin: bool = False,
         scale: float = 1.0,
+        single: bool = False,
     ) -> Matrix:
         """See the contract."""
         out = np.zeros((rows.n + origin, rows.n + origin))
@@ -97,6 +98,7 @@ class Cpp:
             multiplicities,
             origin,
             scale,
+            single,
             out,
             requested_threads(),
         )
