@@ -197,20 +197,21 @@ def _as_numpy(x: Any, what: str) -> NDArray[Any]:
     if is_torch_array(x):
         import torch
 
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ValueError(
                 f"{what} is a torch tensor on device {x.device}; this version aggregates on the CPU (pass x.cpu())"
             )
         if getattr(x, "is_nested", False) or x.layout != torch.strided:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
-        x = x.detach()
         if x.is_quantized or x.is_complex():
             raise TypeError(f"{what} has dtype {x.dtype}; expected float16, bfloat16, float32, float64 or an integer")
         try:
-            x = x.resolve_neg()
-            if x.dtype == torch.bfloat16:
-                return np.asarray(x.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
-            return np.asarray(x.numpy())
+            if x.requires_grad:
+                x = x.detach()
+            if x.is_neg():
+                x = x.resolve_neg()
+            array: NDArray[Any] = x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+            return array.view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else array
         except (RuntimeError, TypeError) as error:  # tensors without memory of their own, dtypes NumPy lacks
             raise TypeError(f"{what} is a torch tensor that NumPy cannot view: {error}") from None
     if isinstance(x, np.ma.MaskedArray):
@@ -240,11 +241,11 @@ def _library(x: Any) -> str:
 
 
 def _empty(shape: tuple[int, ...], like: Any) -> Any:
-    if is_torch_array(like):
-        import torch
+    if isinstance(like, (np.ndarray, np.generic)):
+        return np.empty(shape, dtype=like.dtype)
+    import torch
 
-        return torch.empty(shape, dtype=like.dtype)
-    return np.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype)
 
 
 def _check_out(out: Any, shape: tuple[int, ...], like: Any, what: str) -> Any:
@@ -357,8 +358,7 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, "out")
     target = _as_numpy(result, "out")
     if out is None and array.flags.c_contiguous and array.size:
-        rows, row = array.reshape(len(array), -1), target.reshape(1, -1)
-        return MemorySource.of_rows(Rows.of(rows), Rows.of(row)), lambda: result
+        return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
     leaf = Leaf("", shape, array.dtype, array, target)
     if out is not None:
         _check_disjoint([leaf])

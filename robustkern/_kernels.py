@@ -99,15 +99,15 @@ class Rows:
 
     @classmethod
     def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
-        """One segment: the rows of a 2-D array, or equally long contiguous 1-D arrays."""
+        """One segment: the contiguous rows of an (n, ...) array, or equally long contiguous 1-D arrays."""
         if isinstance(arrays, np.ndarray):
-            n, d = arrays.shape
+            n, dtype = len(arrays), arrays.dtype
+            d = arrays.size // n
             first, step = address_of(arrays), arrays.strides[0]
-            if step > 0:
+            if step != 0:
                 addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
             else:
-                addresses = (first + step * np.arange(n)).astype(np.uint64)
-            dtype = arrays.dtype
+                addresses = np.full(n, first, dtype=np.uint64)
         else:
             d, dtype = arrays[0].shape[0], arrays[0].dtype
             addresses = np.array([address_of(a) for a in arrays], dtype=np.uint64)
@@ -116,12 +116,12 @@ class Rows:
     @property
     def n(self) -> int:
         """Number of rows."""
-        return self.addresses.shape[1]
+        return int(self.addresses.shape[1])
 
     @property
     def d(self) -> int:
         """Number of columns over all segments."""
-        return self.offsets.item(-1)
+        return int(self.offsets[-1])
 
     @property
     def nbytes(self) -> int:

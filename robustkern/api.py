@@ -229,7 +229,7 @@ class Task:
         """Return what was found out; valid after the last block."""
         solution, view = self.solution, self.view
         nonfinite = self._nonfinite.copy()
-        if view.data.nonfinite.size:
+        if view.data.nonfinite is not None:
             nonfinite |= view.data.nonfinite
         distances = solution.sq_distances
         if distances is None and self._sq_distances is not None:

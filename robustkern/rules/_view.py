@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T", np.float64, np.bool_)
 
 FLOAT64 = np.dtype(np.float64)
 EPSILON = 2.0**-53
@@ -131,7 +132,7 @@ class _Input:
     f: int | None
     weights: Vector | None
     geometry: Geometry | None = None
-    nonfinite: Mask = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    nonfinite: Mask | None = None
 
     def better_scale(self, squares: Vector) -> float:
         """Return the power of two at which the middle row (by weight) has an ordinary square."""
@@ -204,7 +205,7 @@ class View(NamedTuple):
 
     def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
         """Build the error that names rows which are not finite."""
-        rows = np.flatnonzero(self.data.nonfinite) if self.data.nonfinite.any() else bad
+        rows = bad if self.data.nonfinite is None or not self.data.nonfinite.any() else self.data.nonfinite.nonzero()[0]
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
         limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
         far = " or are 1e150 spreads away" if FLOAT64 in self.data.source.dtypes else ""
@@ -237,20 +238,20 @@ class View(NamedTuple):
                 else:
                     scale = 1.0
             result[~measurable(result)] = np.inf
-        errors = np.where(np.isfinite(result), result, 0.0) * _rounding(self.data.source.d)
+        errors = result * _rounding(self.data.source.d)
+        errors[np.isinf(errors)] = 0.0
         again = functools.partial(self._measure_again, selection, scale) if self.mix is None else None
         return Distances(result, errors, again, scale)
 
     def _selection_distances(self, selection: Selection, scale: float) -> Vector:
-        total = np.zeros(self.n)
-        flags = np.zeros(self.data.source.n, dtype=np.bool_)
+        total, flags = None, None
         for block in self.data.source.blocks():
             for rows in block.rows:
                 found = selection.run(self.data.kernels, rows, None, measure=self.mix, distances=True, scale=scale)
-                assert found.sq_distances is not None
-                total += found.sq_distances
-                flags |= found.nonfinite
-        self.data.nonfinite = flags
+                total, flags = _plus(total, found.sq_distances), _plus(flags, found.nonfinite)
+        self.data.nonfinite = np.zeros(self.data.source.n, dtype=np.bool_) if flags is None else flags
+        if total is None:  # no columns
+            return np.zeros(self.n)
         return np.fmin(total, np.inf)  # NaN is as far as it gets
 
     def _measure_again(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
@@ -343,12 +344,16 @@ def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple
         else:
             assert solution.selection is not None
             found = solution.selection.run(view.data.kernels, rows, out, distances=distances)
-            flags = found.nonfinite if flags is None else flags | found.nonfinite
-            if found.sq_distances is not None:
-                total = found.sq_distances if total is None else total + found.sq_distances
+            flags = _plus(flags, found.nonfinite)
+            total = _plus(total, found.sq_distances)
         if rows.dtype == FLOAT64:
             _clamp(rows, out)
     return total, flags
+
+
+def _plus(total: NDArray[T] | None, more: NDArray[T] | None) -> NDArray[T] | None:
+    """Add what some columns give to what others gave; flags are joined."""
+    return more if total is None or more is None else total + more
 
 
 def _clamp(rows: Rows, out: Rows) -> None:
