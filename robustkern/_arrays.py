@@ -20,7 +20,7 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from numpy.typing import NDArray
 
-from robustkern._kernels import DTYPES, MAX_ROWS, Rows
+from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, one_segment
 
 __all__ = ["Block", "MemorySource", "Source", "adapt"]
 
@@ -67,24 +67,23 @@ class MemorySource:
     def of_rows(cls, rows: Rows, out: Rows) -> MemorySource:
         """Return the source of rows that lie in one piece each: the usual case, kept short for small calls."""
         source = cls.__new__(cls)
-        source.n, source.d, source.dtypes = rows.addresses.shape[1], rows.d, {rows.dtype}
-        source.leaves, source.counters, source._strided = [], [], []
-        source._direct = Block((rows,), (out,))
+        source.n, source.d, source.dtypes = rows.n, rows.d, {rows.dtype}
+        source.counters, source._strided, source._direct = [], [], Block((rows,), (out,))
         return source
 
     def __init__(self, n: int, leaves: list[Leaf]) -> None:
         self.n = n
-        self.leaves = [leaf for leaf in leaves if leaf.dtype in DTYPES]
+        floating = [leaf for leaf in leaves if leaf.dtype in DTYPES]
         self.counters = [leaf for leaf in leaves if leaf.dtype not in DTYPES]
-        self.dtypes = {leaf.dtype for leaf in self.leaves}
-        self.d = sum(leaf.out.size for leaf in self.leaves)
+        self.dtypes = {leaf.dtype for leaf in floating}
+        self.d = sum(leaf.out.size for leaf in floating)
         self._strided: list[Leaf] = []
-        self._direct = self._group()
+        self._direct = self._group(floating)
 
-    def _group(self) -> Block:
+    def _group(self, leaves: list[Leaf]) -> Block:
         """Join the segments of all leaves that can be used in place, by dtype."""
         parts: dict[np.dtype[Any], list[tuple[NDArray[np.uint64], NDArray[np.uint64], int]]] = {}
-        for leaf in self.leaves:
+        for leaf in leaves:
             if leaf.out.size == 0:
                 continue
             segments = _segments(leaf)
@@ -96,9 +95,9 @@ class MemorySource:
         for dtype, group in parts.items():
             if len(group) == 1 and len(group[0][0]) == 1:  # one array a row: nothing to join
                 addresses, target, run = group[0]
-                offsets = np.array([0, run], dtype=np.int64)
+                offsets = one_segment(run)
                 rows.append(Rows(addresses, offsets, dtype, self))
-                out.append(Rows(target.reshape(-1, 1), offsets, dtype, self))
+                out.append(Rows(target[None], offsets, dtype, self))
                 continue
             lengths = np.concatenate([np.full(len(addresses), run, dtype=np.int64) for addresses, _, run in group])
             offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -145,19 +144,21 @@ def lower_median(values: NDArray[Any]) -> NDArray[Any]:
 def _segments(leaf: Leaf) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int] | None:
     """Addresses (n_segments, n) of equal contiguous runs and of their results, or None where there are none."""
     arrays, item = leaf.arrays, leaf.dtype.itemsize
-    target = leaf.out.__array_interface__["data"][0]
+    target = address_of(leaf.out)
     if isinstance(arrays, np.ndarray):
         strides = {arrays.strides[1:]}
-        n, first = len(arrays), arrays.__array_interface__["data"][0]
+        n, first = len(arrays), address_of(arrays)
         base = first + arrays.strides[0] * np.arange(n, dtype=np.int64)
     else:
         strides = {a.strides for a in arrays}
-        base = np.array([a.__array_interface__["data"][0] for a in arrays], dtype=np.int64)
+        base = np.array([address_of(a) for a in arrays], dtype=np.int64)
     axes = min(_contiguous_axes(leaf.shape, s, item) for s in strides)
     outer, inner = leaf.shape[: len(leaf.shape) - axes], leaf.shape[len(leaf.shape) - axes :]
     run = math.prod(inner)
     if outer and run * item < MIN_RUN_BYTES:
         return None
+    if not outer:
+        return base.astype(np.uint64)[None], np.array([target], dtype=np.uint64), run
     index = np.indices(outer, dtype=np.int64).reshape(len(outer), math.prod(outer))
     if isinstance(arrays, np.ndarray):
         addresses = np.array(arrays.strides[1 : 1 + len(outer)], dtype=np.int64) @ index
@@ -191,23 +192,26 @@ def _describe(x: Any) -> str:
 
 def _as_numpy(x: Any, what: str) -> NDArray[Any]:
     """Return a NumPy or CPU torch array as a NumPy view without copying."""
+    if type(x) is np.ndarray:
+        return x
     if is_torch_array(x):
         import torch
 
-        if x.device.type != "cpu":
+        if not x.is_cpu:
             raise ValueError(
                 f"{what} is a torch tensor on device {x.device}; this version aggregates on the CPU (pass x.cpu())"
             )
         if getattr(x, "is_nested", False) or x.layout != torch.strided:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
-        x = x.detach()
         if x.is_quantized or x.is_complex():
             raise TypeError(f"{what} has dtype {x.dtype}; expected float16, bfloat16, float32, float64 or an integer")
         try:
-            x = x.resolve_neg()
-            if x.dtype == torch.bfloat16:
-                return np.asarray(x.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
-            return np.asarray(x.numpy())
+            if x.requires_grad:
+                x = x.detach()
+            if x.is_neg():
+                x = x.resolve_neg()
+            array: NDArray[Any] = x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+            return array.view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else array
         except (RuntimeError, TypeError) as error:  # tensors without memory of their own, dtypes NumPy lacks
             raise TypeError(f"{what} is a torch tensor that NumPy cannot view: {error}") from None
     if isinstance(x, np.ma.MaskedArray):
@@ -237,11 +241,11 @@ def _library(x: Any) -> str:
 
 
 def _empty(shape: tuple[int, ...], like: Any) -> Any:
-    if is_torch_array(like):
-        import torch
+    if isinstance(like, (np.ndarray, np.generic)):
+        return np.empty(shape, dtype=like.dtype)
+    import torch
 
-        return torch.empty(shape, dtype=like.dtype)
-    return np.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype)
 
 
 def _check_out(out: Any, shape: tuple[int, ...], like: Any, what: str) -> Any:
@@ -286,7 +290,7 @@ def _check_disjoint(leaves: list[Leaf]) -> None:
 
 def _bounds(x: NDArray[Any]) -> tuple[int, int]:
     """First byte of an array, and the first one behind it."""
-    low = high = int(x.__array_interface__["data"][0])
+    low = high = address_of(x)
     for size, stride in zip(x.shape, x.strides, strict=True):
         if stride < 0:
             low += (size - 1) * stride
@@ -351,13 +355,11 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     _check_count(array.shape[0])
     _check_dtype(array.dtype, "updates", False)
     shape = array.shape[1:]
-    if out is None and type(updates) is np.ndarray and array.flags.c_contiguous and array.size:
-        result = np.empty(shape, dtype=array.dtype)
-        return MemorySource.of_rows(
-            Rows.of(array.reshape(len(array), -1)), Rows.of(result.reshape(1, -1))
-        ), lambda: result
     result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, "out")
-    leaf = Leaf("", shape, array.dtype, array, _as_numpy(result, "out"))
+    target = _as_numpy(result, "out")
+    if out is None and array.flags.c_contiguous and array.size:
+        return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
+    leaf = Leaf("", shape, array.dtype, array, target)
     if out is not None:
         _check_disjoint([leaf])
     return MemorySource(array.shape[0], [leaf]), lambda: result
@@ -372,7 +374,7 @@ def _make_leaf(values: Sequence[Any], path: str, out: Any) -> tuple[Leaf, Any]:
         if i == 0:
             first = array
             _check_dtype(array.dtype, f"row 0{where}", bool(path))
-        elif _library(value) != _library(like):
+        elif type(value) is not type(like) and _library(value) != _library(like):
             raise TypeError(
                 f"row {i}{where} is a {_library(value)} array, row 0 a {_library(like)} array (convert one)"
             )

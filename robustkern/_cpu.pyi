@@ -1,5 +1,7 @@
 # What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern._kernels.Rows.
-from numpy import float64, int64, uint8, uint64
+from typing import Any
+
+from numpy import bool_, float64, int64, uint64
 from numpy.typing import NDArray
 
 __version__: str
@@ -7,6 +9,7 @@ compiler: str
 
 def supported_isas() -> list[str]: ...
 def max_threads() -> int: ...
+def address_of(array: NDArray[Any]) -> int: ...
 def select_columns(
     isa: str,
     data: NDArray[uint64],
@@ -20,7 +23,7 @@ def select_columns(
     scale: float,
     out: NDArray[uint64] | None,
     sq_distances: NDArray[float64] | None,
-    nonfinite: NDArray[uint8],
+    nonfinite: NDArray[bool_],
     threads: int,
 ) -> None: ...
 def gram(

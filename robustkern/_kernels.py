@@ -8,6 +8,7 @@ a pytree, blocks of a file and shards on several machines all rest on.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +17,28 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DTYPES", "MAX_ROWS", "PRIMITIVES", "Kernels", "Matrix", "Rows", "Selected", "Vector", "Window"]
+try:
+    from robustkern._cpu import address_of
+except ImportError:  # without the compiled backend: the same, in three times the time
+
+    def address_of(array: NDArray[Any]) -> int:
+        """Return where the first element of an array lies."""
+        return int(array.__array_interface__["data"][0])
+
+
+__all__ = [
+    "DTYPES",
+    "MAX_ROWS",
+    "PRIMITIVES",
+    "Kernels",
+    "Matrix",
+    "Rows",
+    "Selected",
+    "Vector",
+    "Window",
+    "address_of",
+    "one_segment",
+]
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -46,7 +68,15 @@ class _Memory:
         self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
 
 
-@dataclass(eq=False)
+@functools.lru_cache(maxsize=64)
+def one_segment(d: int) -> NDArray[np.int64]:
+    """Return the offsets of d columns in one piece, shared by all rows of that length."""
+    offsets = np.array([0, d], dtype=np.int64)
+    offsets.flags.writeable = False
+    return offsets
+
+
+@dataclass(eq=False, slots=True)
 class Rows:
     """n rows of one dtype, cut into the same segments, used where they lie.
 
@@ -69,16 +99,19 @@ class Rows:
 
     @classmethod
     def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
-        """One segment: the rows of a 2-D array, or equally long contiguous 1-D arrays."""
+        """One segment: the contiguous rows of an (n, ...) array, or equally long contiguous 1-D arrays."""
         if isinstance(arrays, np.ndarray):
-            n, d = arrays.shape
-            first, step = arrays.__array_interface__["data"][0], arrays.strides[0]
-            addresses = first + step * np.arange(n)
-            dtype = arrays.dtype
+            n, dtype = len(arrays), arrays.dtype
+            d = arrays.size // n
+            first, step = address_of(arrays), arrays.strides[0]
+            if step != 0:
+                addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
+            else:
+                addresses = np.full(n, first, dtype=np.uint64)
         else:
             d, dtype = arrays[0].shape[0], arrays[0].dtype
-            addresses = np.array([a.__array_interface__["data"][0] for a in arrays], dtype=np.uint64)
-        return cls(addresses.astype(np.uint64).reshape(1, -1), np.array([0, d], dtype=np.int64), dtype, arrays)
+            addresses = np.array([address_of(a) for a in arrays], dtype=np.uint64)
+        return cls(addresses[None], one_segment(d), dtype, arrays)
 
     @property
     def n(self) -> int:
@@ -111,7 +144,7 @@ class Rows:
             for begin in range(0, int(self.offsets[s + 1] - self.offsets[s]), max_columns):
                 end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
                 part = addresses + np.uint64(begin * self.dtype.itemsize)
-                yield Rows(part.reshape(1, -1), np.array([0, end - begin], dtype=np.int64), self.dtype, self.owner)
+                yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner)
 
 
 class Selected(NamedTuple):

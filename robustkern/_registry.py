@@ -48,6 +48,7 @@ BACKENDS = (
     Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),
 )
 
+_BEST_DTYPES = frozenset(BACKENDS[0].dtypes)
 _loaded: dict[str, Kernels | str] = {}  # the backend, or the reason why it is absent
 _override: ContextVar[str | None] = ContextVar("robustkern_backend", default=None)
 _warned = False
@@ -144,7 +145,7 @@ def choose(name: str, dtypes: set[np.dtype[Any]], device: str = "cpu") -> Kernel
             name, source = wanted, "ROBUSTKERN_BACKEND"
         else:  # the usual call: the best backend is here and can run it
             best = _loaded.get(BACKENDS[0].name, "")
-            if not isinstance(best, str) and device == BACKENDS[0].device and dtypes.issubset(BACKENDS[0].dtypes):
+            if not isinstance(best, str) and device == BACKENDS[0].device and dtypes <= _BEST_DTYPES:
                 return best
     candidates = BACKENDS if name == "auto" else (_by_name(name, source),)
     reasons = []

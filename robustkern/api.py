@@ -183,14 +183,15 @@ def aggregate(
 class Task:
     """One aggregation of a source of rows, in memory or in files: solve, then emit every block."""
 
+    solution = Solution()
+    poisoned = False
+    _sq_distances: Vector | None = None
+
     def __init__(self, rule: Aggregator, source: Source, kernels: Any, f: int | None, weights: Vector | None) -> None:
         self.rule = rule
         self.source = source
         self.view: View = start(source, kernels, f, weights, rule.needs_origin())
-        self.solution = Solution()
-        self.poisoned = False
         self._nonfinite = np.zeros(source.n, dtype=np.bool_)
-        self._sq_distances: Vector | None = None
 
     def solve(self) -> None:
         """Find the weights or the window; reads the data at most once, plus where a cut is a tie."""
@@ -212,7 +213,7 @@ class Task:
         sq_distances, nonfinite = emit(self.view, self.solution, block, distances)
         if sq_distances is not None:
             self._sq_distances = sq_distances if self._sq_distances is None else self._sq_distances + sq_distances
-        if nonfinite is not None and nonfinite.any():
+        if nonfinite is not None and np.count_nonzero(nonfinite):
             self._nonfinite |= nonfinite
             self.poisoned |= not _is_finite(block.out)
         elif nonfinite is None and distances and isinstance(self.rule, Mean):
@@ -228,7 +229,7 @@ class Task:
         """Return what was found out; valid after the last block."""
         solution, view = self.solution, self.view
         nonfinite = self._nonfinite.copy()
-        if view.data.nonfinite.size:
+        if view.data.nonfinite is not None:
             nonfinite |= view.data.nonfinite
         distances = solution.sq_distances
         if distances is None and self._sq_distances is not None:

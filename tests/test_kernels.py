@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from support import KINDS, assert_close, make_rows, one_row
 
-from robustkern._kernels import DTYPES, Kernels, Rows, Window
+from robustkern._kernels import DTYPES, Kernels, Rows, Window, address_of
 
 SIZES = [
     (1, 5),
@@ -423,3 +423,40 @@ def test_half_conversions_are_exact(fast: Kernels) -> None:
         fast.weighted_row_sum(Rows.of(pair), np.array([[0.5, 0.5]]), rows_out)
         want = (pair.astype(np.float64).mean(axis=0)).astype(np.float32).astype(dtype)
         assert np.array_equal(got_middle.astype(np.float32), want.astype(np.float32))
+
+
+def test_bindings_refuse_other_arrays() -> None:
+    """What the bindings take for pointers is checked there too: dtype, axes, order, access, shape."""
+    _cpu = pytest.importorskip("robustkern._cpu")
+    x, flags = np.zeros((4, 8), dtype=np.float32), np.zeros(4, dtype=np.bool_)
+    rows, out = Rows.of(x), Rows.of(np.zeros((1, 8), dtype=np.float32))
+    frozen = flags.copy()
+    frozen.flags.writeable = False
+
+    def call(addresses: Any = rows.addresses, offsets: Any = rows.offsets, flags: Any = flags) -> None:
+        none = (None, None, None, 1.0, out.addresses, None)
+        _cpu.select_columns(_cpu.supported_isas()[0], addresses, offsets, 2, 1, 3, *none, flags, 1)
+
+    call()
+    for addresses in (rows.addresses.view(np.int64), rows.addresses[0], [1, 2, 3, 4], None):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            call(addresses=addresses)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        call(addresses=np.zeros((4, 2), dtype=np.uint64).T)
+    for bad in (rows.offsets.astype(np.float64), rows.offsets.astype(np.int32), rows.offsets.byteswap().view(">i8")):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            call(offsets=bad)
+    for bad in (frozen, flags.view(np.uint8), np.zeros(8, dtype=np.bool_)[::2]):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            call(flags=bad)
+    with pytest.raises(ValueError, match="one flag for each row"):
+        call(flags=flags[:3])
+    with pytest.raises(ValueError, match="one entry more"):
+        call(offsets=rows.offsets[:1])
+
+
+def test_addresses() -> None:
+    arrays: list[Array] = [np.zeros((3, 5), dtype=DTYPES[1]), np.zeros((6, 5))[::-2], np.zeros((0, 4)), np.array(1.0)]
+    for x in arrays:
+        x.flags.writeable = False
+        assert address_of(x) == x.__array_interface__["data"][0]

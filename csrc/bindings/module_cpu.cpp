@@ -1,14 +1,15 @@
 // robustkern._cpu: checks shapes once, releases the GIL, calls the kernels. The only file that knows Python.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../kernels.h"
@@ -18,11 +19,44 @@ using namespace nb::literals;
 
 namespace {
 
+// A C-contiguous array of T with N axes, valid as long as its argument. A call of a small problem takes five, and
+// nb::ndarray costs three times as much as the buffer protocol.
 template <class T, std::size_t N>
-using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
-using Addresses = Array<const std::uint64_t, 2>;   // (n_segments, n) pointers
-using Addresses1 = Array<const std::uint64_t, 1>;  // (n_segments) pointers
-using Offsets = Array<const std::int64_t, 1>;      // (n_segments + 1)
+class Array {
+ public:
+  T* data() const { return data_; }
+  std::size_t shape(std::size_t axis) const { return shape_[axis]; }
+
+  // False, and no Python error, where the object is no such array.
+  bool assign(PyObject* object) {
+    constexpr int access = std::is_const_v<T> ? 0 : PyBUF_WRITABLE;
+    Py_buffer view;
+    if (PyObject_GetBuffer(object, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | access) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    const bool fits = view.ndim == static_cast<int>(N) && view.itemsize == static_cast<Py_ssize_t>(sizeof(T)) &&
+                      view.format[0] != '\0' && view.format[1] == '\0' && std::strchr(kFormats, view.format[0]);
+    if (fits) {
+      data_ = static_cast<T*>(view.buf);
+      for (std::size_t axis = 0; axis < N; ++axis) shape_[axis] = static_cast<std::size_t>(view.shape[axis]);
+    }
+    PyBuffer_Release(&view);
+    return fits;
+  }
+
+ private:
+  // Of the struct module, for native sizes; uint8 is for flags.
+  static constexpr const char* kFormats = std::is_floating_point_v<T> ? "d"
+                                          : sizeof(T) == 1            ? "?"
+                                          : std::is_signed_v<T>       ? "lq"
+                                                                      : "LQ";
+  T* data_ = nullptr;
+  std::size_t shape_[N] = {};
+};
+
+using Addresses = Array<const std::uint64_t, 2>;  // (n_segments, n) pointers
+using Offsets = Array<const std::int64_t, 1>;     // (n_segments + 1)
 using Matrix = Array<const double, 2>;
 
 void require(bool condition, const char* message) {
@@ -33,10 +67,11 @@ void check(rk::Status status) {
   if (status == rk::Status::out_of_memory) throw std::bad_alloc();
 }
 
-const rk::Kernels& kernels(const std::string& isa) {
-  const rk::Kernels* table = rk::kernels_for(isa.c_str());
+const rk::Kernels& kernels(const char* isa) {
+  const rk::Kernels* table = rk::kernels_for(isa);
   if (!table)
-    throw std::invalid_argument("instruction set '" + isa + "' is not built or not supported by this processor");
+    throw std::invalid_argument("instruction set '" + std::string(isa) +
+                                "' is not built or not supported by this processor");
   return *table;
 }
 
@@ -53,11 +88,10 @@ int threads_for(const rk::Rows& rows, int requested) {
   return rk::usable_threads(requested, rows.columns() * rows.n * item);
 }
 
-void select_columns(const std::string& isa, Addresses data, Offsets offsets, int dtype, std::int64_t lo,
-                    std::int64_t hi, std::optional<Array<const std::int64_t, 1>> multiplicities,
-                    std::optional<Matrix> mix, std::optional<Matrix> measure, double scale,
-                    std::optional<Addresses1> out, std::optional<Array<double, 1>> sq_distances,
-                    Array<std::uint8_t, 1> nonfinite, int threads) {
+void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype, std::int64_t lo, std::int64_t hi,
+                    std::optional<Array<const std::int64_t, 1>> multiplicities, std::optional<Matrix> mix,
+                    std::optional<Matrix> measure, double scale, std::optional<Addresses> out,
+                    std::optional<Array<double, 1>> sq_distances, Array<std::uint8_t, 1> nonfinite, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
   const std::size_t n = data.shape(1), selected = mix ? mix->shape(0) : n;
@@ -70,7 +104,7 @@ void select_columns(const std::string& isa, Addresses data, Offsets offsets, int
     for (std::size_t i = 0; i < selected; ++i) cells += multiplicities->data()[i];
   }
   require(0 <= lo && lo < hi && hi <= cells, "the window must be a non-empty range of the cells");
-  require(!out || out->shape(0) == data.shape(0), "one output for each segment");
+  require(!out || (out->shape(0) == data.shape(0) && out->shape(1) == 1), "one output for each segment");
   require(!sq_distances || sq_distances->shape(0) == (measure ? measure->shape(0) : n),
           "one distance for each measured row");
   require(nonfinite.shape(0) == n, "one flag for each row");
@@ -93,7 +127,7 @@ void select_columns(const std::string& isa, Addresses data, Offsets offsets, int
   check(status);
 }
 
-void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype,
+void gram(const char* isa, Addresses data, Offsets offsets, int dtype,
           std::optional<Array<const std::int64_t, 1>> multiplicities, bool origin, double scale, bool single,
           Array<double, 2> out, int threads) {
   const rk::Kernels& table = kernels(isa);
@@ -110,11 +144,11 @@ void gram(const std::string& isa, Addresses data, Offsets offsets, int dtype,
   check(status);
 }
 
-void row_sq_distances(const std::string& isa, Addresses data, Offsets offsets, int dtype, Addresses1 centre,
-                      double scale, Array<double, 1> out, int threads) {
+void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtype, Addresses centre, double scale,
+                      Array<double, 1> out, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
-  require(centre.shape(0) == data.shape(0), "the centre must have the rows' segments");
+  require(centre.shape(0) == data.shape(0) && centre.shape(1) == 1, "the centre must have the rows' segments");
   require(out.shape(0) == data.shape(1), "one distance for each row");
   rk::Status status;
   {
@@ -125,7 +159,7 @@ void row_sq_distances(const std::string& isa, Addresses data, Offsets offsets, i
   check(status);
 }
 
-void weighted_row_sum(const std::string& isa, Addresses data, Offsets offsets, int dtype, Matrix weights, Addresses out,
+void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtype, Matrix weights, Addresses out,
                       int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
@@ -141,11 +175,20 @@ void weighted_row_sum(const std::string& isa, Addresses data, Offsets offsets, i
   check(status);
 }
 
-std::uint64_t read_pass(const std::string& isa, Addresses data, Offsets offsets, int dtype, int threads) {
+std::uint64_t read_pass(const char* isa, Addresses data, Offsets offsets, int dtype, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
   nb::gil_scoped_release release;
   return table.read_pass(rows, threads_for(rows, threads));
+}
+
+// Where the first element of an array of any dtype and strides lies.
+std::uintptr_t address_of(nb::handle array) {
+  Py_buffer view;
+  if (PyObject_GetBuffer(array.ptr(), &view, PyBUF_STRIDES) != 0) throw nb::python_error();
+  const auto address = reinterpret_cast<std::uintptr_t>(view.buf);
+  PyBuffer_Release(&view);
+  return address;
 }
 
 std::vector<std::string> supported_isas() {
@@ -156,20 +199,29 @@ std::vector<std::string> supported_isas() {
 
 }  // namespace
 
+namespace nanobind::detail {
+template <class T, std::size_t N>
+struct type_caster<Array<T, N>> {
+  using Given = Array<T, N>;
+  NB_TYPE_CASTER(Given, const_name("ndarray"))
+  bool from_python(handle source, std::uint8_t, cleanup_list*) noexcept { return value.assign(source.ptr()); }
+};
+}  // namespace nanobind::detail
+
 NB_MODULE(_cpu, m) {
   m.attr("__version__") = RK_VERSION;
   m.attr("compiler") = RK_COMPILER;
   m.def("supported_isas", &supported_isas);
   m.def("max_threads", &rk::max_threads);
-  m.def("select_columns", &select_columns, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a, "lo"_a,
-        "hi"_a, "multiplicities"_a.noconvert().none(), "mix"_a.noconvert().none(), "measure"_a.noconvert().none(),
-        "scale"_a, "out"_a.noconvert().none(), "sq_distances"_a.noconvert().none(), "nonfinite"_a.noconvert(),
+  m.def("address_of", &address_of, "array"_a);
+  m.def("select_columns", &select_columns, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "lo"_a, "hi"_a,
+        "multiplicities"_a.none(), "mix"_a.none(), "measure"_a.none(), "scale"_a, "out"_a.none(),
+        "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);
+  m.def("gram", &gram, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "multiplicities"_a.none(), "origin"_a, "scale"_a,
+        "single"_a, "out"_a, "threads"_a);
+  m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "centre"_a, "scale"_a,
+        "out"_a, "threads"_a);
+  m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a, "out"_a,
         "threads"_a);
-  m.def("gram", &gram, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
-        "multiplicities"_a.noconvert().none(), "origin"_a, "scale"_a, "single"_a, "out"_a.noconvert(), "threads"_a);
-  m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
-        "centre"_a.noconvert(), "scale"_a, "out"_a.noconvert(), "threads"_a);
-  m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a,
-        "weights"_a.noconvert(), "out"_a.noconvert(), "threads"_a);
-  m.def("read_pass", &read_pass, "isa"_a, "data"_a.noconvert(), "offsets"_a.noconvert(), "dtype"_a, "threads"_a);
+  m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);
 }

@@ -1,7 +1,5 @@
 // Compiled once per instruction set: inner products of the rows, centred tile by tile on their lower median.
 // Products are summed in float64, or, where the caller allows it, in float32 over short runs of columns.
-#include <omp.h>
-
 #include "select.h"
 
 namespace rk {
@@ -245,9 +243,8 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   uint8_t* bad_rows = sums.part<uint8_t>(0, at_bad_rows);
   memset(bad_rows, 0, static_cast<size_t>(m));
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  int64_t next = 0;
+  in_threads(threads, [&](int thread) {  // its loops for all threads are one thread's where there is no other
     const Scratch<S> scratch{space.part<C>(thread, at_buffer),       space.part<C>(thread, at_network),
                              space.part<C>(thread, at_centre),       space.part<const C*>(thread, at_src),
                              space.part<uint8_t>(thread, at_seen), space.part<uint8_t>(thread, at_bad)};
@@ -257,8 +254,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
     P* x = reinterpret_cast<P*>(x_memory);
     if (!shared || thread == 0) memset(x_memory, 0, static_cast<size_t>(x_bytes));  // rows that only fill up stay zeros
     if (!shared) {
-#pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < grid.n_tasks; ++task)
+      for (int64_t task; (task = take(next)) < grid.n_tasks;)
         for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
           for (int64_t j = 0; j < count; j += tile) {
             const int64_t columns = min64(tile, count - j), padded = round_up(columns, Simd<C>::lanes);
@@ -285,7 +281,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
     }
 #pragma omp critical
     for (int64_t i = 0; i < n; ++i) bad_rows[i] |= scratch.bad[i];
-  }
+  });
   release_window(centring.window);
   kept_digits = true;
   for (int64_t i = 0; i < m; ++i)

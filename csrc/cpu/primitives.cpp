@@ -135,6 +135,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   const int64_t n_measured = select.measure ? select.n_measured : n;
   const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
   const int64_t tile = tile_columns(max64(n, k), select.mix ? 32 : sizeof(C));
+  const int64_t stride = buffer_columns<S>(tile);
   Grid grid = streaming_grid(rows, tile);
   // The partial distances stay far below the input: at least 512 columns to a task.
   if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
@@ -145,7 +146,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;
-  at.buffer = space.reserve<C>(n * tile);
+  at.buffer = space.reserve<C>(n * stride);
   at.src = space.reserve<const C*>(n);
   at.mixed = space.reserve<double>(select.mix ? (k + kMixRows) * tile : 0);
   at.mixed_rounded = space.reserve<C>(select.mix ? (k + kMixRows) * tile : 0);
@@ -153,7 +154,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   at.measured = space.reserve<double>(remeasure ? (n_measured + kMixRows) * tile : 0);
   at.network = space.reserve<C>(select_scratch(window, sizeof(C) == 8));
   at.out = space.reserve<C>(tile);
-  at.centre = space.reserve<double>(tile);
+  at.centre = space.reserve<double>(select.sq_distances ? tile : 0);
   at.rounded = space.reserve<S>(tile);
   at.nonfinite = space.reserve<uint8_t>(n);
   at.mixed_nonfinite = space.reserve<uint8_t>(k);
@@ -167,9 +168,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   }
   double* partials = sums.part<double>(0, partial);
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  int64_t next = 0;
+  in_threads(threads, [&](int thread) {
     C* buffer = space.part<C>(thread, at.buffer);
     const C** src = space.part<const C*>(thread, at.src);
     double* mixed = space.part<double>(thread, at.mixed);
@@ -192,7 +192,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       const int64_t padded = (columns + lanes - 1) / lanes * lanes;
       Ahead ahead = ahead_of<S>(rows, segment, first + columns, columns,
                                 select.mix ? (k + kMixRows - 1) / kMixRows : padded / lanes);
-      read_tile<S>(rows, segment, first, columns, tile, buffer, src);
+      read_tile<S>(rows, segment, first, columns, stride, buffer, src);
       const C* const* selected = src;
       if (select.mix) {
         const bool keep = distances && select.measure == select.mix;
@@ -222,8 +222,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
                                        : sq_distance(src[i], centre, columns, select.scale);
     };
 
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < grid.n_tasks; ++task) {
+    for (int64_t task; (task = take(next)) < grid.n_tasks;) {
       double* distances = select.sq_distances ? partials + task * n_measured : nullptr;
       if (distances) memset(distances, 0, sizeof(double) * static_cast<size_t>(n_measured));
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
@@ -234,7 +233,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     }
 #pragma omp critical
     for (int64_t i = 0; i < n; ++i) select.nonfinite[i] |= nonfinite[i];
-  }
+  });
   if (select.sq_distances) {
     for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] = 0;
     for (int64_t task = 0; task < grid.n_tasks; ++task)
@@ -286,31 +285,29 @@ template <class S>
 Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, double scale, double* out, int threads) {
   using C = ComputeOf<S>;
   constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t n = rows.n, tile = tile_columns(n + 1, sizeof(C));
+  const int64_t n = rows.n, tile = tile_columns(n + 1, sizeof(C)), stride = buffer_columns<S>(tile);
   const Grid base = streaming_grid(rows, tile);
   const Grid grid = make_grid(base.columns, max64(base.task_columns, (1023 + tile) / tile * tile));
   const Rows centre_row{centre_data, rows.offsets, rows.n_segments, 1, rows.dtype};
   Workspace space, sums;
-  const int64_t at_buffer = space.reserve<C>(n * tile), at_src = space.reserve<const C*>(n);
-  const int64_t at_centre = space.reserve<C>(tile), at_total = space.reserve<DoubledSum>(n);
+  const int64_t at_buffer = space.reserve<C>(n * stride), at_src = space.reserve<const C*>(n);
+  const int64_t at_centre = space.reserve<C>(stride), at_total = space.reserve<DoubledSum>(n);
   const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
   if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
   double* partials = sums.part<double>(0, at_partials);
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  int64_t next = 0;
+  in_threads(threads, [&](int thread) {
     C* buffer = space.part<C>(thread, at_buffer);
     const C** src = space.part<const C*>(thread, at_src);
     C* centre_buffer = space.part<C>(thread, at_centre);
     DoubledSum* total = space.part<DoubledSum>(thread, at_total);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < grid.n_tasks; ++task) {
+    for (int64_t task; (task = take(next)) < grid.n_tasks;) {
       memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n));
       const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
         const C* centre;
-        read_tile<S>(rows, segment, first, columns, tile, buffer, src);
-        read_tile<S>(centre_row, segment, first, columns, tile, centre_buffer, &centre);
+        read_tile<S>(rows, segment, first, columns, stride, buffer, src);
+        read_tile<S>(centre_row, segment, first, columns, stride, centre_buffer, &centre);
         for (int64_t i = 0; i < n; ++i) {
           DoubledSum sum = total[i];
           for (int64_t j = 0; j < columns; j += kDoubles)  // padding: zeros on both sides
@@ -330,7 +327,7 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
         partials[2 * (task * n + i) + 1] = low;
       }
     }
-  }
+  });
   for (int64_t i = 0; i < n; ++i) {
     double high = 0, low = 0, plain = 0;
     for (int64_t task = 0; task < grid.n_tasks; ++task) {
@@ -374,13 +371,13 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
   const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
   Workspace space;
   const int64_t at_used = space.reserve<int64_t>(n), at_weights = space.reserve<double>(n);
-  const int64_t at_sums = space.reserve<double>(kSumColumns), at_tail = space.reserve<S>(kSumRows * kDoubles);
-  const int64_t at_rounded = space.reserve<C>(kSumColumns), at_stored = space.reserve<S>(kSumColumns);
+  const int64_t width = min64(kSumColumns, round_up(rows.columns(), kDoubles));
+  const int64_t at_sums = space.reserve<double>(width), at_tail = space.reserve<S>(kSumRows * kDoubles);
+  const int64_t at_rounded = space.reserve<C>(width), at_stored = space.reserve<S>(width);
   if (!space.allocate(threads)) return Status::out_of_memory;
 
-#pragma omp parallel num_threads(threads)
-  {
-    const int thread = omp_get_thread_num();
+  int64_t next_task = 0;
+  in_threads(threads, [&](int thread) {
     int64_t* used = space.part<int64_t>(thread, at_used);
     double* w = space.part<double>(thread, at_weights);
     double* sums = space.part<double>(thread, at_sums);
@@ -419,8 +416,7 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
       for (int64_t j = 0; j < padded; j += kDoubles) store_rounded(rounded + j, load(sums + j));
       narrow_run(rounded, columns, stored);
     };
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < grid.n_tasks; ++task)
+    for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
       for (int64_t r = 0; r < k; ++r) {
         int64_t n_used = 0;
         for (int64_t i = 0; i < n; ++i)
@@ -445,7 +441,7 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
           }
         });
       }
-  }
+  });
   return Status::ok;
 }
 

@@ -1,6 +1,7 @@
 // How the columns are walked: a fixed grid of tasks (so that bits do not depend on the number of threads),
 // tasks cut at segment borders into pieces, pieces walked in tiles that stay in cache.
 #pragma once
+#include <omp.h>
 #include <stdlib.h>
 
 #include "simd.h"
@@ -141,13 +142,29 @@ RK_INLINE Ahead ahead_of(const Rows& rows, int64_t segment, int64_t end, int64_t
   return Ahead(rows.data + segment * rows.n, rows.n, end * item, min64(columns, left) * item, steps);
 }
 
+// body(thread) in each of the threads; a single one does without OpenMP, whose set-up a small call would feel.
+template <class Body>
+RK_INLINE void in_threads(int threads, Body&& body) {
+  if (threads == 1) {
+    body(0);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num());
+}
+
+// The next task for whichever thread asks.
+RK_INLINE int64_t take(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
 // One aligned block cut into typed parts, one of them per thread; freed at the end of the scope.
 class Workspace {
  public:
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() { free(base_); }
+  ~Workspace() {
+    if (base_ != small_) free(base_);
+  }
 
   // Reserves count values and returns the part's offset; call before allocate().
   template <class T>
@@ -158,6 +175,10 @@ class Workspace {
   }
   bool allocate(int threads) {
     stride_ = (bytes_ + 4095) / 4096 * 4096 + 64;
+    if (threads == 1 && bytes_ <= static_cast<int64_t>(sizeof(small_))) {
+      base_ = small_;
+      return true;
+    }
     base_ = static_cast<char*>(aligned_alloc(64, static_cast<size_t>((stride_ * threads + 63) / 64 * 64)));
     return base_ != nullptr;
   }
@@ -167,14 +188,21 @@ class Workspace {
   }
 
  private:
+  alignas(64) char small_[8192];  // a small call would feel an allocation
   char* base_ = nullptr;
   int64_t bytes_ = 0, stride_ = 0;
 };
 
-// Points src[i] at `columns` values of row i in the compute type: in place where that is possible, otherwise
-// widened into `buffer` (n, tile). Columns after the last are zeros up to a whole vector.
+// Columns of the buffer that read_tile needs where tiles are whole vectors, or a tail below one.
 template <class S>
-RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t tile,
+RK_INLINE int64_t buffer_columns(int64_t tile) {
+  return Storage<S>::direct ? Simd<typename Storage<S>::Compute>::lanes : tile;
+}
+
+// Points src[i] at `columns` values of row i in the compute type: in place where that is possible, otherwise
+// widened into `buffer` (n, stride). Columns after the last are zeros up to a whole vector.
+template <class S>
+RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t stride,
                          typename Storage<S>::Compute* buffer, const typename Storage<S>::Compute** src) {
   using C = typename Storage<S>::Compute;
   constexpr int64_t lanes = Simd<C>::lanes;
@@ -187,7 +215,7 @@ RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64
         continue;
       }
     }
-    C* dst = buffer + i * tile;
+    C* dst = buffer + i * stride;
     widen_run(row, columns, dst);
     for (int64_t j = columns; j < padded; ++j) dst[j] = 0;
     src[i] = dst;

@@ -59,7 +59,7 @@ class Cpp:
         out: Rows | None = None,
     ) -> Selected:
         """See the contract."""
-        nonfinite = np.zeros(rows.n, dtype=np.uint8)
+        nonfinite = np.zeros(rows.n, dtype=np.bool_)
         sq_distances = np.zeros(rows.n if measure is None else len(measure)) if distances else None
         self._cpu.select_columns(
             self.isa,
@@ -72,12 +72,12 @@ class Cpp:
             mix,
             measure,
             scale,
-            None if out is None else out.addresses[:, 0],
+            None if out is None else out.addresses,
             sq_distances,
             nonfinite,
             requested_threads(),
         )
-        return Selected(sq_distances, nonfinite.view(np.bool_))
+        return Selected(sq_distances, nonfinite)
 
     def gram(
         self,
@@ -112,7 +112,7 @@ class Cpp:
             rows.addresses,
             rows.offsets,
             _CODES[rows.dtype],
-            centre.addresses[:, 0],
+            centre.addresses,
             scale,
             out,
             requested_threads(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -165,12 +166,14 @@ def weights_of(view: View) -> Vector:
 def register(rule: R) -> R:
     """Make a rule known to the text form under its `name`."""
     _RULES[rule.name] = rule
+    _parsed.cache_clear()
     return rule
 
 
 def register_preset(name: str, rule: Rule) -> None:
     """Give a rule with fixed parameters a name of its own."""
     _PRESETS[name] = rule
+    _parsed.cache_clear()
 
 
 def available_rules() -> tuple[str, ...]:
@@ -201,6 +204,12 @@ def parse_rule(text: str, /) -> Aggregator:
         raise TypeError(f"rule must be a rule object or its text form; got {type(text).__name__}")
     if len(text) > MAX_RULE_TEXT:
         raise ValueError(f"rule: the text form may have {MAX_RULE_TEXT} characters; got {len(text)}")
+    return _parsed(text)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(text: str) -> Aggregator:
+    """Read a rule, once for the many calls of a training run."""
     try:
         tree = ast.parse(text.strip(), mode="eval")
         rule = _rule_of(tree.body, text)

@@ -25,7 +25,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     that row downhill, so no later iterate can meet a row; Newton steps in the span of the rows follow, or a Weiszfeld
     step where Newton's does not descend.
     """
-    norms = np.diagonal(gram)
+    norms = gram.diagonal()
     distances = np.sqrt(np.maximum(norms[:, None] + norms - 2 * gram, 0.0))
     noise = np.sqrt(rounding) * (np.sqrt(norms)[:, None] + np.sqrt(norms))
     distances[distances <= noise] = 0.0
@@ -40,7 +40,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     weight_here = float(s[here].sum())
     slack = rounding * float(pull @ (np.sqrt(norms) + math.sqrt(norms[best]))) ** 2  # what rounding may have added
     if squared <= weight_here**2 + slack:
-        scale = float(s.sum()) * float(np.median(distances[best]))
+        scale = float(s.sum()) * _middle(distances[best])
         return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
 
     # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
@@ -52,17 +52,20 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     at_best = np.zeros_like(w)
     at_best[best] = 1.0
     step = _length(gram, w - at_best)
+    total = float(s.sum())
+    r = _radii(gram, w)
     for iteration in range(1, MAX_STEPS + 1):
-        r = _radii(gram, w)
-        spread = float(np.median(r))  # no few far rows can loosen the tolerance
+        spread = _middle(r)  # no few far rows can loosen the tolerance
         previous_step, step = step, math.inf
-        for direction, shares in ((_newton(gram, s, w, r), NEWTON_SHARES), (_weiszfeld(gram, s, w, r), (1.0,))):
+        for method, shares in ((_newton, NEWTON_SHARES), (_weiszfeld, (1.0,))):
+            direction = method(gram, s, w, r)
             for share in shares if direction is not None else ():
                 assert direction is not None
                 candidate = w + share * direction
                 length = _length(gram, share * direction)
-                if _cost_change(gram, s, w, r, candidate) <= 1e-15 * length * float(s.sum()):
-                    w, step = candidate, length
+                reached = _radii(gram, candidate)
+                if _cost_change(gram, s, w, r, candidate, reached) <= 1e-15 * length * total:
+                    w, r, step = candidate, reached, length
                     break
             if not math.isinf(step):
                 break
@@ -81,19 +84,19 @@ def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
 
     A sum of differences, (a^2 - b^2) / (a + b): in plain sums far rows would drown what tells the others apart.
     """
-    norms = np.diagonal(gram)
+    norms = gram.diagonal()
     base = int(np.argmin(norms))
     squares = (norms - norms[base])[:, None] - 2 * (gram - gram[base])
     lengths = distances + distances[base]
     return np.asarray(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
 
 
-def _cost_change(gram: Matrix, s: Vector, w: Vector, r: Vector, new: Vector) -> float:
+def _cost_change(gram: Matrix, s: Vector, w: Vector, r: Vector, new: Vector, new_r: Vector) -> float:
     """Change of the sum of distances from one point to another, as a sum of differences like `_relative_costs`."""
     change = new - w
     moved = gram @ change
     squares = change @ moved - 2 * (moved - w @ moved)
-    lengths = r + _radii(gram, new)
+    lengths = r + new_r
     return float(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
 
 
@@ -110,7 +113,13 @@ def _shared(tied: NDArray[np.bool_], distances: Matrix) -> Vector:
 
 def _radii(gram: Matrix, w: Vector) -> Vector:
     products = gram @ w
-    return np.sqrt(np.maximum(np.diagonal(gram) - 2 * products + w @ products, 0.0))
+    return np.sqrt(np.maximum(gram.diagonal() - 2 * products + w @ products, 0.0))
+
+
+def _middle(values: Vector) -> float:
+    """Return the median: `np.median` takes as long as a Newton step of few rows."""
+    ranked = np.sort(values)
+    return float(ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
 
 
 def _length(gram: Matrix, change: Vector) -> float:
@@ -119,7 +128,7 @@ def _length(gram: Matrix, change: Vector) -> float:
 
 def _weiszfeld(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
     """Change of the weights by a Weiszfeld step, None on a row."""
-    if (r == 0).any():
+    if np.count_nonzero(r) < len(r):
         return None
     pull = s / r
     return np.asarray(pull / pull.sum() - w)
@@ -131,7 +140,7 @@ def _newton(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
     With u = x_i - v, c = s/r and b = c/r^2 the Hessian is sum(c) I - sum b_i u_i u_i^T and the downhill gradient
     sum c_i u_i; for a step sum a_i u_i, a = sqrt(b) z, that is (sum(c) I - sqrt(b) K sqrt(b)) z = r sqrt(c).
     """
-    if (r == 0).any():
+    if np.count_nonzero(r) < len(r):
         return None
     products = gram @ w
     k = gram - products[:, None] - products + w @ products
@@ -156,7 +165,7 @@ def smoothed_weights(
     At a row, with nu = 0, the Vardi-Zhang step is taken. `converged` tells whether the last step was below 1e-10 of the
     spread, where it stops unless a number of steps is asked for.
     """
-    norms = np.diagonal(gram)
+    norms = gram.diagonal()
     w: Vector | None
     if origin is None:
         w = s / s.sum()
@@ -176,7 +185,7 @@ def smoothed_weights(
         step = math.inf if w is None else _length(gram, new - w)
         w = new
         r = _radii(gram, w)
-        converged = step <= TOLERANCE * float(np.median(r))
+        converged = step <= TOLERANCE * _middle(r)
         if step == 0 or (converged and max_iter is None):
             break
     assert w is not None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 Mask = NDArray[np.bool_]
+T = TypeVar("T", np.float64, np.bool_)
 
+FLOAT64 = np.dtype(np.float64)
 EPSILON = 2.0**-53
 #: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
 RESCALE = 2.0**540
@@ -71,10 +73,11 @@ class Geometry:
     @functools.cached_property
     def sq_distances(self) -> Matrix:
         """(n, n) squared distances between the rows, inf from and to rows that are not finite."""
-        norms = np.diagonal(self.gram)
+        norms = self.gram.diagonal()
         result = np.maximum(norms[:, None] + norms - 2 * self.gram, 0.0)
-        result[~self.finite, :] = np.inf
-        result[:, ~self.finite] = np.inf
+        if np.count_nonzero(self.finite) < len(norms):
+            result[~self.finite, :] = np.inf
+            result[:, ~self.finite] = np.inf
         np.fill_diagonal(result, 0.0)
         return result
 
@@ -83,10 +86,10 @@ class Geometry:
         inner = self.gram[np.ix_(rows, rows)]
         return bool((inner == inner[0, 0]).all())
 
-    def pair_errors(self, row: int) -> Vector:
-        """Error bounds of `sq_distances[row]`."""
-        lengths = np.sqrt(np.diagonal(self.gram))
-        return np.asarray(self.rounding * (lengths + lengths[row]) ** 2)
+    def pair_errors(self) -> Matrix:
+        """Error bounds of `sq_distances`."""
+        lengths = np.sqrt(self.gram.diagonal())
+        return np.asarray(self.rounding * (lengths[:, None] + lengths) ** 2)
 
     def sq_distances_to(self, weights: Vector) -> Vector:
         """Squared distances of the rows to the combination of them with these weights (of sum 1)."""
@@ -129,7 +132,7 @@ class _Input:
     f: int | None
     weights: Vector | None
     geometry: Geometry | None = None
-    nonfinite: Mask = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    nonfinite: Mask | None = None
 
     def better_scale(self, squares: Vector) -> float:
         """Return the power of two at which the middle row (by weight) has an ordinary square."""
@@ -197,16 +200,15 @@ class View(NamedTuple):
 
     def require_finite(self, rule: str, finite: Mask) -> None:
         """Raise if more rows are not finite than the rule tolerates (f, or without f fewer than half)."""
-        bad = np.flatnonzero(~finite)
-        if not tolerated(~finite, self.f, self.weights):
-            raise self.nonfinite_error(rule, bad)
+        if np.count_nonzero(finite) < len(finite) and not tolerated(~finite, self.f, self.weights):
+            raise self.nonfinite_error(rule, np.flatnonzero(~finite))
 
     def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
         """Build the error that names rows which are not finite."""
-        rows = np.flatnonzero(self.data.nonfinite) if self.data.nonfinite.any() else bad
+        rows = bad if self.data.nonfinite is None or not self.data.nonfinite.any() else self.data.nonfinite.nonzero()[0]
         names = ", ".join(self.data.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
         limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
-        far = " or are 1e150 spreads away" if np.dtype(np.float64) in self.data.source.dtypes else ""
+        far = " or are 1e150 spreads away" if FLOAT64 in self.data.source.dtypes else ""
         return NonFiniteError(
             f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
             "Byzantine; drop them, or raise f",
@@ -225,7 +227,7 @@ class View(NamedTuple):
         assert selection is not None
         scale = 1.0
         result = self._selection_distances(selection, scale)
-        if np.dtype(np.float64) in self.data.source.dtypes:
+        if FLOAT64 in self.data.source.dtypes:
             # Mixed rows have no weights, and as many as the input or fewer: the middle one is found alike.
             choice = self.data if self.mix is None else replace(self.data, weights=None)
             scale = choice.better_scale(result)
@@ -236,22 +238,21 @@ class View(NamedTuple):
                 else:
                     scale = 1.0
             result[~measurable(result)] = np.inf
-        errors = np.where(np.isfinite(result), result, 0.0) * _rounding(self.data.source.d)
+        errors = result * _rounding(self.data.source.d)
+        errors[np.isinf(errors)] = 0.0
         again = functools.partial(self._measure_again, selection, scale) if self.mix is None else None
         return Distances(result, errors, again, scale)
 
     def _selection_distances(self, selection: Selection, scale: float) -> Vector:
-        total = np.zeros(self.n)
-        flags = np.zeros(self.data.source.n, dtype=np.bool_)
+        total, flags = None, None
         for block in self.data.source.blocks():
             for rows in block.rows:
                 found = selection.run(self.data.kernels, rows, None, measure=self.mix, distances=True, scale=scale)
-                assert found.sq_distances is not None
-                total += found.sq_distances
-                flags |= found.nonfinite
-        self.data.nonfinite = flags
-        total[np.isnan(total)] = np.inf
-        return total
+                total, flags = _plus(total, found.sq_distances), _plus(flags, found.nonfinite)
+        self.data.nonfinite = np.zeros(self.data.source.n, dtype=np.bool_) if flags is None else flags
+        if total is None:  # no columns
+            return np.zeros(self.n)
+        return np.fmin(total, np.inf)  # NaN is as far as it gets
 
     def _measure_again(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
         """Exact squared distances of some input rows to a selection, a few columns of which are held at a time."""
@@ -343,12 +344,16 @@ def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple
         else:
             assert solution.selection is not None
             found = solution.selection.run(view.data.kernels, rows, out, distances=distances)
-            flags = found.nonfinite if flags is None else flags | found.nonfinite
-            if found.sq_distances is not None:
-                total = found.sq_distances if total is None else total + found.sq_distances
-        if rows.dtype == np.float64:
+            flags = _plus(flags, found.nonfinite)
+            total = _plus(total, found.sq_distances)
+        if rows.dtype == FLOAT64:
             _clamp(rows, out)
     return total, flags
+
+
+def _plus(total: NDArray[T] | None, more: NDArray[T] | None) -> NDArray[T] | None:
+    """Add what some columns give to what others gave; flags are joined."""
+    return more if total is None or more is None else total + more
 
 
 def _clamp(rows: Rows, out: Rows) -> None:
@@ -372,9 +377,12 @@ def smallest(
     Values whose error bounds reach across the cut are contenders, which `again` measures exactly; what it cannot
     measure, or finds equal within rounding, counts as equal.
     """
-    order = np.argsort(values, kind="stable")
+    order = values.argsort(kind="stable")
     if count >= len(values):
         return order
+    largest = errors.max()
+    if values[order[count - 1]] + largest < values[order[count]] - largest:
+        return order[:count]  # nearly always
     low, high = values - errors, values + errors
     # The count-th smallest true value is at most the count-th upper bound, the next one at least the next lower bound.
     inside = high < np.sort(low)[count]
@@ -427,7 +435,7 @@ def _measure(data: _Input) -> Geometry:
     n = data.source.n
     gram = _gram_pass(data, 1.0)
     scale = 1.0
-    if np.dtype(np.float64) in data.source.dtypes:
+    if FLOAT64 in data.source.dtypes:
         norms = np.diagonal(gram)[:n]
         scale = data.better_scale(norms)
         if scale != 1.0:
@@ -436,10 +444,11 @@ def _measure(data: _Input) -> Geometry:
                 gram = rescaled
             else:
                 scale = 1.0
-    finite = measurable(np.diagonal(gram)[:n])
+    finite = measurable(gram.diagonal()[:n])
     inner = gram[:n, :n].copy()
-    inner[~finite, :] = 0.0
-    inner[:, ~finite] = 0.0
+    if np.count_nonzero(finite) < n:
+        inner[~finite, :] = 0.0
+        inner[:, ~finite] = 0.0
     origin = (np.where(finite, gram[n, :n], 0.0), float(gram[n, n])) if data.needs_origin else None
     return Geometry(inner, finite, _rounding(data.source.d), scale, origin)
 
@@ -456,6 +465,8 @@ def _gram_pass(data: _Input, scale: float) -> Matrix:
 
 def unscaled(sq_distances: Vector, scale: float) -> Vector:
     """Return squared distances in the rows' own units, which may overflow or vanish."""
+    if scale == 1:
+        return sq_distances
     with np.errstate(over="ignore", under="ignore"):
         return np.asarray(sq_distances / scale / scale)
 

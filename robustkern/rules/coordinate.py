@@ -43,7 +43,7 @@ class Median(Aggregator):
             hi = lo + 1
         elif self.even == "high":
             lo = hi - 1
-        return Solution(selection=Selection(view, Window(lo, hi), cells))
+        return Solution(None, Selection(view, Window(lo, hi), cells))
 
 
 @register
@@ -61,8 +61,8 @@ class TrimmedMean(Aggregator):
         """Select the cells between the cuts."""
         f = check_f(self, view)
         if view.weights is None:
-            return Solution(selection=Selection(view, Window(f, view.n - f)))
+            return Solution(None, Selection(view, Window(f, view.n - f)))
         cells = as_cells(view.weights)
         total = int(cells.sum())
         cut = (2 * f * total + view.n) // (2 * view.n)
-        return Solution(selection=Selection(view, Window(cut, total - cut), cells))
+        return Solution(None, Selection(view, Window(cut, total - cut), cells))

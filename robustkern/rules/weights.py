@@ -94,7 +94,7 @@ class GeometricMedian(Aggregator):
         view.require_finite(self.name, geometry.finite)
         weights = np.where(geometry.finite, weights_of(view), 0.0)
         used = np.flatnonzero(weights)
-        inner = geometry.gram[np.ix_(used, used)]
+        inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
         if self.nu == 0 and self.max_iter is None:
             found, iterations, converged = converged_weights(inner, weights[used], geometry.rounding)
         else:
@@ -130,17 +130,14 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
     distances = geometry.sq_distances
 
     finite = np.flatnonzero(geometry.finite)
-    counted = min(neighbours, len(finite) - 1)  # rows that are not finite are infinitely far from all alike
+    # A row's distance to itself, 0, counts too. Rows that are not finite are infinitely far from all alike.
+    counted = min(neighbours + 1, len(finite))
 
-    def score(row: int, to_others: Vector) -> float:
-        return math.fsum(np.sort(np.delete(to_others, row))[:counted])
-
+    nearest = finite[:, None], distances[finite].argsort(axis=1, kind="stable")[:, :counted]
     scores = np.full(view.n, np.inf)
+    scores[finite] = [math.fsum(row) for row in distances[nearest].tolist()]
     errors = np.zeros(view.n)
-    for i in map(int, finite):
-        scores[i] = score(i, distances[i])
-        nearest = np.argsort(distances[i], kind="stable")[: counted + 1]
-        errors[i] = geometry.pair_errors(i)[nearest].sum()
+    errors[finite] = geometry.pair_errors()[nearest].sum(axis=1)
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
         if geometry.are_copies(contenders):
@@ -152,7 +149,7 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
             if measured is None:
                 return None
             row[finite] = measured
-            exact.append(score(int(i), row))
+            exact.append(math.fsum(np.sort(row)[:counted]))
         return np.array(exact)
 
     return geometry, smallest(scores, errors, count, again)
