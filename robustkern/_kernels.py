@@ -217,6 +217,7 @@ class Kernels(Protocol):
         multiplicities: NDArray[np.int64] | None = None,
         origin: bool = False,
         scale: float = 1.0,
+        single: bool = False,
     ) -> Matrix:
         """Inner products of the rows centred on their column-wise lower median.
 
@@ -230,6 +231,10 @@ class Kernels(Protocol):
             Append the origin as one more row (after centring it is minus the median).
         scale : float
             A power of two that multiplies the centred rows.
+        single : bool
+            Products of rows other than float64 may be taken in float32, in sums of at most 32. The error of an entry
+            then stays within 40 * 2**-24 times the lengths of its two centred rows; where float32 could not promise
+            that, products are float64 all the same.
 
         Returns
         -------

@@ -28,7 +28,7 @@ from robustkern.rules import (
     parse_rule,
 )
 from robustkern.rules._base import as_aggregator
-from robustkern.rules._view import Solution, View, emit, start
+from robustkern.rules._view import Solution, TooCloseError, View, emit, start
 
 __all__ = [
     "Info",
@@ -200,7 +200,12 @@ class Task:
                 f"{self.rule}: weights are not supported (drop weights=; mean, median, trimmed_mean, geometric_median "
                 "and ctma over them take weights)"
             )
-        self.solution = self.rule.solve(self.view)
+        try:
+            self.solution = self.rule.solve(self.view)
+        except TooCloseError:  # one more pass, on float64 products
+            data = self.view.data
+            data.needs_double, data.geometry = True, None
+            self.solution = self.rule.solve(self.view)
         if self.solution.gave_up:
             warnings.warn(
                 f"{self.rule}: no convergence after {self.solution.iterations} steps; the result is the last of them",

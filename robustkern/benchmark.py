@@ -161,7 +161,7 @@ def job(rule: str, rows: Array, f: int, backend: str = "auto") -> tuple[Callable
         pointers, gram = Rows.of(rows), np.empty((n, n))
 
         def run_gram() -> None:
-            gram[:] = kernels.gram(pointers)
+            gram[:] = kernels.gram(pointers, single=True)  # what rules ask for first
 
         return run_gram, gram
     options: dict[str, Any] = {"f": f, "out": np.zeros(d, dtype=rows.dtype), "backend": backend}

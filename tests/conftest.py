@@ -14,6 +14,7 @@ from support import FAST, IMPLEMENTATIONS, MISSING
 import robustkern as rk
 from robustkern import _registry, _threads
 from robustkern._kernels import DTYPES, Kernels
+from robustkern.rules import _view
 
 settings.register_profile(
     "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -45,11 +46,14 @@ def fast(request: pytest.FixtureRequest) -> Kernels:
     return FAST[request.param]
 
 
-@pytest.fixture(params=[b.name for b in _registry.BACKENDS if b.name not in MISSING])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend in turn, as what "auto" chooses."""
-    with rk.use_backend(request.param):
-        yield request.param
+@pytest.fixture(params=[*(b.name for b in _registry.BACKENDS if b.name not in MISSING), "cpp, float32 products first"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each backend in turn, as what "auto" chooses; the compiled one also as it treats large inputs."""
+    name, _, large = request.param.partition(", ")
+    if large:
+        monkeypatch.setattr(_view, "SINGLE_VALUES", 0)
+    with rk.use_backend(name):
+        yield name
 
 
 @pytest.fixture(params=DTYPES, ids=lambda d: d.name)

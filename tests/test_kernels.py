@@ -256,11 +256,15 @@ def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("origin", [False, True], ids=["", "origin"])
-def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool) -> None:
+@pytest.mark.parametrize("single", [False, True], ids=["double", "single"])
+def test_gram_matches_the_oracle(
+    kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool, single: bool
+) -> None:
+    bound = 40 * 2.0**-24 if single and dtype != np.float64 else 1e-13
     for n, d in SIZES:
         x = make_rows(kind, n, d, dtype, seed=n)
         scale = 2.0**-540 if kind in ("extreme", "one_huge") and dtype == np.float64 else 1.0
-        got = kernels.gram(Rows.of(x), origin=origin, scale=scale)
+        got = kernels.gram(Rows.of(x), origin=origin, scale=scale, single=single)
         wide = x.astype(np.longdouble)
         finite = np.isfinite(wide).all(axis=1)
         with np.errstate(all="ignore"):
@@ -277,7 +281,32 @@ def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: s
         lengths = np.sqrt(np.diagonal(want))
         inner = got[np.ix_(finite, finite)]
         assert np.array_equal(inner, inner.T)
-        assert (np.abs(inner - want) <= 1e-13 * np.outer(lengths, lengths) + 1e-300).all()
+        assert (np.abs(inner - want) <= bound * np.outer(lengths, lengths) + 1e-300).all()
+
+
+@pytest.mark.parametrize("columns", ["alike", "falling", "one"])
+def test_gram_of_float32_products_keeps_its_bound(fast: Kernels, columns: str) -> None:
+    """Columns that round alike, so that errors add up, and sums whose first term all later ones are rounded to."""
+    d = 4096
+    shape = {"alike": np.ones(d), "falling": 2.0 ** -(np.arange(d) // 256 % 12), "one": np.eye(1, d)[0] + 1e-4}[columns]
+    for seed in range(20):
+        x = (np.random.default_rng(seed).standard_normal((9, 1)) * shape).astype(np.float32)
+        y = x.astype(np.float64) - np.sort(x, axis=0)[4]
+        got, want = fast.gram(Rows.of(x), single=True), y @ y.T
+        lengths = np.sqrt(want.diagonal())
+        assert (abs(got - want) <= 40 * 2.0**-24 * np.outer(lengths, lengths)).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 5e37, 1e-24, 1e-40])
+def test_gram_where_float32_products_overflow_or_vanish(kernels: Kernels, magnitude: float) -> None:
+    rng = np.random.default_rng(0)
+    for rows in (slice(None), slice(1)):  # all rows, or one of them
+        x = rng.standard_normal((6, 500)).astype(np.float32)
+        x[rows] *= np.float32(magnitude)
+        y = x.astype(np.float64) - np.sort(x, axis=0)[2]
+        got, want = kernels.gram(Rows.of(x), single=True), y @ y.T
+        lengths = np.sqrt(want.diagonal())
+        assert (abs(got - want) <= 40 * 2.0**-24 * np.outer(lengths, lengths)).all()
 
 
 def test_gram_with_multiplicities_is_centred_on_the_weighted_median(kernels: Kernels, dtype: np.dtype[Any]) -> None:

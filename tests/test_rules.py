@@ -230,6 +230,16 @@ def test_geometric_median_close_to_a_row_still_converges() -> None:
         assert cost(x, got.astype(np.longdouble)) <= cost(x, want) * (1 + 1e-14)
 
 
+@pytest.mark.parametrize("apart", [10.0**-k for k in range(4, 30, 2)])
+def test_geometric_median_leaves_two_rows_that_are_nearly_one(apart: float) -> None:
+    """A step from one to the other is no sign of convergence."""
+    for near in ([apart, 0.0], [0.3 * apart, apart]):
+        x = np.array([near, [1, 0], [1, 0], [0, 1], [0, 0]])
+        got = rk.geometric_median(x).astype(np.longdouble)
+        far = np.array([[0, 0], [1, 0], [1, 0], [0, 1], [0, 0.0]])
+        assert cost(x, got) <= cost(x, slow_geometric_median(far.astype(np.longdouble))) + 4 * apart * apart + 1e-14
+
+
 def test_geometric_median_far_attackers_cost_no_digits() -> None:
     x = np.random.default_rng(0).standard_normal((9, 50))
     want = None

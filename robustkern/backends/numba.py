@@ -543,8 +543,9 @@ class Numba:
         multiplicities: NDArray[np.int64] | None = None,
         origin: bool = False,
         scale: float = 1.0,
+        single: bool = False,
     ) -> Matrix:
-        """See the contract."""
+        """See the contract; products are always float64."""
         like, empty, table, _ = _storage(rows.dtype)
         m = rows.n + origin
         total_cells = rows.n if multiplicities is None else int(multiplicities.sum())

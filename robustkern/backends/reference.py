@@ -64,8 +64,9 @@ class Reference:
         multiplicities: NDArray[np.int64] | None = None,
         origin: bool = False,
         scale: float = 1.0,
+        single: bool = False,
     ) -> Matrix:
-        """See the contract."""
+        """See the contract; products are always float64."""
         middle = (rows.n - 1 if multiplicities is None else int(multiplicities.sum()) - 1) // 2
         m = rows.n + origin
         total = np.zeros((m, m))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from robustkern._kernels import Matrix, Vector
 
-__all__ = ["converged_weights", "smoothed_weights"]
+__all__ = ["converged_weights", "shift_bound", "smoothed_weights"]
 
 MAX_STEPS = 300
 MAX_SMOOTHED_STEPS = 10_000
@@ -42,6 +42,13 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
     if squared <= weight_here**2 + slack:
         scale = float(s.sum()) * _middle(distances[best])
         return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
+
+    # Rows so near the best one that a step to them would pass for convergence are left together with it, if they can be.
+    near = distances[best] <= 10 * TOLERANCE * _middle(distances[best])
+    outside = np.where(near, 0.0, pull)
+    resultant_outside = _length(inner, outside)
+    if resultant_outside > float(s[near].sum()):
+        pull, resultant, weight_here = outside, resultant_outside, float(s[near].sum())
 
     # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
     gram = inner
@@ -190,6 +197,26 @@ def smoothed_weights(
             break
     assert w is not None
     return w, iteration, converged
+
+
+def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, nu: float, noise: float) -> float:
+    """How far errors of noise * lengths[i] * lengths[j] in the inner products may have moved the point w.
+
+    In units of the middle distance; inf where they leave it open. They change the squared radii by at most e, and so the
+    resultant of the pulls by sum(s e / 2 r^2); divided by the least curvature that is a length. The curvature is
+    sum(s / r) less the largest eigenvalue of a matrix, which no row sum of absolute values falls short of.
+    """
+    products = gram @ w
+    inner = gram - products[:, None] - products + w @ products
+    r = np.maximum(np.sqrt(np.maximum(inner.diagonal(), 0.0)), nu)
+    e = noise * (lengths + abs(w) @ lengths) ** 2
+    if not (e < r * r / 16).all():
+        return math.inf
+    pull = s / r
+    curvature = float(pull.sum() - (abs(inner) / r[:, None] @ (pull / r)).max())
+    if curvature <= 0:
+        return math.inf
+    return float((s * e / (2 * r * r)).sum()) / curvature / _middle(r)
 
 
 def _smoothed_step(gram: Matrix, s: Vector, w: Vector | None, r: Vector, nu: float) -> Vector:

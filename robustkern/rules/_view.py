@@ -25,6 +25,7 @@ __all__ = [
     "Mask",
     "Selection",
     "Solution",
+    "TooCloseError",
     "View",
     "as_cells",
     "emit",
@@ -43,7 +44,17 @@ RESCALE = 2.0**540
 #: Squared distances above it count as infinite: sums of 65535 times four of them are still finite numbers.
 MAX_SQUARE = 1e302
 _CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
+#: Products of rows of 16 and 32 bits are first taken in float32, from so many values on; what that leaves open is
+#: decided on float64 products. Error bound of an entry (`Kernels.gram`), in |x_i| |x_j|; and what a continuous function
+#: of the entries is granted: one rounding, where 0.05 were the most that was seen.
+SINGLE_VALUES = 1 << 18
+SINGLE_ROUNDING = 40 * 2.0**-24
+SINGLE_NOISE = 2.0**-24
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
+
+
+class TooCloseError(Exception):
+    """What a rule asks of the geometry is finer than float32 products: to be solved again on float64 ones."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,12 @@ class Geometry:
         Zero in the rows and columns of rows that are not finite.
     finite : (n,) bool
         False for rows that hold a NaN or Inf, or (float64 only) are 1e150 spreads away.
+    lengths : (n,) float64
+        Of the rows, or for mixtures the mean of the lengths of what they mix.
     rounding : float
-        Bound of the relative error of the entries.
+        Bound of the error of entry i, j in units of ``lengths[i] * lengths[j]``.
+    single : bool
+        Whether products were taken in float32.
     scale : float
         Power of two by which the rows were multiplied; 1 but for extreme float64 rows.
     origin : (n,) float64 and float, or None
@@ -66,7 +81,9 @@ class Geometry:
 
     gram: Matrix
     finite: Mask
+    lengths: Vector
     rounding: float
+    single: bool
     scale: float
     origin: tuple[Vector, float] | None
 
@@ -81,6 +98,15 @@ class Geometry:
         np.fill_diagonal(result, 0.0)
         return result
 
+    def require_double(self) -> None:
+        """Leave the rule where only float64 products can decide."""
+        if self.single:
+            raise TooCloseError
+
+    def undecided(self, contenders: NDArray[np.intp]) -> None:
+        """Stand for an exact measurement, which nothing can make in n-space."""
+        self.require_double()
+
     def are_copies(self, rows: NDArray[np.intp]) -> bool:
         """Tell whether some rows are all the same: their products are then equal to the last bit."""
         inner = self.gram[np.ix_(rows, rows)]
@@ -88,8 +114,7 @@ class Geometry:
 
     def pair_errors(self) -> Matrix:
         """Error bounds of `sq_distances`."""
-        lengths = np.sqrt(self.gram.diagonal())
-        return np.asarray(self.rounding * (lengths[:, None] + lengths) ** 2)
+        return np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
 
     def sq_distances_to(self, weights: Vector) -> Vector:
         """Squared distances of the rows to the combination of them with these weights (of sum 1)."""
@@ -99,8 +124,7 @@ class Geometry:
 
     def errors_to(self, weights: Vector) -> Vector:
         """Error bounds of `sq_distances_to`."""
-        length = math.sqrt(max(float(weights @ self.gram @ weights), 0.0))
-        return np.asarray(self.rounding * (np.sqrt(np.diagonal(self.gram)) + length) ** 2)
+        return np.asarray(self.rounding * (self.lengths + abs(weights) @ self.lengths) ** 2)
 
 
 class Distances(NamedTuple):
@@ -133,6 +157,8 @@ class _Input:
     weights: Vector | None
     geometry: Geometry | None = None
     nonfinite: Mask | None = None
+    needs_double: bool = False
+    measured_rows: int = 0
 
     def better_scale(self, squares: Vector) -> float:
         """Return the power of two at which the middle row (by weight) has an ordinary square."""
@@ -196,7 +222,14 @@ class View(NamedTuple):
         finite = ~(used & ~base.finite).any(axis=1)
         mix = np.where(finite[:, None], self.mix, 0.0)
         origin = None if base.origin is None else (mix @ base.origin[0], base.origin[1])
-        return Geometry(mix @ base.gram @ mix.T, finite, base.rounding * 4, base.scale, origin)
+        return replace(
+            base,
+            gram=mix @ base.gram @ mix.T,
+            finite=finite,
+            lengths=abs(mix) @ base.lengths,
+            rounding=base.rounding + 4 * self.data.source.n * EPSILON,
+            origin=origin,
+        )
 
     def require_finite(self, rule: str, finite: Mask) -> None:
         """Raise if more rows are not finite than the rule tolerates (f, or without f fewer than half)."""
@@ -215,6 +248,12 @@ class View(NamedTuple):
             tuple(int(i) for i in rows),
         )
 
+    def afford(self, rows: int) -> None:
+        """Allow to read some rows for exact distances, unless float64 products are the cheaper way to decide."""
+        self.data.measured_rows += rows
+        if self.data.measured_rows > self.data.source.n:
+            self.geometry().require_double()
+
     # -- distances -----------------------------------------------------------------------------------------------
 
     def distances_to(self, solution: Solution) -> Distances:
@@ -222,7 +261,7 @@ class View(NamedTuple):
         if solution.weights is not None:
             geometry = self.geometry()
             values, errors = geometry.sq_distances_to(solution.weights), geometry.errors_to(solution.weights)
-            return Distances(values, errors, None, geometry.scale)
+            return Distances(values, errors, geometry.undecided, geometry.scale)
         selection = solution.selection
         assert selection is not None
         scale = 1.0
@@ -270,6 +309,7 @@ class View(NamedTuple):
     def exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector | None:
         """Exact squared distances from one input row to others; None for mixed rows, which are not there to measure."""
         if self.mix is not None:
+            self.geometry().require_double()
             return None
         scale = self.geometry().scale
         parts = [
@@ -433,13 +473,15 @@ def tolerated(bad: Mask, f: int | None, weights: Vector | None) -> bool:
 
 def _measure(data: _Input) -> Geometry:
     n = data.source.n
-    gram = _gram_pass(data, 1.0)
+    double = FLOAT64 in data.source.dtypes
+    single = not double and not data.needs_double and n * data.source.d >= SINGLE_VALUES
+    gram = _gram_pass(data, 1.0, single)
     scale = 1.0
-    if FLOAT64 in data.source.dtypes:
+    if double:
         norms = np.diagonal(gram)[:n]
         scale = data.better_scale(norms)
         if scale != 1.0:
-            rescaled = _gram_pass(data, scale)
+            rescaled = _gram_pass(data, scale, False)
             if data.improves(scale, norms, np.diagonal(rescaled)[:n]):
                 gram = rescaled
             else:
@@ -450,16 +492,19 @@ def _measure(data: _Input) -> Geometry:
         inner[~finite, :] = 0.0
         inner[:, ~finite] = 0.0
     origin = (np.where(finite, gram[n, :n], 0.0), float(gram[n, n])) if data.needs_origin else None
-    return Geometry(inner, finite, _rounding(data.source.d), scale, origin)
+    rounding = _rounding(data.source.d) + (SINGLE_ROUNDING if single else 0.0)
+    return Geometry(inner, finite, np.sqrt(inner.diagonal()), rounding, single, scale, origin)
 
 
-def _gram_pass(data: _Input, scale: float) -> Matrix:
+def _gram_pass(data: _Input, scale: float, single: bool) -> Matrix:
     m = data.source.n + data.needs_origin
     total = np.zeros((m, m))
     cells = None if data.weights is None else as_cells(data.weights)
     for block in data.source.blocks():
         for rows in block.rows:
-            total += data.kernels.gram(rows, multiplicities=cells, origin=data.needs_origin, scale=scale)
+            total += data.kernels.gram(
+                rows, multiplicities=cells, origin=data.needs_origin, scale=scale, single=single
+            )
     return total
 
 

@@ -41,7 +41,8 @@ class NNM(Mixer):
             to_others = geometry.sq_distances[i]
 
             def again(contenders: NDArray[np.intp], row: int = i) -> Vector | None:
-                if geometry.are_copies(contenders):
+                view.afford(len(contenders) + 1)
+                if not geometry.single and geometry.are_copies(contenders):
                     return None  # equal, whatever the last digits say
                 return view.exact_sq_distances(row, contenders)
 

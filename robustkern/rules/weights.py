@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 
 from robustkern._kernels import Vector
 from robustkern.rules._base import Aggregator, check_f, register, register_preset, require_no_weights, weights_of
-from robustkern.rules._geometric_median import converged_weights, smoothed_weights
-from robustkern.rules._view import Geometry, Solution, View, smallest, unscaled
+from robustkern.rules._geometric_median import converged_weights, shift_bound, smoothed_weights
+from robustkern.rules._view import SINGLE_NOISE, Geometry, Solution, View, smallest, unscaled
 
 __all__ = ["GeometricMedian", "Krum", "Mean", "MultiKrum"]
+
+#: How far float32 products may have moved the geometric median, in middle distances of the rows.
+MAX_SHIFT = 1e-6
 
 
 @register
@@ -95,6 +98,7 @@ class GeometricMedian(Aggregator):
         weights = np.where(geometry.finite, weights_of(view), 0.0)
         used = np.flatnonzero(weights)
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
+        nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
         if self.nu == 0 and self.max_iter is None:
             found, iterations, converged = converged_weights(inner, weights[used], geometry.rounding)
         else:
@@ -102,8 +106,11 @@ class GeometricMedian(Aggregator):
             if self.needs_origin():
                 assert geometry.origin is not None
                 origin = (geometry.origin[0][used], geometry.origin[1])
-            nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
             found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
+        if geometry.single:
+            shift = shift_bound(inner, geometry.lengths[used], weights[used], found, nu, SINGLE_NOISE)
+            if iterations == 0 or shift > MAX_SHIFT:  # on a row, or blurred
+                geometry.require_double()
         result = np.zeros(view.n)
         result[used] = found
         return Solution(
@@ -140,7 +147,8 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
     errors[finite] = geometry.pair_errors()[nearest].sum(axis=1)
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
-        if geometry.are_copies(contenders):
+        view.afford(len(contenders) * len(finite))
+        if not geometry.single and geometry.are_copies(contenders):
             return None  # equal, whatever the last digits say
         exact = []
         for i in contenders:
