@@ -145,8 +145,9 @@ constexpr int64_t kStrip = 64;  // columns centred at a time: of 64 rows they st
 template <class S>
 struct Scratch {  // a thread's parts of the workspace
   using C = ComputeOf<S>;
-  C *buffer, *network, *centre;
-  const C** src;
+  S* buffer;
+  C *network, *centre;
+  const S** src;
   uint8_t *seen, *bad;
 };
 
@@ -163,7 +164,7 @@ struct Centring {
   void run(const Rows& rows, int64_t segment, int64_t first, int64_t columns, P* x, const Scratch<S>& at) const {
     Ahead none = ahead_of<S>(rows, segment, first, 0, 1);
     for (int64_t begin = 0; begin < columns; begin += kStrip) {
-      const int64_t count = min64(kStrip, columns - begin), padded = round_up(count, Simd<C>::lanes);
+      const int64_t count = min64(kStrip, columns - begin), padded = round_up(count, kStored<S>);
       memset(at.seen, 0, static_cast<size_t>(rows.n));
       read_tile<S>(rows, segment, first + begin, count, kStrip, at.buffer, at.src);
       select_tile(window, at.src, padded, at.network, at.centre, at.seen, none);
@@ -185,7 +186,7 @@ struct Centring {
       if (at.seen[i])
         memset(x + i * stride, 0, sizeof(float) * static_cast<size_t>(padded));
       else
-        for (int64_t j = 0; j < padded; j += lanes) store(x + i * stride + j, load(at.src[i] + j) - load(at.centre + j));
+        for (int64_t j = 0; j < padded; j += lanes) store(x + i * stride + j, load_single(at.src[i] + j) - load(at.centre + j));
     if (origin)
       for (int64_t j = 0; j < padded; j += lanes) store(x + n * stride + j, -load(at.centre + j));
   }
@@ -227,8 +228,8 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   const Grid grid = make_grid(rows.columns(), shared ? tile : max64(round_up(per_task, tile), tile));
 
   Workspace space, sums;
-  const int64_t at_buffer = space.reserve<C>(n * kStrip), at_src = space.reserve<const C*>(n);
-  const int64_t at_network = space.reserve<C>(select_scratch(centring.window, sizeof(C) == 8));
+  const int64_t at_buffer = space.reserve<S>(n * kStrip), at_src = space.reserve<const S*>(n);
+  const int64_t at_network = space.reserve<C>(select_scratch<S>(centring.window));
   const int64_t at_centre = space.reserve<C>(kStrip);
   const int64_t at_seen = space.reserve<uint8_t>(n), at_bad = space.reserve<uint8_t>(n);
   const int64_t x_bytes = blocks * kBlock * kRowBytes, n_grams = shared ? 1 : grid.n_tasks;
@@ -245,11 +246,11 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
 
   int64_t next = 0;
   in_threads(threads, [&](int thread) {  // its loops for all threads are one thread's where there is no other
-    const Scratch<S> scratch{space.part<C>(thread, at_buffer),       space.part<C>(thread, at_network),
-                             space.part<C>(thread, at_centre),       space.part<const C*>(thread, at_src),
+    const Scratch<S> scratch{space.part<S>(thread, at_buffer),       space.part<C>(thread, at_network),
+                             space.part<C>(thread, at_centre),       space.part<const S*>(thread, at_src),
                              space.part<uint8_t>(thread, at_seen), space.part<uint8_t>(thread, at_bad)};
     memset(scratch.bad, 0, static_cast<size_t>(n));
-    memset(scratch.network, 0, sizeof(C) * static_cast<size_t>(select_scratch(centring.window, sizeof(C) == 8)));
+    memset(scratch.network, 0, sizeof(C) * static_cast<size_t>(select_scratch<S>(centring.window)));
     char* x_memory = shared ? sums.part<char>(0, at_x) : space.part<char>(thread, at_x);
     P* x = reinterpret_cast<P*>(x_memory);
     if (!shared || thread == 0) memset(x_memory, 0, static_cast<size_t>(x_bytes));  // rows that only fill up stay zeros
@@ -257,7 +258,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
       for (int64_t task; (task = take(next)) < grid.n_tasks;)
         for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
           for (int64_t j = 0; j < count; j += tile) {
-            const int64_t columns = min64(tile, count - j), padded = round_up(columns, Simd<C>::lanes);
+            const int64_t columns = min64(tile, count - j), padded = round_up(columns, kStored<S>);
             centring.run(rows, segment, first + j, columns, x, scratch);
             constexpr int64_t together = kBetweenFetches * Simd<P>::lanes;
             Ahead ahead = ahead_of<S>(rows, segment, first + j + columns, columns,
@@ -276,7 +277,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
           for (int64_t j = 0; j < count; j += kStrip)
             centring.run(rows, segment, first + j, min64(kStrip, count - j), x + j, scratch);
 #pragma omp for schedule(dynamic)
-          for (int64_t i = blocks - 1; i >= 0; --i) add_products(x, i, round_up(count, Simd<C>::lanes), grams, none);
+          for (int64_t i = blocks - 1; i >= 0; --i) add_products(x, i, round_up(count, kStored<S>), grams, none);
         });
     }
 #pragma omp critical

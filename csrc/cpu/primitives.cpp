@@ -17,10 +17,10 @@ struct Count {
 // ---- select_columns ------------------------------------------------------------------------------------
 
 // 1 where all the values of a row are numbers.
-template <class C>
-RK_INLINE bool is_finite_run(const C* row, int64_t columns) {
-  typename Simd<C>::V check = {};
-  for (int64_t j = 0; j < columns; j += Simd<C>::lanes) check += load(row + j) * static_cast<C>(0);
+template <class S>
+RK_INLINE bool is_finite_run(const S* row, int64_t columns) {
+  F64 check = {};
+  for (int64_t j = 0; j < columns; j += kDoubles) check = fmadd(load_double(row + j), F64{}, check);
   return !any_nan(check);
 }
 
@@ -29,8 +29,8 @@ constexpr int64_t kMixRows = 4;
 // mixed[r * tile + j] = sum over i of weights[r, i] * src[i][j], also or only rounded to C (either may be null); what
 // has weight 0 is left out, NaN and Inf too. kMixRows mixtures at a time, so that a value is loaded and widened once
 // for them; the results have room for whole groups. `used` is scratch of n.
-template <class C>
-void mix_tile(const double* weights, int64_t k, int64_t n, const C* const* src, int64_t columns, int64_t tile,
+template <class S, class C = ComputeOf<S>>
+void mix_tile(const double* weights, int64_t k, int64_t n, const S* const* src, int64_t columns, int64_t tile,
               double* mixed, C* rounded, uint8_t* finite, int64_t* used, Ahead& ahead) {
   constexpr int64_t kRows = kMixRows, kVectors = 2;
   for (int64_t i = 0; i < n; ++i) finite[i] = is_finite_run(src[i], columns);
@@ -100,24 +100,16 @@ RK_INLINE double sq_distance(const A* a, const double* c, int64_t columns, doubl
       if (scale != 1) difference *= scale;
       sum[v] = fmadd(difference, difference, sum[v]);
     }
-  double total = sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  for (; j < columns; ++j) {
-    const double difference = (static_cast<double>(load_scalar(a + j)) - c[j]) * scale;
-    total += difference * difference;
+  for (; j < columns; j += kDoubles) {
+    const F64 difference = (load_double(a + j) - load(c + j)) * scale;
+    sum[0] = fmadd(difference, difference, sum[0]);
   }
-  return total;
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-template <class C>
-void note_nonfinite(const C* const* src, int64_t n, int64_t columns, uint8_t* nonfinite) {
-  for (int64_t i = 0; i < n; ++i) {
-    C check = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-      const C x = load_scalar(src[i] + j);
-      check += x - x;
-    }
-    if (check != 0) nonfinite[i] = 1;
-  }
+template <class S>
+void note_nonfinite(const S* const* src, int64_t n, int64_t columns, uint8_t* nonfinite) {
+  for (int64_t i = 0; i < n; ++i) nonfinite[i] |= !is_finite_run(src[i], columns);
 }
 
 template <class S>
@@ -130,12 +122,13 @@ struct SelectParts {  // a thread's scratch
 template <class S>
 Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   using C = ComputeOf<S>;
-  constexpr int64_t lanes = Simd<C>::lanes;
   const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
   const int64_t n_measured = select.measure ? select.n_measured : n;
   const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
-  const int64_t tile = tile_columns(max64(n, k), select.mix ? 32 : sizeof(C));
-  const int64_t stride = buffer_columns<S>(tile);
+  // Mixtures take room of their own; distances read the tile a second time, so it should still be in the first-level cache.
+  const bool small_tile = select.sq_distances && n <= 32;
+  const int64_t tile = select.mix ? max64(2048 / max64(n, k) / 64, 1) * 64
+                                  : round_up(tile_columns(n, small_tile ? 4 * sizeof(S) : sizeof(S)), kStored<S>);
   Grid grid = streaming_grid(rows, tile);
   // The partial distances stay far below the input: at least 512 columns to a task.
   if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
@@ -146,13 +139,15 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;
-  at.buffer = space.reserve<C>(n * stride);
-  at.src = space.reserve<const C*>(n);
+  at.buffer = space.reserve<S>(n * kStored<S>);
+  at.src = space.reserve<const S*>(n);
   at.mixed = space.reserve<double>(select.mix ? (k + kMixRows) * tile : 0);
   at.mixed_rounded = space.reserve<C>(select.mix ? (k + kMixRows) * tile : 0);
   at.mixed_src = space.reserve<const C*>(k);
   at.measured = space.reserve<double>(remeasure ? (n_measured + kMixRows) * tile : 0);
-  at.network = space.reserve<C>(select_scratch(window, sizeof(C) == 8));
+  // Mixed rows are of the compute type.
+  const int64_t scratch = select.mix ? select_scratch<C>(window) : select_scratch<S>(window);
+  at.network = space.reserve<C>(scratch);
   at.out = space.reserve<C>(tile);
   at.centre = space.reserve<double>(select.sq_distances ? tile : 0);
   at.rounded = space.reserve<S>(tile);
@@ -170,8 +165,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
   int64_t next = 0;
   in_threads(threads, [&](int thread) {
-    C* buffer = space.part<C>(thread, at.buffer);
-    const C** src = space.part<const C*>(thread, at.src);
+    S* buffer = space.part<S>(thread, at.buffer);
+    const S** src = space.part<const S*>(thread, at.src);
     double* mixed = space.part<double>(thread, at.mixed);
     C* mixed_rounded = space.part<C>(thread, at.mixed_rounded);
     const C** mixed_src = space.part<const C*>(thread, at.mixed_src);
@@ -185,26 +180,25 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     uint8_t* finite = space.part<uint8_t>(thread, at.finite);
     int64_t* used = space.part<int64_t>(thread, at.used);
     memset(nonfinite, 0, static_cast<size_t>(n));
-    memset(network, 0, sizeof(C) * static_cast<size_t>(select_scratch(window, sizeof(C) == 8)));
+    memset(network, 0, sizeof(C) * static_cast<size_t>(scratch));
 
     // One tile whose columns are whole vectors, or a tail below one vector.
     const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns, double* distances) {
-      const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+      const int64_t padded = round_up(columns, kStored<S>);
       Ahead ahead = ahead_of<S>(rows, segment, first + columns, columns,
-                                select.mix ? (k + kMixRows - 1) / kMixRows : padded / lanes);
-      read_tile<S>(rows, segment, first, columns, stride, buffer, src);
-      const C* const* selected = src;
+                                select.mix ? (k + kMixRows - 1) / kMixRows : padded / kStored<S>);
+      read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
       if (select.mix) {
         const bool keep = distances && select.measure == select.mix;
-        mix_tile(select.mix, k, n, src, padded, tile, keep ? mixed : nullptr, mixed_rounded, finite, used, ahead);
+        mix_tile<S>(select.mix, k, n, src, padded, tile, keep ? mixed : nullptr, mixed_rounded, finite, used, ahead);
         for (int64_t r = 0; r < k; ++r) mixed_src[r] = mixed_rounded + r * tile;
         memset(mixed_nonfinite, 0, static_cast<size_t>(k));
-        select_tile(window, mixed_src, padded, network, out, mixed_nonfinite, ahead);
+        select_tile<C>(window, mixed_src, padded, network, out, mixed_nonfinite, ahead);
         bool any = false;
         for (int64_t r = 0; r < k; ++r) any |= mixed_nonfinite[r] != 0;
-        if (any) note_nonfinite(selected, n, columns, nonfinite);
+        if (any) note_nonfinite(src, n, padded, nonfinite);
       } else {
-        select_tile(window, selected, padded, network, out, nonfinite, ahead);
+        select_tile<S>(window, src, padded, network, out, nonfinite, ahead);
       }
       narrow_run(out, columns, rounded);
       if (select.out)
@@ -215,18 +209,18 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       widen_run(rounded, columns, out);
       for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
       if (remeasure)
-        mix_tile<C>(select.measure, n_measured, n, src, padded, tile, measured, nullptr, finite, used, ahead);
+        mix_tile<S, C>(select.measure, n_measured, n, src, padded, tile, measured, nullptr, finite, used, ahead);
       const double* virtual_rows = remeasure ? measured : mixed;
       for (int64_t i = 0; i < n_measured; ++i)
-        distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, centre, columns, select.scale)
-                                       : sq_distance(src[i], centre, columns, select.scale);
+        distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, centre, padded, select.scale)
+                                       : sq_distance(src[i], centre, padded, select.scale);
     };
 
     for (int64_t task; (task = take(next)) < grid.n_tasks;) {
       double* distances = select.sq_distances ? partials + task * n_measured : nullptr;
       if (distances) memset(distances, 0, sizeof(double) * static_cast<size_t>(n_measured));
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-        const int64_t whole = count / lanes * lanes;
+        const int64_t whole = count / kStored<S> * kStored<S>;
         for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j), distances);
         if (whole < count) run_tile(segment, first + whole, count - whole, distances);
       });
@@ -283,31 +277,29 @@ RK_INLINE void add_doubled(double& high, double& low, double more_high, double m
 
 template <class S>
 Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, double scale, double* out, int threads) {
-  using C = ComputeOf<S>;
-  constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t n = rows.n, tile = tile_columns(n + 1, sizeof(C)), stride = buffer_columns<S>(tile);
+  const int64_t n = rows.n, tile = round_up(tile_columns(n + 1, sizeof(S)), kStored<S>);
   const Grid base = streaming_grid(rows, tile);
   const Grid grid = make_grid(base.columns, max64(base.task_columns, (1023 + tile) / tile * tile));
   const Rows centre_row{centre_data, rows.offsets, rows.n_segments, 1, rows.dtype};
   Workspace space, sums;
-  const int64_t at_buffer = space.reserve<C>(n * stride), at_src = space.reserve<const C*>(n);
-  const int64_t at_centre = space.reserve<C>(stride), at_total = space.reserve<DoubledSum>(n);
+  const int64_t at_buffer = space.reserve<S>(n * kStored<S>), at_src = space.reserve<const S*>(n);
+  const int64_t at_centre = space.reserve<S>(kStored<S>), at_total = space.reserve<DoubledSum>(n);
   const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
   if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
   double* partials = sums.part<double>(0, at_partials);
 
   int64_t next = 0;
   in_threads(threads, [&](int thread) {
-    C* buffer = space.part<C>(thread, at_buffer);
-    const C** src = space.part<const C*>(thread, at_src);
-    C* centre_buffer = space.part<C>(thread, at_centre);
+    S* buffer = space.part<S>(thread, at_buffer);
+    const S** src = space.part<const S*>(thread, at_src);
+    S* centre_buffer = space.part<S>(thread, at_centre);
     DoubledSum* total = space.part<DoubledSum>(thread, at_total);
     for (int64_t task; (task = take(next)) < grid.n_tasks;) {
       memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n));
       const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
-        const C* centre;
-        read_tile<S>(rows, segment, first, columns, stride, buffer, src);
-        read_tile<S>(centre_row, segment, first, columns, stride, centre_buffer, &centre);
+        const S* centre;
+        read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
+        read_tile<S>(centre_row, segment, first, columns, kStored<S>, centre_buffer, &centre);
         for (int64_t i = 0; i < n; ++i) {
           DoubledSum sum = total[i];
           for (int64_t j = 0; j < columns; j += kDoubles)  // padding: zeros on both sides
@@ -316,7 +308,7 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
         }
       };
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-        const int64_t whole = count / lanes * lanes;
+        const int64_t whole = count / kStored<S> * kStored<S>;
         for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j));
         if (whole < count) run_tile(segment, first + whole, count - whole);
       });

@@ -2,6 +2,7 @@
 // Up to 32 rows a sorting network is unrolled in registers (medians pruned for the exact n; other windows as a full
 // sort padded to a multiple of 4 rows); above that the window's ends are found in two sorted parts (merge.h), from 257
 // rows on by counting (pivot.h). With multiplicities values and their rows are sorted by a network built at run time.
+// 16-bit values are sorted as integers, twice as many to a vector.
 #include "select.h"
 
 #include <stdlib.h>
@@ -70,39 +71,99 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   }
 }
 
-// Replaces NaN by +inf (they sort alike), notes the rows that hold a NaN or Inf and counts the NaN per column.
-template <class C>
-__attribute__((noinline)) typename Simd<C>::Index patch_nonfinite(const C* const* src, int64_t n, int64_t at,
-                                                                  typename Simd<C>::V* patched, uint8_t* nonfinite) {
-  using V = typename Simd<C>::V;
-  using Index = typename Simd<C>::Index;
-  Index nan_cells = {};
-  for (int64_t i = 0; i < n; ++i) {
-    const V x = load(src[i] + at);
-    const Index is_nan = x != x;
-    nonfinite[i] |= any_nan(x * 0);
-    patched[i] = is_nan ? V{} + infinity<C>() : x;
-    nan_cells -= is_nan;
+// How the values of a storage type are sorted: V is a vector of them, with NaN as +inf (they sort alike). A check
+// gathers whether some were no numbers.
+template <class S>
+struct Sorted {
+  using V = typename Simd<S>::V;
+  using Count = typename Simd<S>::Index;
+
+  static RK_INLINE V read(const S* p, V& check) {
+    const V x = load(p);
+    check = fmadd(x, V{}, check);
+    return x;
   }
-  return nan_cells;
-}
+  static RK_INLINE bool special(V check, V other) { return any_nan(check + other); }
+  static RK_INLINE V top() { return V{} + infinity<S>(); }
+
+  // Reads all rows again, notes those that hold a NaN or Inf and counts the NaN per column.
+  static __attribute__((noinline)) Count patch(const S* const* src, int64_t n, int64_t at, V* patched,
+                                               uint8_t* nonfinite) {
+    Count nan_cells = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const V x = load(src[i] + at);
+      const Count is_nan = x != x;
+      nonfinite[i] |= any_nan(x * 0);
+      patched[i] = is_nan ? top() : x;
+      nan_cells -= is_nan;
+    }
+    return nan_cells;
+  }
+  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, S* out) {
+    store_window_mean<S>(sorted, lo, hi, out);
+  }
+};
+
+// The bits of a 16-bit number with those below the sign turned round where it is set are an integer in the same order.
+template <class S>
+struct SortedShort {
+  using V = I16;
+  using Count = I16;
+
+  static RK_INLINE I16 bits(const S* p) { return *reinterpret_cast<const UnalignedI16*>(p); }
+  static RK_INLINE I16 fold(I16 x) { return x ^ ((x >> 15) & 0x7fff); }
+  static RK_INLINE V read(const S* p, V& check) {
+    const I16 x = bits(p);
+    check = vmax(check, x & 0x7fff);
+    return fold(x);
+  }
+  static RK_INLINE bool special(V check, V other) { return any_set(vmax(check, other) >= Storage<S>::infinity); }
+  static RK_INLINE V top() { return V{} + Storage<S>::infinity; }
+  static __attribute__((noinline)) Count patch(const S* const* src, int64_t n, int64_t at, V* patched,
+                                               uint8_t* nonfinite) {
+    Count nan_cells = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const I16 x = bits(src[i] + at), magnitude = x & 0x7fff, is_nan = magnitude > Storage<S>::infinity;
+      nonfinite[i] |= any_set(magnitude >= Storage<S>::infinity);
+      patched[i] = is_nan ? top() : fold(x);
+      nan_cells -= is_nan;
+    }
+    return nan_cells;
+  }
+  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, float* out) {
+    constexpr int lanes = Simd<float>::lanes;
+    F32 wide[2][kUnrolledRows];
+    for (int64_t r = lo; r < hi; ++r) {
+      S cells[2 * lanes];
+      const I16 x = fold(sorted[r]);
+      memcpy(cells, &x, sizeof(x));
+      wide[0][r - lo] = load_single(cells);
+      wide[1][r - lo] = load_single(cells + lanes);
+    }
+    store_window_mean<float>(wide[0], 0, hi - lo, out);
+    store_window_mean<float>(wide[1], 0, hi - lo, out + lanes);
+  }
+};
+template <>
+struct Sorted<Half> : SortedShort<Half> {};
+template <>
+struct Sorted<Bfloat> : SortedShort<Bfloat> {};
 
 // A window that reaches a NaN gives NaN.
-template <class C>
-RK_INLINE void spoil_nan(const Window& window, typename Simd<C>::Index nan_cells, C* out) {
-  using V = typename Simd<C>::V;
-  using I = typename Simd<C>::IndexScalar;
-  const typename Simd<C>::Index reached = nan_cells > static_cast<I>(window.n - window.hi);
-  store(out, reached ? V{} + static_cast<C>(__builtin_nan("")) : load(out));
+template <class Count, class C>
+RK_INLINE void spoil_nan(const Window& window, Count nan_cells, C* out) {
+  for (int lane = 0; lane < static_cast<int>(sizeof(Count) / sizeof(nan_cells[0])); ++lane)
+    if (nan_cells[lane] > window.n - window.hi) out[lane] = static_cast<C>(__builtin_nan(""));
 }
 
 // ---- unrolled networks ---------------------------------------------------------------------------------
 
 // N wires; kMedian: pruned to the middle ranks of exactly N rows, else a full sort of at most N rows.
-template <class C, int N, bool kMedian>
+template <class S, int N, bool kMedian>
 struct Unrolled {
-  using V = typename Simd<C>::V;
-  static constexpr int lanes = Simd<C>::lanes;
+  using C = ComputeOf<S>;
+  using V = typename Sorted<S>::V;
+  static constexpr int lanes = kStored<S>;
   static constexpr FixedNetwork<N> value{kMedian ? (N - 1) / 2 : 0, kMedian ? N / 2 + 1 : N};
 
   static RK_INLINE void sort_and_store(V (&x)[N], const Window& window, C* out, Ahead& ahead) {
@@ -110,21 +171,20 @@ struct Unrolled {
     if constexpr (kMedian) {
       // Only the middle is in order; an even N offers its low, its high or their mean.
       constexpr int low = (N - 1) / 2, high = N / 2;
-      if (window.hi - window.lo == 2) {
-        V middle[2] = {x[low], x[high]};
-        store_window_mean<C>(middle, 0, 2, out);
-      } else {
-        store(out, window.lo == low ? x[low] : x[high]);
-      }
+      const V middle[2] = {window.lo == low ? x[low] : x[high], x[high]};
+      if (window.hi - window.lo == 2)
+        Sorted<S>::store_mean(middle, 0, 2, out);
+      else
+        Sorted<S>::store_mean(middle, 0, 1, out);
     } else {
       V sorted[N];
 #pragma GCC unroll 32  // as a loop it would be compiled to a slow block copy
       for (int i = 0; i < N; ++i) sorted[i] = x[i];
-      store_window_mean<C>(sorted, window.lo, window.hi, out);
+      Sorted<S>::store_mean(sorted, window.lo, window.hi, out);
     }
   }
 
-  static void run(const Window& window, const C* const* src, int64_t columns, C*, C* out, uint8_t* nonfinite,
+  static void run(const Window& window, const S* const* src, int64_t columns, C*, C* out, uint8_t* nonfinite,
                   Ahead& ahead) {
     const int rows = kMedian ? N : static_cast<int>(window.n);
     for (int64_t at = 0; at < columns; at += lanes) {
@@ -133,14 +193,13 @@ struct Unrolled {
 #pragma GCC unroll 32  // as a loop it would go through memory
       for (int i = 0; i < N; ++i) {
         if (kMedian || i < N - 3 || i < rows) {
-          x[i] = load(src[i] + at);
-          check[i % 2] = fmadd(x[i], V{}, check[i % 2]);
+          x[i] = Sorted<S>::read(src[i] + at, check[i % 2]);
           if (N <= kFollowedRows) __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
         } else {
-          x[i] = V{} + infinity<C>();
+          x[i] = Sorted<S>::top();
         }
       }
-      if (__builtin_expect(any_nan(check[0] + check[1]), false))
+      if (__builtin_expect(Sorted<S>::special(check[0], check[1]), false))
         run_patched(window, src, at, out + at, nonfinite, ahead);
       else
         sort_and_store(x, window, out + at, ahead);
@@ -148,27 +207,27 @@ struct Unrolled {
     }
   }
 
-  static __attribute__((noinline)) void run_patched(const Window& window, const C* const* src, int64_t at, C* out,
+  static __attribute__((noinline)) void run_patched(const Window& window, const S* const* src, int64_t at, C* out,
                                                     uint8_t* nonfinite, Ahead& ahead) {
     V x[N];
-    const auto nan_cells = patch_nonfinite<C>(src, window.n, at, x, nonfinite);
-    for (int i = static_cast<int>(window.n); i < N; ++i) x[i] = V{} + infinity<C>();
+    const auto nan_cells = Sorted<S>::patch(src, window.n, at, x, nonfinite);
+    for (int i = static_cast<int>(window.n); i < N; ++i) x[i] = Sorted<S>::top();
     sort_and_store(x, window, out, ahead);
-    spoil_nan<C>(window, nan_cells, out);
+    spoil_nan(window, nan_cells, out);
   }
 };
 
-template <class C>
-using Selector = void (*)(const Window&, const C* const*, int64_t, C*, C*, uint8_t*, Ahead&);
+template <class S, class C = ComputeOf<S>>
+using Selector = void (*)(const Window&, const S* const*, int64_t, C*, C*, uint8_t*, Ahead&);
 
-template <class C, int... I>
-Selector<C> unrolled_median(int64_t n, Indices<I...>) {
-  static constexpr Selector<C> table[] = {&Unrolled<C, I + 1, true>::run...};
+template <class S, int... I>
+Selector<S> unrolled_median(int64_t n, Indices<I...>) {
+  static constexpr Selector<S> table[] = {&Unrolled<S, I + 1, true>::run...};
   return table[n - 1];
 }
-template <class C, int... I>
-Selector<C> unrolled_sort(int64_t n, Indices<I...>) {
-  static constexpr Selector<C> table[] = {&Unrolled<C, 4 * (I + 1), false>::run...};
+template <class S, int... I>
+Selector<S> unrolled_sort(int64_t n, Indices<I...>) {
+  static constexpr Selector<S> table[] = {&Unrolled<S, 4 * (I + 1), false>::run...};
   return table[(n - 1) / 4];
 }
 
@@ -191,6 +250,18 @@ C plain_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, doubl
   return static_cast<C>(mean);
 }
 
+// Sorts n values in two parts and finds the first and the last one of the window.
+template <class V>
+RK_INLINE void find_ends(const Window& window, V* x, V top, V (&ends)[2], Ahead& ahead) {
+  const Parts parts(window.n);
+  for (int64_t i = window.n; i < parts.size(); ++i) x[i] = top;
+  sort_part(x, parts.first, ahead);
+  sort_part(x + parts.first, parts.second, ahead);
+  const int64_t rest = window.n - parts.first;
+  ends[0] = value_of_rank(x, parts.first, x + parts.first, rest, window.lo);
+  ends[1] = value_of_rank(x, parts.first, x + parts.first, rest, window.hi - 1);
+}
+
 // Mean of the cells [lo, hi) of n values, which may be reordered; no value is a NaN.
 template <class C>
 void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out, Ahead& ahead) {
@@ -204,12 +275,10 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
   Index low_tied = {}, copies_high = {};
   if (n <= kSortedRows) {
-    const Parts parts(n);
-    for (int64_t i = n; i < parts.size(); ++i) x[i] = V{} + infinity<C>();
-    sort_part(x, parts.first, ahead);
-    sort_part(x + parts.first, parts.second, ahead);
-    low = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.lo);
-    high = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.hi - 1);
+    V ends[2];
+    find_ends(window, x, V{} + infinity<C>(), ends, ahead);
+    low = ends[0];
+    high = ends[1];
     if (cells > 2) {
       from = next_above<C>(low);
       below = high;
@@ -278,32 +347,38 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   }
 }
 
-template <class C>
-void run_many(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
-              Ahead& ahead) {
-  using V = typename Simd<C>::V;
-  constexpr int lanes = Simd<C>::lanes;
+template <class S>
+void run_many(const Window& window, const S* const* src, int64_t columns, ComputeOf<S>* scratch, ComputeOf<S>* out,
+              uint8_t* nonfinite, Ahead& ahead) {
+  using C = ComputeOf<S>;
+  using V = typename Sorted<S>::V;
   Guess<C>* guess = reinterpret_cast<Guess<C>*>(scratch);
   V* x = reinterpret_cast<V*>(guess + 2);
-  for (int64_t at = 0; at < columns; at += lanes) {
+  const auto select = [&](C* result) {
+    if constexpr (sizeof(S) == 2) {
+      V ends[2];
+      find_ends(window, x, Sorted<S>::top(), ends, ahead);
+      if (window.hi - window.lo == 2)
+        Sorted<S>::store_mean(ends, 0, 2, result);
+      else
+        Sorted<S>::store_mean(ends, 0, 1, result);
+    } else {
+      store_mean_of_many<C>(window, x, guess, result, ahead);
+    }
+  };
+  for (int64_t at = 0; at < columns; at += kStored<S>) {
     V check[4] = {};  // apart, because each waits for the one before
     int64_t i = 0;
     for (; i + 4 <= window.n; i += 4)
 #pragma GCC unroll 4
-      for (int64_t k = 0; k < 4; ++k) {
-        x[i + k] = load(src[i + k] + at);
-        check[k] = fmadd(x[i + k], V{}, check[k]);
-      }
-    for (; i < window.n; ++i) {
-      x[i] = load(src[i] + at);
-      check[0] = fmadd(x[i], V{}, check[0]);
-    }
-    if (__builtin_expect(any_nan((check[0] + check[1]) + (check[2] + check[3])), false)) {
-      const auto nan_cells = patch_nonfinite<C>(src, window.n, at, x, nonfinite);
-      store_mean_of_many<C>(window, x, guess, out + at, ahead);
-      spoil_nan<C>(window, nan_cells, out + at);
+      for (int64_t k = 0; k < 4; ++k) x[i + k] = Sorted<S>::read(src[i + k] + at, check[k]);
+    for (; i < window.n; ++i) x[i] = Sorted<S>::read(src[i] + at, check[0]);
+    if (__builtin_expect(Sorted<S>::special(check[0], check[1]) || Sorted<S>::special(check[2], check[3]), false)) {
+      const auto nan_cells = Sorted<S>::patch(src, window.n, at, x, nonfinite);
+      select(out + at);
+      spoil_nan(window, nan_cells, out + at);
     } else {
-      store_mean_of_many<C>(window, x, guess, out + at, ahead);
+      select(out + at);
     }
     ahead.step();
   }
@@ -352,7 +427,7 @@ struct UnrolledWeighted {
       const bool careful = any_nan(check[0] + check[1]);
       Index nan_cells = {};
       if (__builtin_expect(careful, false)) {
-        patch_nonfinite<C>(src, window.n, at, x, nonfinite);
+        Sorted<C>::patch(src, window.n, at, x, nonfinite);
         for (int64_t i = 0; i < window.n; ++i) {
           const V value = load(src[i] + at);
           nan_cells += (value != value) & static_cast<I>(window.reduced[i]);
@@ -436,7 +511,7 @@ void run_weighted(const Window& window, const C* const* src, int64_t columns, C*
       __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
     }
     const bool careful = any_nan(check);
-    if (__builtin_expect(careful, false)) patch_nonfinite<C>(src, window.n, at, x, nonfinite);
+    if (__builtin_expect(careful, false)) Sorted<C>::patch(src, window.n, at, x, nonfinite);
     for (int64_t c = 0; c < window.comparators; ++c) {
       const int64_t low = net[c].low, high = net[c].high;
       const V a = x[low], b = x[high];
@@ -461,19 +536,40 @@ void run_weighted(const Window& window, const C* const* src, int64_t columns, C*
   }
 }
 
-template <class C>
-void run(const Window& window, const C* const* src, int64_t columns, C* scratch, C* out, uint8_t* nonfinite,
-         Ahead& ahead) {
-  Selector<C> selector = &run_many<C>;
-  constexpr int64_t most = sizeof(C) == 4 ? INT32_MAX : INT64_MAX;
-  if (window.reduced && window.n <= kUnrolledRows && window.reduced_total <= most)
-    selector = unrolled_weighted<C>(window.n, MakeIndices<kUnrolledRows / 4>::type{});
-  else if (window.multiplicities)
-    selector = &run_weighted<C>;
-  else if (is_unrolled(window))
-    selector = is_median(window) ? unrolled_median<C>(window.n, MakeIndices<kUnrolledRows>::type{})
-                                 : unrolled_sort<C>(window.n, MakeIndices<kUnrolledRows / 4>::type{});
-  selector(window, src, columns, scratch, out, nonfinite, ahead);
+// The rows of a few columns at a time, widened: for what is only written for float32.
+constexpr int64_t kWidened = 64;
+
+template <class S>
+void run_widened(const Window& window, const S* const* src, int64_t columns, float* scratch, float* out,
+                 uint8_t* nonfinite, Ahead& ahead) {
+  float* wide = scratch + select_scratch<float>(window);
+  const float** rows = reinterpret_cast<const float**>(wide + window.n * kWidened);
+  for (int64_t at = 0; at < columns; at += kWidened) {
+    const int64_t count = min64(kWidened, columns - at);
+    for (int64_t i = 0; i < window.n; ++i) {
+      rows[i] = wide + i * kWidened;
+      widen_run(src[i] + at, count, wide + i * kWidened);
+    }
+    select_tile<float>(window, rows, count, scratch, out + at, nonfinite, ahead);
+  }
+}
+
+// The unrolled networks, and two parts where only the ends of the window count.
+bool sorts_shorts(const Window& w) { return is_unrolled(w) || (w.n <= kSortedRows && w.hi - w.lo <= 2 && !w.multiplicities); }
+
+template <class S>
+Selector<S> selector_for(const Window& window) {
+  constexpr int64_t most = sizeof(S) == 4 ? INT32_MAX : INT64_MAX;
+  if constexpr (sizeof(S) == 2) {
+    if (!sorts_shorts(window)) return &run_widened<S>;
+  } else {
+    if (window.reduced && window.n <= kUnrolledRows && window.reduced_total <= most)
+      return unrolled_weighted<S>(window.n, MakeIndices<kUnrolledRows / 4>::type{});
+    if (window.multiplicities) return &run_weighted<S>;
+  }
+  if (!is_unrolled(window)) return &run_many<S>;
+  return is_median(window) ? unrolled_median<S>(window.n, typename MakeIndices<kUnrolledRows>::type{})
+                           : unrolled_sort<S>(window.n, typename MakeIndices<kUnrolledRows / 4>::type{});
 }
 
 }  // namespace
@@ -520,20 +616,29 @@ void release_window(Window& window) {
   free(window.reduced);
 }
 
-int64_t select_scratch(const Window& window, bool is_double) {
-  // Values and their rows; or two guesses and the values, filled up.
+template <class S>
+int64_t select_scratch(const Window& window) {
+  // Values and their rows; or two guesses and the values, filled up. Then what is widened, and pointers to it.
   const int64_t filled = window.n <= kSortedRows ? Parts(window.n).size() : window.n;
-  return max64(2 * window.n, filled + 4) * (is_double ? Simd<double>::lanes : Simd<float>::lanes);
+  const int64_t sorting = max64(2 * window.n, filled + 4) * Simd<ComputeOf<S>>::lanes;
+  return sorting + (sizeof(S) == 2 && !sorts_shorts(window) ? window.n * (kWidened + 2) : 0);
 }
 
-void select_tile(const Window& window, const float* const* src, int64_t columns, float* scratch, float* out,
+template <class S>
+void select_tile(const Window& window, const S* const* src, int64_t columns, ComputeOf<S>* scratch, ComputeOf<S>* out,
                  uint8_t* nonfinite, Ahead& ahead) {
-  run<float>(window, src, columns, scratch, out, nonfinite, ahead);
+  selector_for<S>(window)(window, src, columns, scratch, out, nonfinite, ahead);
 }
-void select_tile(const Window& window, const double* const* src, int64_t columns, double* scratch, double* out,
-                 uint8_t* nonfinite, Ahead& ahead) {
-  run<double>(window, src, columns, scratch, out, nonfinite, ahead);
-}
+
+#define RK_SELECT(S)                                                                                             \
+  template int64_t select_scratch<S>(const Window&);                                                             \
+  template void select_tile<S>(const Window&, const S* const*, int64_t, ComputeOf<S>*, ComputeOf<S>*, uint8_t*, \
+                               Ahead&);
+RK_SELECT(Half)
+RK_SELECT(Bfloat)
+RK_SELECT(float)
+RK_SELECT(double)
+#undef RK_SELECT
 
 }  // namespace RK_ISA
 }  // namespace rk

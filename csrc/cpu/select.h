@@ -20,14 +20,14 @@ struct Window {
 bool prepare_window(Window& window);  // false: out of memory
 void release_window(Window& window);
 
-// Scratch values (of the compute type) that select_tile needs; zeros before the first tile of a thread.
-int64_t select_scratch(const Window& window, bool is_double);
+// Scratch values (of the compute type) that select_tile needs for rows of S; zeros before the first tile of a thread.
+template <class S>
+int64_t select_scratch(const Window& window);
 
-// src: n pointers to `columns` values, a multiple of the vector.
-// nonfinite[i] becomes 1 where row i holds a NaN or Inf.
-void select_tile(const Window&, const float* const* src, int64_t columns, float* scratch, float* out,
-                 uint8_t* nonfinite, Ahead& ahead);
-void select_tile(const Window&, const double* const* src, int64_t columns, double* scratch, double* out,
+// src: n pointers to `columns` values, a multiple of the vector; out in the compute type.
+// nonfinite[i] becomes 1 where row i holds a NaN or Inf. Steps ahead once a vector.
+template <class S>
+void select_tile(const Window&, const S* const* src, int64_t columns, ComputeOf<S>* scratch, ComputeOf<S>* out,
                  uint8_t* nonfinite, Ahead& ahead);
 
 }  // namespace RK_ISA

@@ -46,6 +46,12 @@ using F32 = Simd<float>::V;
 using F64 = Simd<double>::V;
 typedef float HalfF32 __attribute__((vector_size(RK_VECTOR_BYTES / 2), aligned(1), may_alias));
 constexpr int kDoubles = Simd<double>::lanes;
+typedef int16_t I16 __attribute__((vector_size(RK_VECTOR_BYTES)));
+typedef int16_t UnalignedI16 __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
+
+// Values of a storage type in a vector.
+template <class S>
+constexpr int64_t kStored = RK_VECTOR_BYTES / static_cast<int64_t>(sizeof(S));
 
 template <class C>
 constexpr C infinity() {
@@ -101,6 +107,8 @@ RK_INLINE C load_scalar(const C* p) {
 
 // min and max for numbers: what they do with a NaN differs between machines, so none may come here.
 #if defined(__AVX512F__)
+RK_INLINE I16 vmin(I16 a, I16 b) { return I16(_mm512_min_epi16(__m512i(a), __m512i(b))); }
+RK_INLINE I16 vmax(I16 a, I16 b) { return I16(_mm512_max_epi16(__m512i(a), __m512i(b))); }
 RK_INLINE F32 vmin(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 RK_INLINE F32 vmax(F32 a, F32 b) { return _mm512_max_ps(a, b); }
 RK_INLINE F64 vmin(F64 a, F64 b) { return _mm512_min_pd(a, b); }
@@ -108,6 +116,8 @@ RK_INLINE F64 vmax(F64 a, F64 b) { return _mm512_max_pd(a, b); }
 RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
 RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 #elif defined(__AVX2__)
+RK_INLINE I16 vmin(I16 a, I16 b) { return I16(_mm256_min_epi16(__m256i(a), __m256i(b))); }
+RK_INLINE I16 vmax(I16 a, I16 b) { return I16(_mm256_max_epi16(__m256i(a), __m256i(b))); }
 RK_INLINE F32 vmin(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 RK_INLINE F32 vmax(F32 a, F32 b) { return _mm256_max_ps(a, b); }
 RK_INLINE F64 vmin(F64 a, F64 b) { return _mm256_min_pd(a, b); }
@@ -115,6 +125,8 @@ RK_INLINE F64 vmax(F64 a, F64 b) { return _mm256_max_pd(a, b); }
 RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
 RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 #elif defined(__x86_64__)
+RK_INLINE I16 vmin(I16 a, I16 b) { return I16(_mm_min_epi16(__m128i(a), __m128i(b))); }
+RK_INLINE I16 vmax(I16 a, I16 b) { return I16(_mm_max_epi16(__m128i(a), __m128i(b))); }
 RK_INLINE F32 vmin(F32 a, F32 b) { return _mm_min_ps(a, b); }
 RK_INLINE F32 vmax(F32 a, F32 b) { return _mm_max_ps(a, b); }
 RK_INLINE F64 vmin(F64 a, F64 b) { return _mm_min_pd(a, b); }
@@ -122,6 +134,8 @@ RK_INLINE F64 vmax(F64 a, F64 b) { return _mm_max_pd(a, b); }
 RK_INLINE F64 fmadd(F64 a, F64 b, F64 c) { return a * b + c; }
 RK_INLINE F32 fmadd(F32 a, F32 b, F32 c) { return a * b + c; }
 #else
+RK_INLINE I16 vmin(I16 a, I16 b) { return a < b ? a : b; }
+RK_INLINE I16 vmax(I16 a, I16 b) { return a < b ? b : a; }
 RK_INLINE F32 vmin(F32 a, F32 b) { return a < b ? a : b; }
 RK_INLINE F32 vmax(F32 a, F32 b) { return a < b ? b : a; }
 RK_INLINE F64 vmin(F64 a, F64 b) { return a < b ? a : b; }
@@ -290,17 +304,16 @@ RK_INLINE Half narrow(float x, Half) {
 template <class S>
 struct Storage {
   using Compute = S;
-  static constexpr bool direct = true;  // tiles are used where they lie
 };
 template <>
 struct Storage<Half> {
   using Compute = float;
-  static constexpr bool direct = false;
+  static constexpr int16_t infinity = 0x7c00;
 };
 template <>
 struct Storage<Bfloat> {
   using Compute = float;
-  static constexpr bool direct = false;
+  static constexpr int16_t infinity = 0x7f80;
 };
 
 // kDoubles stored values as float64.
@@ -329,14 +342,52 @@ RK_INLINE F64 load_double(const S* p) {
 }
 #endif
 
+// A vector of stored values as float32, and back (to nearest even; a NaN stays one).
+RK_INLINE F32 load_single(const float* p) { return load(p); }
+#if defined(__AVX512F__)
+RK_INLINE F32 load_single(const Half* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+RK_INLINE F32 load_single(const Bfloat* p) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+RK_INLINE void store_narrow(Half* p, F32 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+RK_INLINE F32 load_single(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+RK_INLINE F32 load_single(const Bfloat* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+RK_INLINE void store_narrow(Half* p, F32 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class S>
+RK_INLINE F32 load_single(const S* p) {
+  float values[Simd<float>::lanes];
+  for (int lane = 0; lane < Simd<float>::lanes; ++lane) values[lane] = widen(load_scalar(p + lane));
+  return load(values);
+}
+RK_INLINE void store_narrow(Half* p, F32 v) {
+  for (int lane = 0; lane < Simd<float>::lanes; ++lane) p[lane] = narrow(v[lane], Half{});
+}
+#endif
+RK_INLINE void store_narrow(Bfloat* p, F32 v) {
+  using Key = Simd<float>::Key;
+  const Key bits = reinterpret_cast<Key>(v), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Key stored = (bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16) | 0x40u : rounded;
+  for (int lane = 0; lane < Simd<float>::lanes; ++lane) p[lane].bits = static_cast<uint16_t>(stored[lane]);
+}
+
 template <class S>
 RK_INLINE void widen_run(const S* src, int64_t count, float* dst) {
   int64_t j = 0;
-#if defined(__F16C__)
-  if constexpr (__is_same(S, Half))
-    for (; j + 8 <= count; j += 8)
-      _mm256_storeu_ps(dst + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + j))));
-#endif
+  for (; j + Simd<float>::lanes <= count; j += Simd<float>::lanes) store(dst + j, load_single(src + j));
   for (; j < count; ++j) dst[j] = widen(load_scalar(src + j));
 }
 RK_INLINE void widen_run(const float* src, int64_t count, float* dst) {
@@ -348,7 +399,9 @@ RK_INLINE void widen_run(const double* src, int64_t count, double* dst) {
 
 template <class S>
 RK_INLINE void narrow_run(const float* src, int64_t count, S* dst) {
-  for (int64_t j = 0; j < count; ++j) {
+  int64_t j = 0;
+  for (; j + Simd<float>::lanes <= count; j += Simd<float>::lanes) store_narrow(dst + j, load(src + j));
+  for (; j < count; ++j) {
     const S value = narrow(src[j], S{});
     memcpy(dst + j, &value, sizeof(S));
   }

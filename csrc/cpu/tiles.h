@@ -193,32 +193,19 @@ class Workspace {
   int64_t bytes_ = 0, stride_ = 0;
 };
 
-// Columns of the buffer that read_tile needs where tiles are whole vectors, or a tail below one.
+// Points src[i] at `columns` values of row i: in place where they are whole vectors, otherwise (a tail) copied into
+// `buffer` (n, stride), with zeros up to a whole vector.
 template <class S>
-RK_INLINE int64_t buffer_columns(int64_t tile) {
-  return Storage<S>::direct ? Simd<typename Storage<S>::Compute>::lanes : tile;
-}
-
-// Points src[i] at `columns` values of row i in the compute type: in place where that is possible, otherwise
-// widened into `buffer` (n, stride). Columns after the last are zeros up to a whole vector.
-template <class S>
-RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t stride,
-                         typename Storage<S>::Compute* buffer, const typename Storage<S>::Compute** src) {
-  using C = typename Storage<S>::Compute;
-  constexpr int64_t lanes = Simd<C>::lanes;
-  const int64_t padded = (columns + lanes - 1) / lanes * lanes;
+RK_INLINE void read_tile(const Rows& rows, int64_t segment, int64_t first, int64_t columns, int64_t stride, S* buffer,
+                         const S** src) {
+  const int64_t padded = round_up(columns, kStored<S>);
   for (int64_t i = 0; i < rows.n; ++i) {
-    const S* row = static_cast<const S*>(rows.data[segment * rows.n + i]) + first;
-    if constexpr (Storage<S>::direct) {
-      if (padded == columns) {
-        src[i] = row;
-        continue;
-      }
-    }
-    C* dst = buffer + i * stride;
-    widen_run(row, columns, dst);
-    for (int64_t j = columns; j < padded; ++j) dst[j] = 0;
-    src[i] = dst;
+    src[i] = static_cast<const S*>(rows.data[segment * rows.n + i]) + first;
+    if (padded == columns) continue;
+    S* copy = buffer + i * stride;
+    memcpy(copy, src[i], sizeof(S) * static_cast<size_t>(columns));
+    memset(copy + columns, 0, sizeof(S) * static_cast<size_t>(padded - columns));
+    src[i] = copy;
   }
 }
 
