@@ -16,74 +16,114 @@ struct Count {
 
 // ---- select_columns ------------------------------------------------------------------------------------
 
-// 1 where all the values of a row are numbers.
-template <class S>
-RK_INLINE bool is_finite_run(const S* row, int64_t columns) {
-  F64 check = {};
-  for (int64_t j = 0; j < columns; j += kDoubles) check = fmadd(load_double(row + j), F64{}, check);
-  return !any_nan(check);
-}
+constexpr int64_t kMixRows = 4;                            // mixtures made together,
+constexpr int64_t kMixVectors = kVectorBytes == 64 ? 4 : 2;  // and vectors of each: the sums fit the registers
 
-constexpr int64_t kMixRows = 4;
-
-// mixed[r * tile + j] = sum over i of weights[r, i] * src[i][j], also or only rounded to C (either may be null); what
-// has weight 0 is left out, NaN and Inf too. kMixRows mixtures at a time, so that a value is loaded and widened once
-// for them; the results have room for whole groups. `used` is scratch of n.
-template <class S, class C = ComputeOf<S>>
-void mix_tile(const double* weights, int64_t k, int64_t n, const S* const* src, int64_t columns, int64_t tile,
-              double* mixed, C* rounded, uint8_t* finite, int64_t* used, Ahead& ahead) {
-  constexpr int64_t kRows = kMixRows, kVectors = 2;
-  for (int64_t i = 0; i < n; ++i) finite[i] = is_finite_run(src[i], columns);
-  for (int64_t r = 0; r < k; r += kRows) {
-    const double* w[kRows];
-    for (int64_t p = 0; p < kRows; ++p) w[p] = weights + min64(r + p, k - 1) * n;
-    ahead.step();
-    int64_t n_used = 0;
-    bool special = false;
-    for (int64_t i = 0; i < n; ++i) {
-      if (w[0][i] == 0 && w[1][i] == 0 && w[2][i] == 0 && w[3][i] == 0) continue;
-      if (finite[i])
-        used[n_used++] = i;
-      else
-        special = true;
+// A matrix of weights in the order in which it is used: for each group of kMixRows mixtures the rows of which any of
+// them takes some, and their weights side by side. Room for whole groups.
+class Mixing {
+ public:
+  bool prepare(const double* weights, int64_t k, int64_t n) {
+    weights_ = weights;
+    k_ = k;
+    n_ = n;
+    const int64_t groups = this->groups();
+    const int64_t starts = space_.reserve<int64_t>(groups + 1), rows = space_.reserve<int64_t>(groups * n);
+    const int64_t factors = space_.reserve<double>(groups * n * kMixRows);
+    if (!space_.allocate(1)) return false;
+    start_ = space_.part<int64_t>(0, starts);
+    row_ = space_.part<int64_t>(0, rows);
+    factor_ = space_.part<double>(0, factors);
+    int64_t used = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      start_[g] = used;
+      for (int64_t i = 0; i < n; ++i) {
+        bool any = false;
+        for (int64_t p = 0; p < kMixRows; ++p) {
+          const int64_t r = g * kMixRows + p;
+          factor_[used * kMixRows + p] = r < k ? weights[r * n + i] : 0;
+          any |= factor_[used * kMixRows + p] != 0;
+        }
+        row_[used] = i;
+        used += any;
+      }
     }
-    const auto mix = [&](int64_t j, auto vectors) {
-      constexpr int64_t width = decltype(vectors)::value;
-      F64 sum[kRows][width];
-      clear(sum);
-      for (int64_t u = 0; u < n_used; ++u) {
-        const int64_t i = used[u];
-        F64 x[width];
-#pragma GCC unroll 2
-        for (int64_t v = 0; v < width; ++v) x[v] = load_double(src[i] + j + v * kDoubles);
+    start_[groups] = used;
+    return true;
+  }
+  int64_t groups() const { return (k_ + kMixRows - 1) / kMixRows; }
+
+  // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], also or only rounded to C (either may be
+  // null). A row with a NaN or Inf (not finite[i]) is never multiplied by 0.
+  template <class C>
+  void run(const double* x, int64_t columns, int64_t tile, const uint8_t* finite, double* mixed, C* rounded,
+           Ahead& ahead) const {
+    for (int64_t g = 0; g < groups(); ++g) {
+      ahead.step();
+      bool special = false;
+      for (int64_t u = start_[g]; u < start_[g + 1]; ++u) special |= !finite[row_[u]];
+      int64_t j = 0;
+      if (__builtin_expect(!special, true))
+        for (; j + kMixVectors * kDoubles <= columns; j += kMixVectors * kDoubles)
+          mix<kMixVectors>(g, x + j, tile, mixed ? mixed + j : nullptr, rounded ? rounded + j : nullptr);
+      for (; j < columns; j += kDoubles)
+        if (!special)
+          mix<1>(g, x + j, tile, mixed ? mixed + j : nullptr, rounded ? rounded + j : nullptr);
+        else
+          for (int64_t r = g * kMixRows; r < min64((g + 1) * kMixRows, k_); ++r) {
+            F64 sum = {};
+            for (int64_t i = 0; i < n_; ++i)
+              if (weights_[r * n_ + i] != 0) sum = fmadd(splat<F64>(weights_[r * n_ + i]), load(x + i * tile + j), sum);
+            if (mixed) store(mixed + r * tile + j, sum);
+            if (rounded) store_rounded(rounded + r * tile + j, sum);
+          }
+    }
+  }
+
+ private:
+  template <int64_t kVectors, class C>
+  RK_INLINE void mix(int64_t g, const double* x, int64_t tile, double* mixed, C* rounded) const {
+    F64 sum[kMixRows][kVectors];
+    clear(sum);
+    for (int64_t u = start_[g]; u < start_[g + 1]; ++u) {
+      const double *row = x + row_[u] * tile, *factor = factor_ + u * kMixRows;
+      F64 value[kVectors];
 #pragma GCC unroll 4
-        for (int64_t p = 0; p < kRows; ++p) {
-          const F64 factor = splat<F64>(w[p][i]);
-#pragma GCC unroll 2
-          for (int64_t v = 0; v < width; ++v) sum[p][v] = fmadd(factor, x[v], sum[p][v]);
-        }
-      }
+      for (int64_t v = 0; v < kVectors; ++v) value[v] = load(row + v * kDoubles);
 #pragma GCC unroll 4
-      for (int64_t p = 0; p < kRows; ++p)
-#pragma GCC unroll 2
-        for (int64_t v = 0; v < width; ++v) {
-          const int64_t at = (r + p) * tile + j + v * kDoubles;
-          if (mixed) store(mixed + at, sum[p][v]);
-          if (rounded) store_rounded(rounded + at, sum[p][v]);
-        }
-    };
-    int64_t j = 0;
-    for (; j + kVectors * kDoubles <= columns; j += kVectors * kDoubles) mix(j, Count<kVectors>{});
-    for (; j < columns; j += kDoubles) mix(j, Count<1>{});
-    if (!special) continue;
-    for (int64_t p = 0; p < min64(kRows, k - r); ++p)  // again one by one: a weight of 0 must not meet a NaN or Inf
-      for (j = 0; j < columns; j += kDoubles) {
-        F64 sum = {};
-        for (int64_t i = 0; i < n; ++i)
-          if (w[p][i] != 0) sum = fmadd(splat<F64>(w[p][i]), load_double(src[i] + j), sum);
-        if (mixed) store(mixed + (r + p) * tile + j, sum);
-        if (rounded) store_rounded(rounded + (r + p) * tile + j, sum);
+      for (int64_t p = 0; p < kMixRows; ++p) {
+        const F64 weight = splat<F64>(factor[p]);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) sum[p][v] = fmadd(weight, value[v], sum[p][v]);
       }
+    }
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < kMixRows; ++p)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t at = (g * kMixRows + p) * tile + v * kDoubles;
+        if (mixed) store(mixed + at, sum[p][v]);
+        if (rounded) store_rounded(rounded + at, sum[p][v]);
+      }
+  }
+
+  Workspace space_;
+  const double* weights_ = nullptr;
+  double* factor_ = nullptr;
+  int64_t *start_ = nullptr, *row_ = nullptr, k_ = 0, n_ = 0;
+};
+
+// A tile as float64, and which rows of it are numbers throughout.
+template <class S>
+void widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, double* wide, uint8_t* finite) {
+  for (int64_t i = 0; i < n; ++i) {
+    F64 check = {};
+    for (int64_t j = 0; j < columns; j += kDoubles) {
+      const F64 x = load_double(src[i] + j);
+      check = fmadd(x, F64{}, check);
+      store(wide + i * tile + j, x);
+    }
+    finite[i] = !any_nan(check);
   }
 }
 
@@ -108,15 +148,10 @@ RK_INLINE double sq_distance(const A* a, const double* c, int64_t columns, doubl
 }
 
 template <class S>
-void note_nonfinite(const S* const* src, int64_t n, int64_t columns, uint8_t* nonfinite) {
-  for (int64_t i = 0; i < n; ++i) nonfinite[i] |= !is_finite_run(src[i], columns);
-}
-
-template <class S>
 struct SelectParts {  // a thread's scratch
   using C = ComputeOf<S>;
-  int64_t buffer, src, mixed, mixed_rounded, mixed_src, measured, network, out, centre, rounded, nonfinite,
-      mixed_nonfinite, finite, used;
+  int64_t buffer, src, wide, mixed, mixed_rounded, mixed_src, measured, network, out, centre, rounded, nonfinite,
+      mixed_nonfinite, finite;
 };
 
 template <class S>
@@ -127,7 +162,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
   // Mixtures take room of their own; distances read the tile a second time, so it should still be in the first-level cache.
   const bool small_tile = select.sq_distances && n <= 32;
-  const int64_t tile = select.mix ? max64(2048 / max64(n, k) / 64, 1) * 64
+  const int64_t tile = select.mix || remeasure ? max64(2048 / max64(n, k) / 64, 1) * 64
                                   : round_up(tile_columns(n, small_tile ? 4 * sizeof(S) : sizeof(S)), kStored<S>);
   Grid grid = streaming_grid(rows, tile);
   // The partial distances stay far below the input: at least 512 columns to a task.
@@ -135,12 +170,16 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
   const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 
+  Mixing mixing, measuring;
+  if (select.mix && !mixing.prepare(select.mix, k, n)) return Status::out_of_memory;
+  if (remeasure && !measuring.prepare(select.measure, n_measured, n)) return Status::out_of_memory;
   Window window{k, select.lo, select.hi, select.multiplicities};
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;
   at.buffer = space.reserve<S>(n * kStored<S>);
   at.src = space.reserve<const S*>(n);
+  at.wide = space.reserve<double>(select.mix || remeasure ? n * tile : 0);
   at.mixed = space.reserve<double>(select.mix ? (k + kMixRows) * tile : 0);
   at.mixed_rounded = space.reserve<C>(select.mix ? (k + kMixRows) * tile : 0);
   at.mixed_src = space.reserve<const C*>(k);
@@ -154,7 +193,6 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   at.nonfinite = space.reserve<uint8_t>(n);
   at.mixed_nonfinite = space.reserve<uint8_t>(k);
   at.finite = space.reserve<uint8_t>(n);
-  at.used = space.reserve<int64_t>(n);
   Workspace sums;
   const int64_t partial = sums.reserve<double>(select.sq_distances ? grid.n_tasks * n_measured : 0);
   if (!space.allocate(threads) || !sums.allocate(1)) {
@@ -167,6 +205,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   in_threads(threads, [&](int thread) {
     S* buffer = space.part<S>(thread, at.buffer);
     const S** src = space.part<const S*>(thread, at.src);
+    double* wide = space.part<double>(thread, at.wide);
     double* mixed = space.part<double>(thread, at.mixed);
     C* mixed_rounded = space.part<C>(thread, at.mixed_rounded);
     const C** mixed_src = space.part<const C*>(thread, at.mixed_src);
@@ -178,7 +217,6 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     uint8_t* nonfinite = space.part<uint8_t>(thread, at.nonfinite);
     uint8_t* mixed_nonfinite = space.part<uint8_t>(thread, at.mixed_nonfinite);
     uint8_t* finite = space.part<uint8_t>(thread, at.finite);
-    int64_t* used = space.part<int64_t>(thread, at.used);
     memset(nonfinite, 0, static_cast<size_t>(n));
     memset(network, 0, sizeof(C) * static_cast<size_t>(scratch));
 
@@ -186,17 +224,16 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns, double* distances) {
       const int64_t padded = round_up(columns, kStored<S>);
       Ahead ahead = ahead_of<S>(rows, segment, first + columns, columns,
-                                select.mix ? (k + kMixRows - 1) / kMixRows : padded / kStored<S>);
+                                select.mix ? mixing.groups() : padded / kStored<S>);
       read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
       if (select.mix) {
         const bool keep = distances && select.measure == select.mix;
-        mix_tile<S>(select.mix, k, n, src, padded, tile, keep ? mixed : nullptr, mixed_rounded, finite, used, ahead);
+        widen_tile(src, n, padded, tile, wide, finite);
+        mixing.run(wide, padded, tile, finite, keep ? mixed : nullptr, mixed_rounded, ahead);
         for (int64_t r = 0; r < k; ++r) mixed_src[r] = mixed_rounded + r * tile;
         memset(mixed_nonfinite, 0, static_cast<size_t>(k));
         select_tile<C>(window, mixed_src, padded, network, out, mixed_nonfinite, ahead);
-        bool any = false;
-        for (int64_t r = 0; r < k; ++r) any |= mixed_nonfinite[r] != 0;
-        if (any) note_nonfinite(src, n, padded, nonfinite);
+        for (int64_t i = 0; i < n; ++i) nonfinite[i] |= !finite[i];
       } else {
         select_tile<S>(window, src, padded, network, out, nonfinite, ahead);
       }
@@ -208,8 +245,10 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       // Distances are to what is stored: 16-bit results are widened again.
       widen_run(rounded, columns, out);
       for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
-      if (remeasure)
-        mix_tile<S, C>(select.measure, n_measured, n, src, padded, tile, measured, nullptr, finite, used, ahead);
+      if (remeasure) {
+        if (!select.mix) widen_tile(src, n, padded, tile, wide, finite);
+        measuring.run<C>(wide, padded, tile, finite, measured, nullptr, ahead);
+      }
       const double* virtual_rows = remeasure ? measured : mixed;
       for (int64_t i = 0; i < n_measured; ++i)
         distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, centre, padded, select.scale)
