@@ -156,6 +156,21 @@ RK_INLINE void in_threads(int threads, Body&& body) {
 // The next task for whichever thread asks.
 RK_INLINE int64_t take(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
 
+// True where all the values of a row are numbers; `columns` is a multiple of the vector.
+template <class S>
+RK_INLINE bool is_finite_run(const S* row, int64_t columns) {
+  if constexpr (sizeof(S) == 2) {
+    I16 most = {};
+    for (int64_t j = 0; j < columns; j += kStored<S>)
+      most = vmax(most, *reinterpret_cast<const UnalignedI16*>(row + j) & 0x7fff);
+    return !any_set(most >= Storage<S>::infinity);
+  } else {
+    typename Simd<S>::V check = {};
+    for (int64_t j = 0; j < columns; j += kStored<S>) check = fmadd(load(row + j), typename Simd<S>::V{}, check);
+    return !any_nan(check);
+  }
+}
+
 // One aligned block cut into typed parts, one of them per thread; freed at the end of the scope.
 class Workspace {
  public:
