@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,9 +15,10 @@ import pytest
 from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
-from robustkern import benchmark, peers
+from robustkern import _registry, benchmark, peers, suites
 from robustkern._kernels import DTYPES, Rows
 from robustkern.backends.cpp import Cpp
+from robustkern.benchmark import Line
 from robustkern.cli import app
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -171,6 +174,8 @@ def test_bench_command(tmp_path: Path) -> None:
     [
         (["--dtype", "int8"], "--dtype must be float16, bfloat16, float32 or float64; got 'int8'"),
         (["--against", "nothing"], "against: 'nothing' is not known"),
+        (["--suite", "speed"], "--suite: 'speed' is not known (known: rules, dtypes, calls, trees, memory, threads,"),
+        (["--suite", "trees", "--plot", "x.png"], "--plot draws the rules (add --suite rules)"),
         (["--rules", "medain", "--n", "3", "--d", "9"], "did you mean 'median'"),
     ],
 )
@@ -178,3 +183,78 @@ def test_bench_errors(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["bench", *arguments])
     assert run.exit_code == 1
     assert message in " ".join(run.output.split())
+
+
+# ---- suites ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_each_suite_yields_figures_and_goals(suite: str) -> None:
+    measure, cases = suites.SUITES[suite]
+    for case in cases if suite in ("calls", "threads") else cases[:2]:
+        lines = list(measure(*case, 1, 2000))
+        assert lines or (suite == "calls" and case[1] > 2000)
+        for line in lines:
+            assert line.name == suite
+            assert line.figure is not None
+            # Few pages are touched for rows so small; a time is never zero.
+            assert line.figure >= 0 if suite == "memory" else line.figure > 0
+            assert line.unit
+            assert line.goal is not None or line.what.startswith(("read pass", "trimmed_mean, n=10, d=1000"))
+            assert line.floor == line.what.endswith("all threads")
+
+
+def test_a_floor_is_missed_from_below() -> None:
+    assert Line("a", "b", 1.2, "x", 1.1).missed
+    assert not Line("a", "b", 1.1, "x", 1.1).missed
+    assert Line("a", "b", 0.8, "x", 0.9, floor=True).missed
+    assert not Line("a", "b", 0.95, "x", 0.9, floor=True).missed
+    assert not Line("a", "b", 9.0, "x").missed
+    assert not Line("a", "b", None, "why", 1.0).missed
+    assert Line("a", "b", 0.8, "x", 0.9, floor=True).wanted == ">= 0.9"
+
+
+def test_leaves_are_of_every_size_and_the_same_each_time() -> None:
+    sizes = suites.tree_sizes(4_000_000)
+    assert sizes == suites.tree_sizes(4_000_000)
+    assert len(sizes) == 300
+    assert min(sizes) == 1
+    assert 100_000 < max(sizes) < 1_000_000
+    assert abs(sum(sizes) - 4_000_000) < 1000
+
+
+def test_a_suite_measures_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delay planted in what is measured is in the figure, and one in a result is an error."""
+    load = peers.PEERS["numpy"]
+
+    def late(f: int) -> dict[str, peers.Peer]:
+        def median(x: Any) -> Any:
+            time.sleep(0.05)
+            return np.median(x, axis=0)
+
+        return {**load(f), "median": median}
+
+    monkeypatch.setattr(suites, "load", lambda library, f: late(f))
+    (line,) = suites.calls("median", 10, 1, None)
+    assert line.figure is not None
+    assert line.figure < 0.2
+    monkeypatch.setattr(suites, "load", lambda library, f: {"median": lambda x: x[0]})
+    with pytest.raises(RuntimeError, match=r"median, n=10, d=10, torch: the result differs by .* please report this"):
+        list(suites.calls("median", 10, 1, None))
+    with pytest.raises(RuntimeError, match=r"memory, nothing, n=16: ValueError: .*nothing"):
+        list(suites.memory("nothing", 16, 1, 100))
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(_registry._loaded, "numba", "No module named 'numba'")
+    monkeypatch.setattr(suites, "STATUS", tmp_path / "status")
+    *rest, _ = suites.calls("median", 10, 1, None)
+    assert [(line.what, line.figure) for line in rest] == [("torch", None)]
+    assert "not measured: import of torch halted" in rest[0].unit
+    said = [*suites.numba(8, 1, 100), *suites.threads("after other pools", 1, 100), *suites.memory("median", 16, 1, 9)]
+    assert [line.unit.split(": ", 1)[1] for line in said if line.figure is None] == [
+        "backend 'numba' is not available: No module named 'numba'",
+        "import of torch halted; None in sys.modules",
+        f"{tmp_path / 'status'} is not here",
+    ]
