@@ -50,8 +50,8 @@ def test_the_read_pass_reads_every_byte(isa: str) -> None:
     assert Cpp(isa).read_pass(two) == (words(x[0, :8]) + words(x[0, 8:20])) % 2**64
 
 
-def load_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check", BENCH / "check.py")
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -60,7 +60,7 @@ def load_check() -> ModuleType:
 
 
 def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytest.CaptureFixture[str]) -> None:
-    check = load_check()
+    check = load_script("check")
     limits = {
         "slack": 1.5,
         "rows": [
@@ -97,7 +97,7 @@ def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytes
 
 def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real measurement, with a kernel that selects everything three times."""
-    check = load_check()
+    check = load_script("check")
     monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
     measure = check.measure_reads({})
     honest = sorted(measure("median", 10, "float32") for _ in range(3))[0]
@@ -258,3 +258,48 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path
         "import of torch halted; None in sys.modules",
         f"{tmp_path / 'status'} is not here",
     ]
+
+
+def test_the_page_shows_both_groups_of_several_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app,
+        [
+            *("bench", "--suite", "rules", "--suite", "trees", "--suite", "numba", "--rules", "median", "--n", "8"),
+            *("--d", "500", "--rounds", "1", "--json", str(tmp_path / "v3.json")),
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    assert "x one array's time" in run.output
+    saved = json.loads((tmp_path / "v3.json").read_text())
+    assert {line["name"] for line in saved["lines"]} == {"trees", "numba"}
+    for line, figure in zip(saved["lines"], (1.3, 1.0), strict=False):
+        line["figure"] = figure
+    saved["machine"] |= {"isa": "v3", "cpu": "One", "cores": 2}
+    (tmp_path / "v3.json").write_text(json.dumps(saved))
+    saved["machine"] |= {"isa": "v4", "cpu": "Other", "cores": 16}
+    saved["results"] = []
+    saved["lines"] = [
+        {"name": "unknown", "what": "thing | part", "figure": 0.5, "unit": "x", "goal": 0.9, "floor": True},
+        {"name": "calls", "what": "torch", "figure": None, "unit": "not measured: why", "goal": None, "floor": False},
+    ]
+    (tmp_path / "v4.json").write_text(json.dumps(saved))
+    page = load_script("page")
+    reasons = json.loads((BENCH / "reasons.json").read_text())
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["page.py", str(tmp_path / "v3.json"), str(tmp_path / "v4.json")])
+    page.main()
+    text = page.PAGE.read_text()
+    rules, lines, other = text.split("\n## ")[1:]
+    assert rules.startswith("v3: One, ")
+    assert "2 cores. Read passes / goal." in rules
+    assert "/ 1.1 |" in rules
+    assert lines.startswith("v3: One, ")
+    assert "| trees | median, n=10, 300 leaves | 1.3* | <= 1.15 | x one array's time |" in lines
+    assert "| trees | geometric_median, n=10, 300 leaves | 1 | <= 1.15 | x one array's time |" in lines
+    assert f"- trees*: {reasons['trees']}" in lines
+    assert other.startswith("v4: Other, ")
+    assert "16 cores" in other
+    assert "| unknown | thing \\| part | 0.5* | >= 0.9 | x |" in other
+    assert "| calls | torch |  |  | not measured: why |" in other
+    assert f"- thing | part*: {reasons['default']}" in other
+    assert set(suites.SUITES) <= set(reasons)
