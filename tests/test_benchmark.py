@@ -20,6 +20,7 @@ from robustkern._kernels import DTYPES, Rows
 from robustkern.backends.cpp import Cpp
 from robustkern.benchmark import Line
 from robustkern.cli import app
+from robustkern.rules import Median
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -114,6 +115,39 @@ def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Cpp, "select_columns", thrice)
     assert len(check.slow_rows(limits, benchmark.machine()["isa"], measure)) == 1
+
+
+def test_a_planted_delay_fails_the_whole_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From measuring the limits to the exit status, as CI runs it; the delay is in Python, where no kernel sees it."""
+    check = load_script("check")
+    row = {"n": 10, "dtype": "float32", "reads": {"v3": 1}}
+    limits = {"slack": 4.0, "rows": [{"rule": rule, **row} for rule in ("median", "trimmed_mean")]}
+    monkeypatch.setattr(check, "LIMITS", tmp_path / "limits.json")
+    monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
+    monkeypatch.setattr(benchmark, "machine", lambda: {"isa": "v3"})
+    check.LIMITS.write_text(json.dumps(limits))
+    monkeypatch.setattr(sys, "argv", ["check.py", "--update"])
+    assert check.main() == 0
+    measured = json.loads(check.LIMITS.read_text())
+    assert measured["slack"] == 4
+    assert all(row["reads"]["v3"] != 1 for row in measured["rows"])
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 0
+    call = Median.solve
+
+    def late(self: Median, view: Any) -> Any:
+        time.sleep(0.2)  # for a read pass of a few milliseconds
+        return call(self, view)
+
+    monkeypatch.setattr(Median, "solve", late)
+    capsys.readouterr()
+    assert check.main() == 1
+    printed = capsys.readouterr().out
+    assert "SLOW  median" in printed
+    assert "ok    trimmed_mean" in printed
+    assert "slower than bench/limits.json allows" in printed
 
 
 def test_limits_name_rules_that_exist_and_figures_for_v3() -> None:
