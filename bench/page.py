@@ -28,8 +28,8 @@ and its reason stands below the table. Peers were measured on the first columns 
 
 ![read passes against n](performance.png)
 
-The suites compare two calls made in turn, again by medians; microseconds are the least of many calls. Memory is the
-peak of a fresh process, by the operating system's account.
+The suites compare two calls made in turn, again by medians; small calls by the least times of many. Memory is the peak
+of a fresh process besides rows and result, by the operating system's account.
 
 To measure your machine: `robustkern bench --suite all` (some minutes), `robustkern bench --help` for less or for peers.
 """

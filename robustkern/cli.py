@@ -266,7 +266,7 @@ def _print_bench(results: list[Any]) -> None:
 
 
 def _print_lines(lines: list[Any]) -> None:
-    table = Table(title="medians of ratios, the least of microseconds; * misses its goal", title_justify="left")
+    table = Table(title="medians of ratios; of calls, the least times; * misses its goal", title_justify="left")
     for column in ("suite", "what", "figure", "goal", "unit"):
         table.add_column(column, justify="right" if column in ("figure", "goal") else "left", no_wrap=True)
     for line in lines:
