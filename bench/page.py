@@ -1,7 +1,8 @@
 """Writes docs/performance.md from what `robustkern bench --json` measured: python bench/page.py FILE.json...
 
-One table for each file (each machine and instruction set): goal and figure side by side and the reasons from
-`reasons.json` for the figures that miss them; or, where other libraries were measured too, they side by side.
+For each file (each machine and instruction set) what it holds: rules in read passes beside their goals, or beside other
+libraries where these were measured too; and the suites. `reasons.json` has the reasons for the figures that miss their
+goals, by rule or by how the line begins ("calls", "calls: median"); the longest that fits, or else the default.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from robustkern.benchmark import Line
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -25,7 +28,10 @@ and its reason stands below the table. Peers were measured on the first columns 
 
 ![read passes against n](performance.png)
 
-To measure your machine: `robustkern bench` (all rules, some minutes), `robustkern bench --help` for less or for peers.
+The suites compare two calls made in turn, again by medians; small calls by the least times of many. Memory is the peak
+of a fresh process besides rows and result, by the operating system's account.
+
+To measure your machine: `robustkern bench --suite all` (some minutes), `robustkern bench --help` for less or for peers.
 """
 
 
@@ -50,14 +56,14 @@ def table(results: list[dict[str, Any]], library: str) -> list[str]:
     return lines
 
 
-def heading(saved: dict[str, Any], what: str) -> list[str]:
-    """Say where and when the figures were measured."""
+def heading(saved: dict[str, Any], what: str, figures: str) -> list[str]:
+    """Say where and when the figures were measured, and what they are."""
     facts = saved["machine"]
     return [
-        f"## {facts['isa']}: {facts['cpu']}, {facts['threads']} threads, {saved['results'][0]['dtype']}{what}",
+        f"## {facts['isa']}: {facts['cpu']}, {facts['threads']} threads, {what}",
         "",
         f"{facts['date']}, robustkern {facts['robustkern']}, Python {facts['python']}, NumPy {facts['numpy']}, "
-        f"{facts['system']}. Read passes{'' if what else ' / goal'}.",
+        f"{facts['system']}, {facts['cores']} cores. {figures}.",
         "",
     ]
 
@@ -65,7 +71,7 @@ def heading(saved: dict[str, Any], what: str) -> list[str]:
 def section(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
     """Our figures beside their goals, and the reasons of those that miss them."""
     results = saved["results"]
-    lines = [*heading(saved, ""), *table(results, "robustkern"), ""]
+    lines = [*heading(saved, results[0]["dtype"], "Read passes / goal"), *table(results, "robustkern"), ""]
     missed = dict.fromkeys(r["rule"] for r in results if r["goal"] is not None and r["reads"] > r["goal"])
     lines += [f"- `{rule}`*: {reasons.get(rule, reasons['default'])}" for rule in missed]
     return [*lines, ""]
@@ -75,7 +81,7 @@ def comparison(saved: dict[str, Any]) -> list[str]:
     """Rules down, libraries across, for each n."""
     results = saved["results"]
     libraries = list(dict.fromkeys(r["library"] for r in results))
-    lines = heading(saved, ", against other libraries")
+    lines = heading(saved, f"{results[0]['dtype']}, against other libraries", "Read passes")
     for n in sorted({r["n"] for r in results}):
         reads = {(r["rule"], r["library"]): r["reads"] for r in results if r["n"] == n}
         lines += [f"| n = {n} | " + " | ".join(libraries) + " |", "|---" * (len(libraries) + 1) + "|"]
@@ -86,13 +92,33 @@ def comparison(saved: dict[str, Any]) -> list[str]:
     return lines
 
 
+def suites(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
+    """Every line of the suites beside its goal, and the reasons of those that miss it."""
+    lines = [*heading(saved, "suites", "Figure and goal"), "| suite | what | figure | goal | unit |", "|---" * 5 + "|"]
+    missed: dict[str, list[str]] = {}
+    for line in (Line(**fields) for fields in saved["lines"]):
+        what = line.what.replace("|", "\\|")
+        figure = "" if line.figure is None else f"{line.figure:.3g}{'*' if line.missed else ''}"
+        lines.append(f"| {line.name} | {what} | {figure} | {line.wanted} | {line.unit} |")
+        if line.missed:
+            full = f"{line.name}: {line.what}"
+            key = max((k for k in reasons if full.startswith(k)), key=len, default="default")
+            missed.setdefault(key, []).append(line.what)
+    lines.append("")
+    lines += [f"- {key if key != 'default' else '; '.join(what)}*: {reasons[key]}" for key, what in missed.items()]
+    return [*lines, ""]
+
+
 def main() -> None:
     reasons = json.loads((HERE / "reasons.json").read_text())
     lines = [INTRODUCTION]
     for name in sys.argv[1:]:
         saved = json.loads(Path(name).read_text())
-        alone = all(r["library"] == "robustkern" for r in saved["results"])
-        lines += section(saved, reasons) if alone else comparison(saved)
+        if saved["results"]:
+            alone = all(r["library"] == "robustkern" for r in saved["results"])
+            lines += section(saved, reasons) if alone else comparison(saved)
+        if saved.get("lines"):
+            lines += suites(saved, reasons)
     PAGE.write_text("\n".join(lines).rstrip("\n") + "\n")
     print(PAGE)
 

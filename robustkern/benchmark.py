@@ -24,7 +24,19 @@ from robustkern._registry import load_backend
 from robustkern.backends.cpp import Cpp
 from robustkern.peers import Peer, load
 
-__all__ = ["CASES", "GOALS", "VALUES", "Measured", "machine", "make_rows", "measure", "measure_peers", "plot", "save"]
+__all__ = [
+    "CASES",
+    "GOALS",
+    "VALUES",
+    "Line",
+    "Measured",
+    "machine",
+    "make_rows",
+    "measure",
+    "measure_peers",
+    "plot",
+    "save",
+]
 
 #: Values (n times d) of a measurement: 640 MB in float32, beyond any cache.
 VALUES = 160_000_000
@@ -93,6 +105,44 @@ class Measured:
     def gb_per_s(self) -> float:
         """Input bytes over time."""
         return self.n * self.d * _dtype(self.dtype).itemsize / self.seconds / 1e9
+
+
+@dataclass(frozen=True)
+class Line:
+    """One figure of `robustkern.suites`.
+
+    Attributes
+    ----------
+    name, what : str
+        The suite, and what of it.
+    figure : float or None
+        None where it could not be measured; `unit` then says why.
+    unit : str
+        Of figure and goal.
+    goal : float or None
+        The most the figure should be, where there is a goal.
+    floor : bool
+        The least instead.
+    """
+
+    name: str
+    what: str
+    figure: float | None
+    unit: str
+    goal: float | None = field(default=None)
+    floor: bool = field(default=False)
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a goal, and the figure misses it."""
+        if self.figure is None or self.goal is None:
+            return False
+        return self.figure < self.goal if self.floor else self.figure > self.goal
+
+    @property
+    def wanted(self) -> str:
+        """The goal as text."""
+        return "" if self.goal is None else f"{'>=' if self.floor else '<='} {self.goal:.3g}"
 
 
 def _dtype(name: str) -> np.dtype[Any]:
@@ -255,14 +305,6 @@ def measure_peers(rule: str, rows: Array, libraries: Sequence[str]) -> Iterator[
         yield _measured(rule, library, part, f, calls, reads)
 
 
-def call_seconds(rule: str, rows: Any, *, repeats: int = 200, **options: Any) -> float:
-    """Return the least seconds of a whole Python call, for inputs so small that the call is what costs."""
-    plan = robustkern.parse_rule(rule)
-    for _ in range(20):
-        robustkern.aggregate(rows, plan, **options)
-    return min(_time(lambda: robustkern.aggregate(rows, plan, **options)) for _ in range(repeats))
-
-
 # ---- reports ---------------------------------------------------------------------------------------------------
 
 
@@ -289,9 +331,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(results: Sequence[Measured], path: Path) -> None:
-    """Write the machine's facts and the results as JSON."""
-    path.write_text(json.dumps({"machine": machine(), "results": [asdict(r) for r in results]}, indent=1) + "\n")
+def save(results: Sequence[Measured], path: Path, lines: Sequence[Line] = ()) -> None:
+    """Write the machine's facts and what was measured as JSON."""
+    saved = {
+        "machine": machine(),
+        "results": [asdict(result) for result in results],
+        "lines": [asdict(line) for line in lines],
+    }
+    path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:

@@ -86,18 +86,31 @@ def bench(
         typer.Option(help="A rule in its text form, 'gram' or 'weighted median'; may be repeated. Default: all."),
     ] = None,
     n: Annotated[list[int] | None, typer.Option("--n", min=1, help="Rows; may be repeated.")] = None,
-    d: Annotated[int | None, typer.Option("--d", min=1, help="Columns. Default: n * d = 1.6e8.")] = None,
+    d: Annotated[int | None, typer.Option("--d", min=1, help="Columns. Default: n * d = 1.6e8 for rules.")] = None,
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "float32",
     against: Annotated[
         list[str] | None,
         typer.Option(help="numpy, torch, byzfl, geom_median, bottleneck or scipy; may be repeated."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Pairs of read pass and rule.")] = 7,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="rules, dtypes, calls, trees, memory, threads, numba or all; may be repeated. Default: rules."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of what is measured and what it is compared with.")] = 7,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write machine and figures as JSON.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw reads against n.")] = None,
 ) -> None:
-    """Measure what rules cost in read passes: the time of one streaming sum over the same rows, in the same run."""
-    _guard(lambda: _bench(rules, n, d, dtype, against or [], rounds, json_file, plot_file))
+    """Measure what rules cost in read passes: the time of one streaming sum over the same rows, in the same run.
+
+    That is --suite rules, the default. Other suites measure, beside their goals:
+    16-bit and 64-bit rows against float32 (dtypes), small Python calls against
+    NumPy and torch (calls), pytrees against one array (trees), memory besides
+    the rows (memory), what threads bring (threads), Numba against compiled code
+    (numba). --rules, --n, --dtype, --against and --plot are for rules alone.
+    """
+    _guard(lambda: _bench(rules, n, d, dtype, against or [], suite or ["rules"], rounds, json_file, plot_file))
 
 
 @app.command()
@@ -176,12 +189,21 @@ def _bench(
     d: int | None,
     dtype: str,
     against: list[str],
+    wanted: list[str],
     rounds: int,
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
     from robustkern import benchmark, peers
+    from robustkern.suites import SUITES
 
+    known = ("rules", *SUITES)
+    for name in wanted:
+        if name not in (*known, "all"):
+            raise ValueError(f"--suite: {name!r} is not known (known: {', '.join(known)}, all)")
+    chosen = [name for name in known if name in wanted or "all" in wanted]
+    if plot_file is not None and "rules" not in chosen:
+        raise ValueError("--plot draws the rules (add --suite rules)")
     if dtype not in ("float16", "bfloat16", "float32", "float64"):
         raise ValueError(f"--dtype must be float16, bfloat16, float32 or float64; got {dtype!r}")
     for library in against:
@@ -190,9 +212,11 @@ def _bench(
         (rule, n)
         for n in sizes or (8, 16, 32, 64, 128, 256, 1024)
         for rule in rules or benchmark.CASES
-        if rules or benchmark.goal(rule, n) is not None
+        if "rules" in chosen and (rules or benchmark.goal(rule, n) is not None)
     ]
+    cases = [(name, case) for name in chosen if name in SUITES for case in SUITES[name][1]]
     results: list[benchmark.Measured] = []
+    lines: list[benchmark.Line] = []
     held: tuple[int, Any] = (0, None)
     with Progress(
         TextColumn("{task.description}"),
@@ -201,7 +225,7 @@ def _bench(
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        task = bar.add_task("benchmark", total=len(jobs))
+        task = bar.add_task("benchmark", total=len(jobs) + len(cases))
         for rule, n in jobs:
             bar.update(task, description=f"{rule}, n={n}")
             if held[0] != n:
@@ -210,9 +234,18 @@ def _bench(
             results.append(benchmark.measure(rule, held[1], rounds=rounds))
             results.extend(benchmark.measure_peers(rule, held[1], against))
             bar.advance(task)
-    _print_bench(results)
+        held = (0, None)
+        for name, case in cases:
+            bar.update(task, description=f"{name}: {', '.join(map(str, case))}")
+            lines.extend(SUITES[name][0](*case, rounds, d))
+            bar.advance(task)
+    lines = list(dict.fromkeys(lines))  # what is missing is said once
+    if results:
+        _print_bench(results)
+    if lines:
+        _print_lines(lines)
     if json_file is not None:
-        benchmark.save(results, json_file)
+        benchmark.save(results, json_file, lines)
     if plot_file is not None:
         benchmark.plot(results, plot_file)
 
@@ -228,6 +261,19 @@ def _print_bench(results: list[Any]) -> None:
         wanted = "" if r.goal is None else f"{r.goal:g}"
         spread = f"{r.low:.2f}-{r.high:.2f}"
         table.add_row(r.rule, r.library, str(r.n), f"{r.d:,}", reads, spread, wanted, f"{r.gb_per_s:.1f}")
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
+
+
+def _print_lines(lines: list[Any]) -> None:
+    table = Table(title="medians of ratios; of calls, the least times; * misses its goal", title_justify="left")
+    for column in ("suite", "what", "figure", "goal", "unit"):
+        table.add_column(column, justify="right" if column in ("figure", "goal") else "left", no_wrap=True)
+    for line in lines:
+        figure = Text("" if line.figure is None else f"{line.figure:.3g}{'*' if line.missed else ' '}")
+        if line.goal is not None:
+            figure.stylize("yellow" if line.missed else "green")
+        table.add_row(line.name, line.what, figure, line.wanted, Text(line.unit))
     console = Console()
     Console(width=max(console.width, 120)).print(table)
 

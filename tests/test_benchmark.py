@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +15,12 @@ import pytest
 from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
-from robustkern import benchmark, peers
+from robustkern import _registry, benchmark, peers, suites
 from robustkern._kernels import DTYPES, Rows
 from robustkern.backends.cpp import Cpp
+from robustkern.benchmark import Line
 from robustkern.cli import app
+from robustkern.rules import Median
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -47,8 +51,8 @@ def test_the_read_pass_reads_every_byte(isa: str) -> None:
     assert Cpp(isa).read_pass(two) == (words(x[0, :8]) + words(x[0, 8:20])) % 2**64
 
 
-def load_check() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check", BENCH / "check.py")
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -57,7 +61,7 @@ def load_check() -> ModuleType:
 
 
 def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytest.CaptureFixture[str]) -> None:
-    check = load_check()
+    check = load_script("check")
     limits = {
         "slack": 1.5,
         "rows": [
@@ -94,7 +98,7 @@ def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytes
 
 def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real measurement, with a kernel that selects everything three times."""
-    check = load_check()
+    check = load_script("check")
     monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
     measure = check.measure_reads({})
     honest = sorted(measure("median", 10, "float32") for _ in range(3))[0]
@@ -111,6 +115,39 @@ def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Cpp, "select_columns", thrice)
     assert len(check.slow_rows(limits, benchmark.machine()["isa"], measure)) == 1
+
+
+def test_a_planted_delay_fails_the_whole_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From measuring the limits to the exit status, as CI runs it; the delay is in Python, where no kernel sees it."""
+    check = load_script("check")
+    row = {"n": 10, "dtype": "float32", "reads": {"v3": 1}}
+    limits = {"slack": 4.0, "rows": [{"rule": rule, **row} for rule in ("median", "trimmed_mean")]}
+    monkeypatch.setattr(check, "LIMITS", tmp_path / "limits.json")
+    monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
+    monkeypatch.setattr(benchmark, "machine", lambda: {"isa": "v3"})
+    check.LIMITS.write_text(json.dumps(limits))
+    monkeypatch.setattr(sys, "argv", ["check.py", "--update"])
+    assert check.main() == 0
+    measured = json.loads(check.LIMITS.read_text())
+    assert measured["slack"] == 4
+    assert all(row["reads"]["v3"] != 1 for row in measured["rows"])
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 0
+    call = Median.solve
+
+    def late(self: Median, view: Any) -> Any:
+        time.sleep(0.2)  # for a read pass of a few milliseconds
+        return call(self, view)
+
+    monkeypatch.setattr(Median, "solve", late)
+    capsys.readouterr()
+    assert check.main() == 1
+    printed = capsys.readouterr().out
+    assert "SLOW  median" in printed
+    assert "ok    trimmed_mean" in printed
+    assert "slower than bench/limits.json allows" in printed
 
 
 def test_limits_name_rules_that_exist_and_figures_for_v3() -> None:
@@ -171,6 +208,8 @@ def test_bench_command(tmp_path: Path) -> None:
     [
         (["--dtype", "int8"], "--dtype must be float16, bfloat16, float32 or float64; got 'int8'"),
         (["--against", "nothing"], "against: 'nothing' is not known"),
+        (["--suite", "speed"], "--suite: 'speed' is not known (known: rules, dtypes, calls, trees, memory, threads,"),
+        (["--suite", "trees", "--plot", "x.png"], "--plot draws the rules (add --suite rules)"),
         (["--rules", "medain", "--n", "3", "--d", "9"], "did you mean 'median'"),
     ],
 )
@@ -178,3 +217,123 @@ def test_bench_errors(arguments: list[str], message: str) -> None:
     run = CliRunner().invoke(app, ["bench", *arguments])
     assert run.exit_code == 1
     assert message in " ".join(run.output.split())
+
+
+# ---- suites ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", suites.SUITES)
+def test_each_suite_yields_figures_and_goals(suite: str) -> None:
+    measure, cases = suites.SUITES[suite]
+    for case in cases if suite in ("calls", "threads") else cases[:2]:
+        lines = list(measure(*case, 1, 2000))
+        assert lines or (suite == "calls" and case[1] > 2000)
+        for line in lines:
+            assert line.name == suite
+            assert line.figure is not None
+            # Few pages are touched for rows so small; a time is never zero.
+            assert line.figure >= 0 if suite == "memory" else line.figure > 0
+            assert line.unit
+            assert line.goal is not None or line.what.startswith(("read pass", "trimmed_mean, n=10, d=1000"))
+            assert line.floor == line.what.endswith("all threads")
+
+
+def test_a_floor_is_missed_from_below() -> None:
+    assert Line("a", "b", 1.2, "x", 1.1).missed
+    assert not Line("a", "b", 1.1, "x", 1.1).missed
+    assert Line("a", "b", 0.8, "x", 0.9, floor=True).missed
+    assert not Line("a", "b", 0.95, "x", 0.9, floor=True).missed
+    assert not Line("a", "b", 9.0, "x").missed
+    assert not Line("a", "b", None, "why", 1.0).missed
+    assert Line("a", "b", 0.8, "x", 0.9, floor=True).wanted == ">= 0.9"
+
+
+def test_leaves_are_of_every_size_and_the_same_each_time() -> None:
+    sizes = suites.tree_sizes(4_000_000)
+    assert sizes == suites.tree_sizes(4_000_000)
+    assert len(sizes) == 300
+    assert min(sizes) == 1
+    assert 100_000 < max(sizes) < 1_000_000
+    assert abs(sum(sizes) - 4_000_000) < 1000
+
+
+def test_a_suite_measures_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delay planted in what is measured is in the figure, and one in a result is an error."""
+    load = peers.PEERS["numpy"]
+
+    def late(f: int) -> dict[str, peers.Peer]:
+        def median(x: Any) -> Any:
+            time.sleep(0.05)
+            return np.median(x, axis=0)
+
+        return {**load(f), "median": median}
+
+    monkeypatch.setattr(suites, "load", lambda library, f: late(f))
+    (line,) = suites.calls("median", 10, 1, None)
+    assert line.figure is not None
+    assert line.figure < 0.2
+    monkeypatch.setattr(suites, "load", lambda library, f: {"median": lambda x: x[0]})
+    with pytest.raises(RuntimeError, match=r"median, n=10, d=10, torch: the result differs by .* please report this"):
+        list(suites.calls("median", 10, 1, None))
+    with pytest.raises(RuntimeError, match=r"memory, nothing, n=16: ValueError: .*nothing"):
+        list(suites.memory("nothing", 16, 1, 100))
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(_registry._loaded, "numba", "No module named 'numba'")
+    monkeypatch.setattr(suites, "STATUS", tmp_path / "status")
+    *rest, _ = suites.calls("median", 10, 1, None)
+    assert [(line.what, line.figure) for line in rest] == [("torch", None)]
+    assert "not measured: import of torch halted" in rest[0].unit
+    said = [*suites.numba(8, 1, 100), *suites.threads("after other pools", 1, 100), *suites.memory("median", 16, 1, 9)]
+    assert [line.unit.split(": ", 1)[1] for line in said if line.figure is None] == [
+        "backend 'numba' is not available: No module named 'numba'",
+        "import of torch halted; None in sys.modules",
+        f"{tmp_path / 'status'} is not here",
+    ]
+
+
+def test_the_page_shows_both_groups_of_several_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = CliRunner().invoke(
+        app,
+        [
+            *("bench", "--suite", "rules", "--suite", "trees", "--suite", "numba", "--rules", "median", "--n", "8"),
+            *("--d", "500", "--rounds", "1", "--json", str(tmp_path / "v3.json")),
+        ],
+    )
+    assert run.exit_code == 0, run.output
+    assert "x one array's time" in run.output
+    saved = json.loads((tmp_path / "v3.json").read_text())
+    assert {line["name"] for line in saved["lines"]} == {"trees", "numba"}
+    for line, figure in zip(saved["lines"], (1.3, 1.0), strict=False):
+        line["figure"] = figure
+    saved["machine"] |= {"isa": "v3", "cpu": "One", "cores": 2}
+    (tmp_path / "v3.json").write_text(json.dumps(saved))
+    saved["machine"] |= {"isa": "v4", "cpu": "Other", "cores": 16}
+    saved["results"] = []
+    saved["lines"] = [
+        {"name": "unknown", "what": "thing | part", "figure": 0.5, "unit": "x", "goal": 0.9, "floor": True},
+        {"name": "calls", "what": "torch", "figure": None, "unit": "not measured: why", "goal": None, "floor": False},
+    ]
+    (tmp_path / "v4.json").write_text(json.dumps(saved))
+    page = load_script("page")
+    reasons = json.loads((BENCH / "reasons.json").read_text())
+    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(sys, "argv", ["page.py", str(tmp_path / "v3.json"), str(tmp_path / "v4.json")])
+    page.main()
+    text = page.PAGE.read_text()
+    rules, lines, other = text.split("\n## ")[1:]
+    assert rules.startswith("v3: One, ")
+    assert "2 cores. Read passes / goal." in rules
+    assert "/ 1.1 |" in rules
+    assert lines.startswith("v3: One, ")
+    assert "| trees | median, n=10, 300 leaves | 1.3* | <= 1.15 | x one array's time |" in lines
+    assert "| trees | geometric_median, n=10, 300 leaves | 1 | <= 1.15 | x one array's time |" in lines
+    assert f"- trees*: {reasons['trees']}" in lines
+    assert other.startswith("v4: Other, ")
+    assert "16 cores" in other
+    assert "| unknown | thing \\| part | 0.5* | >= 0.9 | x |" in other
+    assert "| calls | torch |  |  | not measured: why |" in other
+    assert f"- thing | part*: {reasons['default']}" in other
+    assert set(suites.SUITES) <= set(reasons)

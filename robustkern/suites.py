@@ -1,0 +1,334 @@
+"""What counts besides read passes: dtypes, small calls, pytrees, memory, threads, Numba; each figure beside its goal.
+
+A suite is a function that measures one case and the tuple of its cases. Every case compares what it timed with another
+result, and a ratio is the median over calls made in turn. Where something cannot be measured, its line says why.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustkern._registry import load_backend
+from robustkern._threads import requested_threads, set_num_threads
+from robustkern.api import aggregate
+from robustkern.benchmark import CASES, VALUES, Array, Line, _dtype, _time, job, machine, make_rows, read_pass
+from robustkern.errors import BackendUnavailable
+from robustkern.peers import load
+from robustkern.rules import available_rules, parse_rule
+
+__all__ = ["SUITES", "extra_memory", "tree_sizes"]
+
+#: Values (n times d) where times are compared; `benchmark.VALUES` where memory is.
+COMPARED = 80_000_000
+#: Values of a row, as a tree and as one array.
+TREE_VALUES = 4_000_000
+STATUS = Path("/proc/self/status")
+
+Call = Callable[[], Any]
+
+
+def _times(*calls: Call, rounds: int) -> Array:
+    """Return seconds (rounds, calls) of some calls made in turn: a slow spell of the machine falls on all of them."""
+    return np.array([[_time(call) for call in calls] for _ in range(rounds)])
+
+
+def _ratio(call: Call, other: Call, rounds: int) -> float:
+    """Return the median of the time of a call over that of another one right before it."""
+    times = _times(other, call, rounds=rounds)
+    return float(np.median(times[:, 1] / times[:, 0]))
+
+
+def _check(what: str, got: Any, want: Any, atol: float, rtol: float = 0.0) -> None:
+    """Compare the result of what was timed with another one.
+
+    Raises
+    ------
+    RuntimeError
+        If they differ.
+    """
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    if not np.allclose(got, want, atol=atol, rtol=rtol):
+        worst = float(np.abs(got - want).max())
+        raise RuntimeError(f"{what}: the result differs by {worst:.1e} from another one; please report this")
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------
+
+
+def dtypes(n: int, dtype: str, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare a dtype with float32: 16 bits on as many bytes (the columns twice), float64 on as many values."""
+    base = make_rows(n, d or COMPARED // n)
+    half = _dtype(dtype).itemsize == 2
+    rows = np.tile(base.astype(_dtype(dtype)), (1, 2 if half else 1))
+    for rule in ("median", "trimmed_mean", "ctma(median)", "geometric_median"):
+        what = f"{rule}, n={n}, {dtype}"
+        (call, got), (single, want) = job(rule, rows, n // 4), job(rule, base, n // 4)
+        call()
+        single()
+        # Rows of 16 bits are rounded before the rule and after it, by up to 2^-8 of a value.
+        _check(what, got[: base.shape[1]], want, atol=2e-2 if half else 2e-4, rtol=2**-7 if half else 0)
+        unit = f"x float32's time for as many {'bytes' if half else 'values'}"
+        yield Line("dtypes", what, _ratio(call, single, rounds), unit, 1.0 if half else 2.3)
+
+
+# ---- small calls -----------------------------------------------------------------------------------------------
+
+
+def calls(rule: str, d: int, rounds: int, most: int | None) -> Iterator[Line]:
+    """Time a whole Python call on 10 NumPy rows of float32: alone, and in turn with plain NumPy and torch.
+
+    In turn each finds the caches full of the others' work; that alone makes a call of ours some microseconds slower.
+    """
+    if most is not None and d > most:
+        return
+    what, rows, plan = f"{rule}, n=10, d={d}", make_rows(10, d), parse_rule(rule)
+    run: dict[str, Call] = {}
+    for library in ("torch", "numpy"):
+        try:
+            peer = load(library, 2)[rule]
+        except ImportError as error:
+            yield Line("calls", library, None, f"not measured: {error}")
+        else:
+            run[library] = lambda peer=peer: peer(rows)  # type: ignore[misc]
+    run["robustkern"] = lambda: aggregate(rows, plan, f=2)
+    want = run["robustkern"]()
+    for library, call in run.items():
+        _check(f"{what}, {library}", call(), want, atol=1e-5)
+    best, end = np.full(len(run), np.inf), time.perf_counter() + 0.1 * rounds
+    for k in range(40 * rounds):
+        best = np.minimum(best, _times(*run.values(), rounds=1)[0])
+        if k >= rounds and time.perf_counter() > end:
+            break
+    least = dict(zip(run, best.tolist(), strict=True))
+    ours = least.pop("robustkern")
+    if d == 1000:
+        alone = float(_times(run["robustkern"], rounds=100 * rounds).min())
+        yield Line("calls", what, alone * 1e6, "microseconds", {"median": 10.0, "ctma(median)": 25.0}.get(rule))
+    fastest = min(least, key=lambda library: least[library])
+    yield Line("calls", f"{what}, beside others", ours / least[fastest], f"x {fastest}'s time", 1.0)
+
+
+# ---- pytrees ---------------------------------------------------------------------------------------------------
+
+
+def tree_sizes(total: int, leaves: int = 300) -> list[int]:
+    """Return sizes of leaves, as many of each order of magnitude from 1 to some 100,000, about `total` in all."""
+    sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(1e6), leaves))
+    return [max(int(size), 1) for size in sizes * (total / sizes.sum())]
+
+
+def trees(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare rows in 300 leaves, each allocated apart, with the same rows in one array."""
+    cuts = np.cumsum(tree_sizes(d or TREE_VALUES))
+    flat = make_rows(10, int(cuts[-1]))
+
+    def split(row: Array) -> dict[str, Array]:
+        return {f"leaf {k}": leaf.copy() for k, leaf in enumerate(np.split(row, cuts[:-1]))}
+
+    rows, plan = [split(row) for row in flat], parse_rule(rule)
+    call, want = job(rule, flat, 2)
+    out = split(want)
+
+    def tree() -> None:
+        aggregate(rows, plan, f=2, out=out)
+
+    call()
+    tree()
+    what = f"{rule}, n=10, {len(cuts)} leaves"
+    _check(what, np.concatenate(list(out.values())), want, atol=1e-5)
+    yield Line("trees", what, _ratio(tree, call, rounds), "x one array's time", 1.15)
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def _peak() -> int:
+    """Return the most bytes this process has ever held, by the operating system's account."""
+    found = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+    return int(found.split()[1]) * 1024
+
+
+def extra_memory(rule: str, n: int, d: int) -> float:
+    """Return by how many percent of the rows a rule raises this process's peak, besides rows and result.
+
+    For a process that has done nothing else: memory it freed before would hide what the rule takes.
+    """
+    base = make_rows(n, max(d // 16, 1))
+    rows = np.empty((n, 16 * base.shape[1]), dtype=base.dtype)
+    rows.reshape(n, 16, -1)[:] = base[:, None]  # in place: a temporary would be such memory
+    job(rule, base[:, :1000], n // 4)[0]()  # libraries and threads are there before
+    call, out = job(rule, rows, n // 4)
+    out.fill(0)
+    before = _peak()
+    call()
+    extra = _peak() - before
+    narrow, want = job(rule, base, n // 4)
+    narrow()
+    if rule == "gram":
+        _check("gram", out / 16, want, atol=0.0, rtol=1e-4)
+    else:
+        _check(rule, out[: base.shape[1]], want, atol=1e-4)
+    return 100 * extra / rows.nbytes
+
+
+def memory(rule: str, n: int, rounds: int, d: int | None) -> Iterator[Line]:
+    """Measure the peak of a fresh process."""
+    what = f"{rule}, n={n}"
+    if not STATUS.exists():
+        yield Line("memory", what, None, f"not measured: {STATUS} is not here")
+        return
+    script = f"from robustkern.suites import extra_memory; print(extra_memory({rule!r}, {n}, {d or VALUES // n}))"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    if child.returncode:
+        raise RuntimeError(f"memory, {what}: {(child.stderr.strip() or f'exit {child.returncode}').splitlines()[-1]}")
+    yield Line("memory", what, float(child.stdout), "% of the input", 2.0)
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------
+
+THREAD_RULES = ("median", "ctma(median)", "geometric_median")
+
+
+def _on(threads: int, call: Call) -> Call:
+    """Return a call on so many threads."""
+
+    def run() -> None:
+        before = requested_threads() or None
+        set_num_threads(threads)
+        try:
+            call()
+        finally:
+            set_num_threads(before)
+
+    return run
+
+
+def _speed_up(rows: Array, rounds: int) -> Iterator[Line]:
+    """All threads against one; the read pass, which only reads, says what the machine has to give."""
+    timed: dict[str, Call] = {"read pass": read_pass(rows)}
+    for rule in THREAD_RULES:
+        timed[rule], out = job(rule, rows, len(rows) // 4)
+        timed[rule]()
+        want = out.copy()
+        _on(1, timed[rule])()
+        _check(f"{rule} on one thread", out, want, atol=0)
+    pairs = [each for call in timed.values() for each in (_on(1, call), call)]
+    times = _times(*pairs, rounds=rounds)
+    ratios = np.median(times[:, ::2] / times[:, 1::2], axis=0).tolist()
+    for name, ratio in zip(timed, ratios, strict=True):
+        goal = None if name == "read pass" else 0.9 * ratios[0]
+        yield Line("threads", f"{name}, all threads", ratio, "times as fast as one", goal, floor=True)
+
+
+def _at_once(rows: Array, rounds: int) -> Iterator[Line]:
+    """Two Python threads, each with half of the columns, against one after the other."""
+    half = rows.shape[1] // 2
+    with ThreadPoolExecutor(2) as pool:
+        for rule in THREAD_RULES:
+            jobs = [job(rule, part, len(rows) // 4) for part in (rows[:, :half], rows[:, half:])]
+
+            def in_turn(jobs: Any = jobs) -> None:
+                for call, _ in jobs:
+                    call()
+
+            def together(jobs: Any = jobs) -> None:
+                list(pool.map(lambda job: job[0](), jobs))
+
+            in_turn()
+            want = [out.copy() for _, out in jobs]
+            together()
+            for (_, out), expected in zip(jobs, want, strict=True):
+                _check(f"two calls of {rule} at once", out, expected, atol=0)
+            ratio = _ratio(together, in_turn, rounds)
+            yield Line("threads", f"{rule}, two calls at once", ratio, "x their time one after the other", 1.15)
+
+
+def _after_pools(rows: Array, rounds: int) -> Iterator[Line]:
+    """Right after another library's threads have worked, which may still be spinning, against after a pause."""
+    square = np.ones((700, 700), dtype=np.float32)
+    pools: dict[str, Call] = {"numpy": lambda: square @ square}
+    try:
+        import torch
+    except ImportError as error:
+        yield Line("threads", "after torch's threads", None, f"not measured: {error}")
+    else:
+        tensor = torch.from_numpy(square)
+        pools["torch"] = lambda: tensor @ tensor
+    for rule, (library, pool) in itertools.product(THREAD_RULES, pools.items()):
+        call, out = job(rule, rows, len(rows) // 4)
+        call()
+        want = out.copy()
+        times = _times(lambda: time.sleep(0.05), call, pool, call, rounds=rounds)
+        _check(f"{rule} after {library}'s threads", out, want, atol=0)
+        ratio = float(np.median(times[:, 3] / times[:, 1]))
+        yield Line("threads", f"{rule}, after {library}'s threads", ratio, "x its time after a pause", 1.15)
+
+
+def _oversubscribed(rows: Array, rounds: int) -> Iterator[Line]:
+    """Twice as many threads as cores."""
+    for rule in THREAD_RULES:
+        call, out = job(rule, rows, len(rows) // 4)
+        many = _on(2 * machine()["cores"], call)
+        call()
+        want = out.copy()
+        ratio = _ratio(many, call, rounds)
+        many()
+        _check(f"{rule} on twice the threads", out, want, atol=0)
+        yield Line("threads", f"{rule}, two threads a core", ratio, "x its normal time", 1.15)
+
+
+def threads(kind: str, rounds: int, d: int | None) -> Iterator[Line]:
+    """Measure what threads do, on 16 rows."""
+    measure = {
+        "speed-up": _speed_up,
+        "two calls at once": _at_once,
+        "after other pools": _after_pools,
+        "two threads a core": _oversubscribed,
+    }
+    return measure[kind](make_rows(16, d or COMPARED // 16), rounds)
+
+
+# ---- Numba -----------------------------------------------------------------------------------------------------
+
+
+def numba(n: int, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare the Numba backend with the compiled one."""
+    try:
+        load_backend("numba")
+    except BackendUnavailable as error:
+        yield Line("numba", "all", None, f"not measured: {error}")
+        return
+    rows = make_rows(n, d or COMPARED // 2 // n)
+    for rule in ("median", "trimmed_mean", "mean_around_median"):
+        if rule not in available_rules():
+            continue
+        (call, got), (compiled, want) = (job(rule, rows, n // 4, backend) for backend in ("numba", "cpp"))
+        call()
+        compiled()
+        _check(f"{rule}, n={n}, numba", got, want, atol=1e-5)
+        yield Line("numba", f"{rule}, n={n}", _ratio(call, compiled, rounds), "x the compiled time", 4.0)
+
+
+# ---- all -------------------------------------------------------------------------------------------------------
+
+#: Each suite: what measures one case (called with it, the rounds, and the columns or None), and its cases.
+SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ...]]] = {
+    "dtypes": (dtypes, tuple(itertools.product((10, 32), ("float16", "bfloat16", "float64")))),
+    "calls": (
+        calls,
+        tuple(itertools.product(("median", "trimmed_mean", "ctma(median)"), (1, 10, 100, 1000, 10_000, 100_000))),
+    ),
+    "trees": (trees, (("median",), ("geometric_median",))),
+    "memory": (memory, tuple(itertools.product(("mean", *CASES), (16, 128)))),
+    "threads": (threads, (("speed-up",), ("two calls at once",), ("after other pools",), ("two threads a core",))),
+    "numba": (numba, ((8,), (16,), (32,), (64,))),
+}
