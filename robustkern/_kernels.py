@@ -232,9 +232,10 @@ class Kernels(Protocol):
         scale : float
             A power of two that multiplies the centred rows.
         single : bool
-            Products of rows other than float64 may be taken in float32, in sums of at most 32. The error of an entry
-            then stays within 40 * 2**-24 times the lengths of its two centred rows; where float32 could not promise
-            that, products are float64 all the same.
+            Products of rows other than float64 may be taken in float32, in sums of at most 32, and the centre may be
+            the median of every so many rows. The error of an entry then stays within 40 * 2**-24 times the lengths of
+            its two centred rows; where float32 could not promise that, products are float64 all the same. Attackers on
+            the rows that give the centre can only make those lengths, and with them the bound, larger.
 
         Returns
         -------

@@ -260,7 +260,6 @@ def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None
 def test_gram_matches_the_oracle(
     kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool, single: bool
 ) -> None:
-    bound = 40 * 2.0**-24 if single and dtype != np.float64 else 1e-13
     for n, d in SIZES:
         x = make_rows(kind, n, d, dtype, seed=n)
         scale = 2.0**-540 if kind in ("extreme", "one_huge") and dtype == np.float64 else 1.0
@@ -281,7 +280,20 @@ def test_gram_matches_the_oracle(
         lengths = np.sqrt(np.diagonal(want))
         inner = got[np.ix_(finite, finite)]
         assert np.array_equal(inner, inner.T)
-        assert (np.abs(inner - want) <= bound * np.outer(lengths, lengths) + 1e-300).all()
+        if single and dtype != np.float64:
+            assert_sq_distances(inner, wide[finite])
+        else:
+            assert (np.abs(inner - want) <= 1e-13 * np.outer(lengths, lengths) + 1e-300).all()
+
+
+def assert_sq_distances(gram: Any, rows: Any) -> None:
+    """Check what float32 products promise: distances within 40 roundings of the rows' lengths, whatever the centre."""
+    x = rows.astype(np.longdouble)
+    want = np.stack([((x - row) ** 2).sum(axis=1) for row in x])
+    norms = gram.diagonal()
+    lengths = np.sqrt(norms)
+    got = norms[:, None] + norms - 2 * gram
+    assert (abs(got - want) <= 40 * 2.0**-24 * (lengths[:, None] + lengths) ** 2 + 1e-300).all()
 
 
 @pytest.mark.parametrize("columns", ["alike", "falling", "one"])
@@ -291,10 +303,7 @@ def test_gram_of_float32_products_keeps_its_bound(fast: Kernels, columns: str) -
     shape = {"alike": np.ones(d), "falling": 2.0 ** -(np.arange(d) // 256 % 12), "one": np.eye(1, d)[0] + 1e-4}[columns]
     for seed in range(20):
         x = (np.random.default_rng(seed).standard_normal((9, 1)) * shape).astype(np.float32)
-        y = x.astype(np.float64) - np.sort(x, axis=0)[4]
-        got, want = fast.gram(Rows.of(x), single=True), y @ y.T
-        lengths = np.sqrt(want.diagonal())
-        assert (abs(got - want) <= 40 * 2.0**-24 * np.outer(lengths, lengths)).all()
+        assert_sq_distances(fast.gram(Rows.of(x), single=True), x)
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 5e37, 1e-24, 1e-40])
@@ -303,10 +312,19 @@ def test_gram_where_float32_products_overflow_or_vanish(kernels: Kernels, magnit
     for rows in (slice(None), slice(1)):  # all rows, or one of them
         x = rng.standard_normal((6, 500)).astype(np.float32)
         x[rows] *= np.float32(magnitude)
-        y = x.astype(np.float64) - np.sort(x, axis=0)[2]
-        got, want = kernels.gram(Rows.of(x), single=True), y @ y.T
-        lengths = np.sqrt(want.diagonal())
-        assert (abs(got - want) <= 40 * 2.0**-24 * np.outer(lengths, lengths)).all()
+        assert_sq_distances(kernels.gram(Rows.of(x), single=True), x)
+
+
+@pytest.mark.parametrize("n", [25, 40, 64, 130])
+def test_gram_of_float32_products_survives_attackers_on_its_centre(fast: Kernels, n: int) -> None:
+    """Rows that sit where the centre of many rows is taken from move it: the lengths, and so the bounds, tell."""
+    x = np.random.default_rng(n).standard_normal((n, 700)).astype(np.float32)
+    x[:: -(-n // 16)] += 1e4
+    x[1, 3], x[n - 1, 5] = np.nan, -np.inf
+    got = fast.gram(Rows.of(x), single=True)
+    finite = np.isfinite(x).all(axis=1)
+    assert np.array_equal(np.isnan(got.diagonal()), ~finite)
+    assert_sq_distances(got[np.ix_(finite, finite)], x[finite])
 
 
 def test_gram_with_multiplicities_is_centred_on_the_weighted_median(kernels: Kernels, dtype: np.dtype[Any]) -> None:

@@ -13,6 +13,7 @@ from support import assert_close, make_rows
 
 import robustkern as rk
 from robustkern import _registry
+from robustkern.rules import _view
 
 Array = NDArray[Any]
 
@@ -541,6 +542,42 @@ def test_huge_nu_is_a_mean() -> None:
 
 
 # ---- exact cuts --------------------------------------------------------------------------------------------------
+
+
+KINDS_OF_CUT = ["ordinary", "attackers give the centre", "copies", "clusters", "nearly a tie", "beside a row"]
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_CUT)
+@pytest.mark.parametrize("rule", ["geometric_median", "krum", "multi_krum", "ctma(geometric_median)", "nnm | median"])
+def test_float32_products_decide_nothing_that_is_too_close(monkeypatch: pytest.MonkeyPatch, rule: str, kind: str) -> None:
+    """The same rows are kept as on float64 products, and the same point is found."""
+    rng = np.random.default_rng(0)
+    n, f = 40, 12
+    x = rng.standard_normal((n, 300)).astype(np.float32)
+    if kind == "attackers give the centre":
+        x[::3] = 1e6
+        x[::3] += rng.standard_normal((14, 300)).astype(np.float32)
+        f = 14
+    elif kind == "copies":
+        x[20:32] = x[3]
+    elif kind == "clusters":
+        x = x * np.float32(1e-4) + (np.arange(n) % 2)[:, None].astype(np.float32)
+    elif kind == "nearly a tie":
+        x[1:] = x[0] * (1 + 1e-6 * rng.permutation(n - 1))[:, None]
+        x[: n // 2] *= -1
+    elif kind == "beside a row":
+        directions = rng.standard_normal((n // 2, 300))
+        x[: n // 2], x[n // 2 : 2 * (n // 2)] = directions, -directions
+        x[0] = 1e-3
+    got = []
+    for from_values in (0, 1 << 60):
+        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        result, info = rk.aggregate(x, rule, f=f, return_info=True)
+        got.append((result.astype(np.float64), info))
+    if info.kept is not None:
+        assert np.array_equal(got[0][1].kept, info.kept)
+    spread = np.sqrt(np.median(((x - got[1][0]) ** 2).sum(axis=1)))
+    assert np.sqrt(((got[0][0] - got[1][0]) ** 2).sum()) <= 1e-6 * spread
 
 
 @pytest.mark.parametrize("rule", ["ctma(median)", "ctma(mean)", "ctma(geometric_median)"])

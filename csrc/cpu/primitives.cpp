@@ -278,6 +278,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
 // ---- row_sq_distances ----------------------------------------------------------------------------------
 
+constexpr int64_t kChains = 4;  // sums of a row, because each waits for the one before
+
 // A sum of float64 and what its roundings lost (Dekker; Knuth's two-sum): about 106 bits.
 struct DoubledSum {
   F64 high, low;
@@ -322,7 +324,7 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
   const Rows centre_row{centre_data, rows.offsets, rows.n_segments, 1, rows.dtype};
   Workspace space, sums;
   const int64_t at_buffer = space.reserve<S>(n * kStored<S>), at_src = space.reserve<const S*>(n);
-  const int64_t at_centre = space.reserve<S>(kStored<S>), at_total = space.reserve<DoubledSum>(n);
+  const int64_t at_centre = space.reserve<S>(kStored<S>), at_total = space.reserve<DoubledSum>(n * kChains);
   const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
   if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
   double* partials = sums.part<double>(0, at_partials);
@@ -334,16 +336,23 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
     S* centre_buffer = space.part<S>(thread, at_centre);
     DoubledSum* total = space.part<DoubledSum>(thread, at_total);
     for (int64_t task; (task = take(next)) < grid.n_tasks;) {
-      memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n));
+      memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n * kChains));
       const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
         const S* centre;
         read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
         read_tile<S>(centre_row, segment, first, columns, kStored<S>, centre_buffer, &centre);
         for (int64_t i = 0; i < n; ++i) {
-          DoubledSum sum = total[i];
-          for (int64_t j = 0; j < columns; j += kDoubles)  // padding: zeros on both sides
-            add_square(sum, load_double(src[i] + j) * scale, load_double(centre + j) * scale);
-          total[i] = sum;
+          DoubledSum sum[kChains];
+          memcpy(sum, total + i * kChains, sizeof(sum));
+          int64_t j = 0;
+          for (; j + kChains * kDoubles <= columns; j += kChains * kDoubles)
+#pragma GCC unroll 4
+            for (int64_t v = 0; v < kChains; ++v)
+              add_square(sum[v], load_double(src[i] + j + v * kDoubles) * scale,
+                         load_double(centre + j + v * kDoubles) * scale);
+          for (; j < columns; j += kDoubles)  // padding: zeros on both sides
+            add_square(sum[0], load_double(src[i] + j) * scale, load_double(centre + j) * scale);
+          memcpy(total + i * kChains, sum, sizeof(sum));
         }
       };
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
@@ -353,7 +362,8 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
       });
       for (int64_t i = 0; i < n; ++i) {
         double high = 0, low = 0;
-        for (int lane = 0; lane < kDoubles; ++lane) add_doubled(high, low, total[i].high[lane], total[i].low[lane]);
+        for (int64_t v = i * kChains; v < (i + 1) * kChains; ++v)
+          for (int lane = 0; lane < kDoubles; ++lane) add_doubled(high, low, total[v].high[lane], total[v].low[lane]);
         partials[2 * (task * n + i)] = high;
         partials[2 * (task * n + i) + 1] = low;
       }
