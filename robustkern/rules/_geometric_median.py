@@ -43,7 +43,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
         scale = float(s.sum()) * _middle(distances[best])
         return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
 
-    # Rows so near the best one that a step to them would pass for convergence are left together with it, if they can be.
+    # Rows so near the best one that a step to them would pass for convergence are left together with it, where they can.
     near = distances[best] <= 10 * TOLERANCE * _middle(distances[best])
     outside = np.where(near, 0.0, pull)
     resultant_outside = _length(inner, outside)
@@ -202,8 +202,8 @@ def smoothed_weights(
 def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, nu: float, noise: float) -> float:
     """How far errors of noise * lengths[i] * lengths[j] in the inner products may have moved the point w.
 
-    In units of the middle distance; inf where they leave it open. They change the squared radii by at most e, and so the
-    resultant of the pulls by sum(s e / 2 r^2); divided by the least curvature that is a length. The curvature is
+    In units of the middle distance; inf where they leave it open. They change the squared radii by at most e, and so
+    the resultant of the pulls by sum(s e / 2 r^2); divided by the least curvature that is a length. The curvature is
     sum(s / r) less the largest eigenvalue of a matrix, which no row sum of absolute values falls short of.
     """
     products = gram @ w
