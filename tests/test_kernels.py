@@ -257,9 +257,7 @@ def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("origin", [False, True], ids=["", "origin"])
 @pytest.mark.parametrize("single", [False, True], ids=["double", "single"])
-def test_gram_matches_the_oracle(
-    kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool, single: bool
-) -> None:
+def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str, origin: bool, single: bool) -> None:
     for n, d in SIZES:
         x = make_rows(kind, n, d, dtype, seed=n)
         scale = 2.0**-540 if kind in ("extreme", "one_huge") and dtype == np.float64 else 1.0

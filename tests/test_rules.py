@@ -549,7 +549,9 @@ KINDS_OF_CUT = ["ordinary", "attackers give the centre", "copies", "clusters", "
 
 @pytest.mark.parametrize("kind", KINDS_OF_CUT)
 @pytest.mark.parametrize("rule", ["geometric_median", "krum", "multi_krum", "ctma(geometric_median)", "nnm | median"])
-def test_float32_products_decide_nothing_that_is_too_close(monkeypatch: pytest.MonkeyPatch, rule: str, kind: str) -> None:
+def test_float32_products_decide_nothing_that_is_too_close(
+    monkeypatch: pytest.MonkeyPatch, rule: str, kind: str
+) -> None:
     """The same rows are kept as on float64 products, and the same point is found."""
     rng = np.random.default_rng(0)
     n, f = 40, 12

@@ -138,8 +138,8 @@ void gram(const char* isa, Addresses data, Offsets offsets, int dtype,
   rk::Status status;
   {
     nb::gil_scoped_release release;
-    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single,
-                        out.data(), threads_for(rows, threads));
+    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single, out.data(),
+                        threads_for(rows, threads));
   }
   check(status);
 }

@@ -6,8 +6,9 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4;                            // rows of a register tile,
-constexpr int64_t kRight = kVectorBytes == 64 ? 4 : 2;   // and rows it is multiplied with at a time: sums fit the registers
+constexpr int64_t kBlock = 4;  // rows of a register tile,
+constexpr int64_t kRight =
+    kVectorBytes == 64 ? 4 : 2;  // and rows it is multiplied with at a time: sums fit the registers
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kBetweenFetches = 4;  // vectors
 constexpr int64_t kTaskGrams = 64;      // partial Grams at most
@@ -45,9 +46,7 @@ RK_INLINE void add_lane_sums(const V (&sums)[kBlock * kRight], double* cells) {
 }
 #if defined(__AVX512F__)
 // Halves of two vectors added: the first's in the low half.
-RK_INLINE F32 fold_halves(F32 a, F32 b) {
-  return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
-}
+RK_INLINE F32 fold_halves(F32 a, F32 b) { return _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee); }
 RK_INLINE F32 fold_quarters(F32 a, F32 b) {
   return _mm512_shuffle_f32x4(a, b, 0x88) + _mm512_shuffle_f32x4(a, b, 0xdd);
 }
@@ -82,8 +81,10 @@ RK_INLINE void add_lane_sums<F64>(const F64 (&sums)[16], double* cells) {
     for (int k = 0; k < 4; ++k)
       pairs[k] = F64(_mm512_unpacklo_pd(sums[half + 2 * k], sums[half + 2 * k + 1])) +
                  F64(_mm512_unpackhi_pd(sums[half + 2 * k], sums[half + 2 * k + 1]));
-    const F64 low = F64(_mm512_shuffle_f64x2(pairs[0], pairs[1], 0x44)) + F64(_mm512_shuffle_f64x2(pairs[0], pairs[1], 0xee));
-    const F64 high = F64(_mm512_shuffle_f64x2(pairs[2], pairs[3], 0x44)) + F64(_mm512_shuffle_f64x2(pairs[2], pairs[3], 0xee));
+    const F64 low =
+        F64(_mm512_shuffle_f64x2(pairs[0], pairs[1], 0x44)) + F64(_mm512_shuffle_f64x2(pairs[0], pairs[1], 0xee));
+    const F64 high =
+        F64(_mm512_shuffle_f64x2(pairs[2], pairs[3], 0x44)) + F64(_mm512_shuffle_f64x2(pairs[2], pairs[3], 0xee));
     const F64 total = F64(_mm512_shuffle_f64x2(low, high, 0x88)) + F64(_mm512_shuffle_f64x2(low, high, 0xdd));
     store(cells + half, load(cells + half) + total);
   }
@@ -93,16 +94,18 @@ template <>
 RK_INLINE void add_lane_sums<F32>(const F32 (&sums)[8], double* cells) {
   const F32 low = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
   const F32 high = _mm256_hadd_ps(_mm256_hadd_ps(sums[4], sums[5]), _mm256_hadd_ps(sums[6], sums[7]));
-  store(cells, load(cells) + F64(_mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1)))));
-  store(cells + 4,
-        load(cells + 4) + F64(_mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1)))));
+  store(cells,
+        load(cells) + F64(_mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(low), _mm256_extractf128_ps(low, 1)))));
+  store(cells + 4, load(cells + 4) +
+                       F64(_mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(high), _mm256_extractf128_ps(high, 1)))));
 }
 template <>
 RK_INLINE void add_lane_sums<F64>(const F64 (&sums)[8], double* cells) {
 #pragma GCC unroll 2
   for (int half = 0; half < 8; half += 4) {
     const F64 a = _mm256_hadd_pd(sums[half], sums[half + 1]), b = _mm256_hadd_pd(sums[half + 2], sums[half + 3]);
-    store(cells + half, load(cells + half) + F64(_mm256_permute2f128_pd(a, b, 0x20)) + F64(_mm256_permute2f128_pd(a, b, 0x31)));
+    store(cells + half,
+          load(cells + half) + F64(_mm256_permute2f128_pd(a, b, 0x20)) + F64(_mm256_permute2f128_pd(a, b, 0x31)));
   }
 }
 #endif
@@ -140,9 +143,9 @@ RK_INLINE void add_products(const P* x, int64_t i, int64_t columns, double* cell
 
 // ---- centring ------------------------------------------------------------------------------------------
 
-constexpr int64_t kStrip = 64;  // columns centred at a time: of 64 rows they stay in the first-level cache
-constexpr int64_t kCentreRows = 16;  // of more than twice as many rows these give the centre for float32 products: their
-                                     // median takes 5 cycles a column, that of 64 rows 50, of 128 rows 130
+constexpr int64_t kStrip = 64;       // columns centred at a time: of 64 rows they stay in the first-level cache
+constexpr int64_t kCentreRows = 16;  // of more than twice as many rows these give the centre for float32 products:
+                                     // their median takes 5 cycles a column, that of 64 rows 50, of 128 rows 130
 
 template <class S>
 struct Scratch {  // a thread's parts of the workspace
@@ -192,7 +195,8 @@ struct Centring {
       if (at.seen[i])
         memset(x + i * stride, 0, sizeof(float) * static_cast<size_t>(padded));
       else
-        for (int64_t j = 0; j < padded; j += lanes) store(x + i * stride + j, load_single(at.src[i] + j) - load(at.centre + j));
+        for (int64_t j = 0; j < padded; j += lanes)
+          store(x + i * stride + j, load_single(at.src[i] + j) - load(at.centre + j));
     if (origin)
       for (int64_t j = 0; j < padded; j += lanes) store(x + n * stride + j, -load(at.centre + j));
   }
@@ -255,9 +259,10 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
 
   int64_t next = 0;
   in_threads(threads, [&](int thread) {  // its loops for all threads are one thread's where there is no other
-    const Scratch<S> scratch{space.part<S>(thread, at_buffer),       space.part<C>(thread, at_network),
-                             space.part<C>(thread, at_centre),       space.part<const S*>(thread, at_src), space.part<const S*>(thread, at_chosen),
-                             space.part<uint8_t>(thread, at_seen), space.part<uint8_t>(thread, at_bad)};
+    const Scratch<S> scratch{space.part<S>(thread, at_buffer),        space.part<C>(thread, at_network),
+                             space.part<C>(thread, at_centre),        space.part<const S*>(thread, at_src),
+                             space.part<const S*>(thread, at_chosen), space.part<uint8_t>(thread, at_seen),
+                             space.part<uint8_t>(thread, at_bad)};
     memset(scratch.bad, 0, static_cast<size_t>(n));
     memset(scratch.network, 0, sizeof(C) * static_cast<size_t>(select_scratch<S>(centring.window)));
     char* x_memory = shared ? sums.part<char>(0, at_x) : space.part<char>(thread, at_x);
@@ -270,8 +275,9 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
             const int64_t columns = min64(tile, count - j), padded = round_up(columns, kStored<S>);
             centring.run(rows, segment, first + j, columns, x, scratch);
             constexpr int64_t together = kBetweenFetches * Simd<P>::lanes;
-            Ahead ahead = ahead_of<S>(rows, segment, first + j + columns, columns,
-                                      blocks * (blocks + 1) / 2 * (kBlock / kRight) * (round_up(padded, together) / together));
+            Ahead ahead =
+                ahead_of<S>(rows, segment, first + j + columns, columns,
+                            blocks * (blocks + 1) / 2 * (kBlock / kRight) * (round_up(padded, together) / together));
             for (int64_t i = 0; i < blocks; ++i) add_products(x, i, padded, grams + task * triangle, ahead);
           }
         });
@@ -316,8 +322,7 @@ Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double
     bool kept_digits = false;
     if constexpr (sizeof(S) < 8)
       if (single && scale == 1) {
-        const Status status =
-            gram_of<S, float>(rows, multiplicities, origin, scale, out, threads, kept_digits);
+        const Status status = gram_of<S, float>(rows, multiplicities, origin, scale, out, threads, kept_digits);
         if (status != Status::ok || kept_digits) return status;
       }
     return gram_of<S, double>(rows, multiplicities, origin, scale, out, threads, kept_digits);

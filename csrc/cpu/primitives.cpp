@@ -16,7 +16,7 @@ struct Count {
 
 // ---- select_columns ------------------------------------------------------------------------------------
 
-constexpr int64_t kMixRows = 4;                            // mixtures made together,
+constexpr int64_t kMixRows = 4;                              // mixtures made together,
 constexpr int64_t kMixVectors = kVectorBytes == 64 ? 4 : 2;  // and vectors of each: the sums fit the registers
 
 // A matrix of weights in the order in which it is used: for each group of kMixRows mixtures the rows of which any of
@@ -160,10 +160,12 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
   const int64_t n_measured = select.measure ? select.n_measured : n;
   const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
-  // Mixtures take room of their own; distances read the tile a second time, so it should still be in the first-level cache.
+  // Mixtures take room of their own; distances read the tile a second time, so it should still be in the first-level
+  // cache.
   const bool small_tile = select.sq_distances && n <= 32;
-  const int64_t tile = select.mix || remeasure ? max64(2048 / max64(n, k) / 64, 1) * 64
-                                  : round_up(tile_columns(n, small_tile ? 4 * sizeof(S) : sizeof(S)), kStored<S>);
+  const int64_t tile = select.mix || remeasure
+                           ? max64(2048 / max64(n, k) / 64, 1) * 64
+                           : round_up(tile_columns(n, small_tile ? 4 * sizeof(S) : sizeof(S)), kStored<S>);
   Grid grid = streaming_grid(rows, tile);
   // The partial distances stay far below the input: at least 512 columns to a task.
   if (select.sq_distances) grid = make_grid(grid.columns, max64(grid.task_columns, (511 + tile) / tile * tile));
@@ -223,8 +225,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     // One tile whose columns are whole vectors, or a tail below one vector.
     const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns, double* distances) {
       const int64_t padded = round_up(columns, kStored<S>);
-      Ahead ahead = ahead_of<S>(rows, segment, first + columns, columns,
-                                select.mix ? mixing.groups() : padded / kStored<S>);
+      Ahead ahead =
+          ahead_of<S>(rows, segment, first + columns, columns, select.mix ? mixing.groups() : padded / kStored<S>);
       read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
       if (select.mix) {
         const bool keep = distances && select.measure == select.mix;
@@ -385,8 +387,8 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
 constexpr int64_t kSumColumns = 2048;  // a row at a time: memory likes long runs (mean of 64 rows: 2.2 reads, 1.1 so)
 constexpr int64_t kSumRows = 4;        // or some rows: sums are loaded and stored once for them
 
-// sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile fetches
-// as much of the rows `next`.
+// sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile
+// fetches as much of the rows `next`.
 template <int64_t kCount, class S>
 RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double* weights, int64_t columns, bool begin,
                         double* sums) {
@@ -432,9 +434,11 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
         const int64_t count = min64(kSumRows, n_used - i);
         const S *src[kSumRows], *next[kSumRows];
         for (int64_t p = 0; p < kSumRows; ++p) {
-          const int64_t then = i + count + p < n_used ? i + count + p : i + count < n_used ? i + count : min64(p, n_used - 1);
-          next[p] = static_cast<const S*>(rows.data[segment * n + used[then]]) + first +
-                    (i + count < n_used ? 0 : columns);
+          const int64_t then = i + count + p < n_used ? i + count + p
+                               : i + count < n_used   ? i + count
+                                                      : min64(p, n_used - 1);
+          next[p] =
+              static_cast<const S*>(rows.data[segment * n + used[then]]) + first + (i + count < n_used ? 0 : columns);
         }
         for (int64_t p = 0; p < count; ++p) {
           src[p] = static_cast<const S*>(rows.data[segment * n + used[i + p]]) + first;
@@ -502,7 +506,7 @@ Status weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void
 }  // namespace
 
 Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-            int threads);                            // gram.cpp
+            int threads);                           // gram.cpp
 uint64_t read_pass(const Rows& rows, int threads);  // read_pass.cpp
 
 extern const Kernels table;

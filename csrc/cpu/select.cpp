@@ -21,6 +21,8 @@ constexpr int kPrefetchVectors = 8;  // how far ahead each row is fetched: many 
 constexpr int kFollowedRows =
     32;  // above, whole runs of rows are fetched (Ahead): 1.2 against 1.4 at 16 rows, 1.9 against 2.3 reads at 32
 
+constexpr int64_t kSingleCells = 64;  // float32 sums in four parts keep so many within 2e-7 of their spread
+
 // ---- from sorted values to the result ------------------------------------------------------------------
 
 // Mean of sorted[lo..hi) per lane, written to out. Summed as differences from the smallest, so that a large common
@@ -312,6 +314,16 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
     store_window_mean<C>(ends, 0, cells, out);
     return;
   }
+  if (sizeof(C) == 4 && n <= kSortedRows && cells <= kSingleCells) {
+    V sum[4] = {};
+    for (int64_t i = 0; i < n; ++i) sum[i % 4] += is((x[i] < from) | (x[i] >= below), V{}, x[i] - low);
+    const V copies = __builtin_convertvector(copies_high, V) * (high - low);
+    const V mean = low + ((sum[0] + sum[1]) + (sum[2] + sum[3]) + copies) * (1 / static_cast<C>(cells));
+    if (__builtin_expect(!any_nan(mean * static_cast<C>(0)), true)) {
+      store(out, mean);
+      return;
+    }
+  }
   constexpr int parts = lanes / kDoubles;
   C base[lanes], differences[lanes];
   store(base, low);
@@ -555,7 +567,9 @@ void run_widened(const Window& window, const S* const* src, int64_t columns, flo
 }
 
 // The unrolled networks, and two parts where only the ends of the window count.
-bool sorts_shorts(const Window& w) { return is_unrolled(w) || (w.n <= kSortedRows && w.hi - w.lo <= 2 && !w.multiplicities); }
+bool sorts_shorts(const Window& w) {
+  return is_unrolled(w) || (w.n <= kSortedRows && w.hi - w.lo <= 2 && !w.multiplicities);
+}
 
 template <class S>
 Selector<S> selector_for(const Window& window) {
@@ -630,10 +644,9 @@ void select_tile(const Window& window, const S* const* src, int64_t columns, Com
   selector_for<S>(window)(window, src, columns, scratch, out, nonfinite, ahead);
 }
 
-#define RK_SELECT(S)                                                                                             \
-  template int64_t select_scratch<S>(const Window&);                                                             \
-  template void select_tile<S>(const Window&, const S* const*, int64_t, ComputeOf<S>*, ComputeOf<S>*, uint8_t*, \
-                               Ahead&);
+#define RK_SELECT(S)                                 \
+  template int64_t select_scratch<S>(const Window&); \
+  template void select_tile<S>(const Window&, const S* const*, int64_t, ComputeOf<S>*, ComputeOf<S>*, uint8_t*, Ahead&);
 RK_SELECT(Half)
 RK_SELECT(Bfloat)
 RK_SELECT(float)

@@ -126,7 +126,8 @@ RK_INLINE void write_run(char* dst, const char* src, int64_t bytes, [[maybe_unus
     memcpy(dst, src, static_cast<size_t>(head));
     int64_t j = head;
     for (; j + 32 <= bytes; j += 32)
-      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + j), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + j)));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + j),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + j)));
     memcpy(dst + j, src + j, static_cast<size_t>(bytes - j));
     return;
   }

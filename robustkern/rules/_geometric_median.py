@@ -43,7 +43,7 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector,
         scale = float(s.sum()) * _middle(distances[best])
         return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
 
-    # Rows so near the best one that a step to them would pass for convergence are left together with it, where they can.
+    # Rows so near the best one that a step to them would pass for convergence are left together with it, if possible.
     near = distances[best] <= 10 * TOLERANCE * _middle(distances[best])
     outside = np.where(near, 0.0, pull)
     resultant_outside = _length(inner, outside)

@@ -116,6 +116,12 @@ class Geometry:
         """Error bounds of `sq_distances`."""
         return np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
 
+    def errors_from(self, row: int) -> Vector:
+        """Error bounds of what tells the distances from one row apart: the error of its own length is common to all."""
+        errors = np.asarray(self.rounding * self.lengths * (self.lengths + 2 * self.lengths[row]))
+        errors[row] = 0.0
+        return errors
+
     def sq_distances_to(self, weights: Vector) -> Vector:
         """Squared distances of the rows to the combination of them with these weights (of sum 1)."""
         products = self.gram @ weights
@@ -502,9 +508,7 @@ def _gram_pass(data: _Input, scale: float, single: bool) -> Matrix:
     cells = None if data.weights is None else as_cells(data.weights)
     for block in data.source.blocks():
         for rows in block.rows:
-            total += data.kernels.gram(
-                rows, multiplicities=cells, origin=data.needs_origin, scale=scale, single=single
-            )
+            total += data.kernels.gram(rows, multiplicities=cells, origin=data.needs_origin, scale=scale, single=single)
     return total
 
 

@@ -31,14 +31,13 @@ class NNM(Mixer):
         kept = view.n - check_f(self, view)
         geometry = view.geometry()
         view.require_finite(self.name, geometry.finite)
-        pair_errors = geometry.pair_errors()
-        np.fill_diagonal(pair_errors, 0.0)
         weights = np.zeros((view.n, view.n))
         for i in range(view.n):
             if not geometry.finite[i]:
                 weights[i, i] = 1.0
                 continue
             to_others = geometry.sq_distances[i]
+            errors = geometry.errors_from(i)
 
             def again(contenders: NDArray[np.intp], row: int = i) -> Vector | None:
                 view.afford(len(contenders) + 1)
@@ -46,7 +45,7 @@ class NNM(Mixer):
                     return None  # equal, whatever the last digits say
                 return view.exact_sq_distances(row, contenders)
 
-            weights[i, smallest(to_others, pair_errors[i], kept, again)] = 1.0 / kept
+            weights[i, smallest(to_others, errors, kept, again)] = 1.0 / kept
         return weights
 
 
