@@ -84,6 +84,21 @@ def test_select_columns_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any
         assert x.tobytes() == before
 
 
+def test_a_column_does_not_depend_on_its_neighbours(kernels: Kernels) -> None:
+    """One column's sums overflow; those beside it are averaged as if it were not there."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        largest, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+        for overflowing, column in (
+            ([-largest, largest, largest], [largest, largest, largest]),
+            ([largest, largest], [tiny, 3 * tiny]),
+        ):
+            x = np.repeat(np.array(column, dtype=dtype)[:, None], 40, axis=1)
+            x[:, ::20] = np.array(overflowing, dtype=dtype)[:, None]
+            got, out = one_row(40, dtype)
+            kernels.select_columns(Rows.of(x), Window(0, len(x)), out=out)
+            assert (got[np.arange(40) % 20 > 0] == (largest if len(x) == 3 else 2 * tiny)).all()
+
+
 def test_select_columns_for_every_number_of_rows(fast: Kernels) -> None:
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         for n in ALL_N:

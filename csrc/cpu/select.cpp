@@ -34,8 +34,8 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   if (hi - lo == 2) {
     const V a = sorted[lo], b = sorted[lo + 1];
     V middle = (a + b) * static_cast<C>(0.5);
-    if (__builtin_expect(any_nan(middle * static_cast<C>(0)), false))
-      middle = a * static_cast<C>(0.5) + b * static_cast<C>(0.5);
+    if (__builtin_expect(any_nan(middle * static_cast<C>(0)), false))  // only where it overflows: halves may vanish
+      middle = middle - middle == 0 ? middle : a * static_cast<C>(0.5) + b * static_cast<C>(0.5);
     store(out, middle);
     return;
   }
@@ -59,12 +59,17 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   const double count = static_cast<double>(hi - lo);
   for (int part = 0; part < lanes; part += kDoubles) {
     const F64 base = load_double(cells + lo * lanes + part);
-    F64 sum = base - base;
-    for (int64_t r = lo + 1; r < hi; ++r) sum += load_double(cells + r * lanes + part) - base;
-    F64 mean = base + sum / count;
+    F64 sum[4] = {};
+    int64_t r = lo + 1;
+    for (; r + 4 <= hi; r += 4)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load_double(cells + (r + k) * lanes + part) - base;
+    for (; r < hi; ++r) sum[0] += load_double(cells + r * lanes + part) - base;
+    F64 mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
     if (__builtin_expect(any_nan(mean * 0.0), false)) {
-      mean = load_double(cells + lo * lanes + part) / count;
-      for (int64_t r = lo + 1; r < hi; ++r) mean += load_double(cells + r * lanes + part) / count;
+      F64 plain = load_double(cells + lo * lanes + part) / count;
+      for (r = lo + 1; r < hi; ++r) plain += load_double(cells + r * lanes + part) / count;
+      mean = mean - mean == 0 ? mean : plain;  // only there: a plain sum of the largest number may overflow
     }
     store_rounded(out + part, mean);
   }
