@@ -116,16 +116,29 @@ def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
             out[j] = _middle(x[lo, j], x[lo + 1, j])
     else:
         total = np.zeros(count)
-        for r in range(lo + 1, hi):
+        whole = hi - (hi - lo - 1) % 4
+        for r in range(lo + 1, whole, 4):  # four in the dtype, few enough for it: widening each costs twice the sum
             for j in range(count):
-                total[j] += np.float64(x[r, j]) - np.float64(x[lo, j])
+                base = x[lo, j]
+                first, last = (x[r, j] - base) + (x[r + 1, j] - base), (x[r + 2, j] - base) + (x[r + 3, j] - base)
+                total[j] += first + last
+        for r in range(whole, hi):
+            for j in range(count):
+                total[j] += x[r, j] - x[lo, j]
         for j in range(count):
             mean = x[lo, j] + total[j] / (hi - lo)
-            if mean - mean != 0:
-                mean = 0.0
-                for r in range(lo, hi):
-                    mean += np.float64(x[r, j]) / (hi - lo)
             out[j] = mean
+            total[j] = mean - mean
+        careful = False
+        for j in range(count):
+            careful |= total[j] != 0
+        if careful:
+            for j in range(count):
+                if total[j] != 0:
+                    mean = 0.0
+                    for r in range(lo, hi):
+                        mean += np.float64(x[r, j]) / (hi - lo)
+                    out[j] = mean
 
 
 @njit(nogil=True, cache=True)
@@ -164,7 +177,7 @@ def _select_tile(x, low, high, lo, hi, multiplicities, total, count, out, nonfin
     for i in range(len(x)):
         row = x[i]
         for j in range(count):
-            check[j] += row[j] * 0
+            check[j] += row[j] - row[j]
     careful = False
     for j in range(count):
         careful |= check[j] != 0
