@@ -142,7 +142,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
   const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 
-  Window window{k, select.lo, select.hi, select.multiplicities};
+  Window window{k, select.lo, select.hi, select.multiplicities, select.nearest};
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;

@@ -75,6 +75,27 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   }
 }
 
+// Mean of the window.nearest values nearest to the window's middle m, written to out; sorted[0, n) is overwritten.
+// Ranks that lie `nearest` apart compete: of each pair the nearer one goes on to the place of the upper, so that the
+// last `nearest` places end up with the values taken. Where a lower rank stays, all above it that compete with it do.
+template <class C>
+__attribute__((noinline)) void store_nearest_mean(const Window& window, typename Simd<C>::V* sorted, C* out) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  const int64_t n = window.n, nearest = window.nearest;
+  store_window_mean<C>(sorted, window.lo, window.hi, out);
+  const V m = load(out);
+  const bool careful = any_nan((sorted[0] - m) * static_cast<C>(0) + (sorted[n - 1] - m) * static_cast<C>(0));
+  for (int64_t k = 0; k + nearest < n; ++k) {
+    const V low = sorted[k], high = sorted[k + nearest];
+    Index nearer = high - m < m - low;
+    if (__builtin_expect(careful, false)) nearer |= (low == -infinity<C>()) & (high < infinity<C>());
+    sorted[k + nearest] = nearer ? high : low;
+  }
+  store_window_mean<C>(sorted, n - nearest, n, out);
+  if (__builtin_expect(careful, false)) store(out, m - m == 0 ? load(out) : m);
+}
+
 // Replaces NaN by +inf (they sort alike), notes the rows that hold a NaN or Inf and counts the NaN per column.
 template <class C>
 __attribute__((noinline)) typename Simd<C>::Index patch_nonfinite(const C* const* src, int64_t n, int64_t at,
@@ -92,12 +113,12 @@ __attribute__((noinline)) typename Simd<C>::Index patch_nonfinite(const C* const
   return nan_cells;
 }
 
-// A window that reaches a NaN gives NaN.
+// A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
 template <class C>
 RK_INLINE void spoil_nan(const Window& window, typename Simd<C>::Index nan_cells, C* out) {
   using V = typename Simd<C>::V;
   using I = typename Simd<C>::IndexScalar;
-  const typename Simd<C>::Index reached = nan_cells > static_cast<I>(window.n - window.hi);
+  const typename Simd<C>::Index reached = nan_cells > static_cast<I>(window.n - max64(window.hi, window.nearest));
   store(out, reached ? V{} + static_cast<C>(__builtin_nan("")) : load(out));
 }
 
@@ -125,7 +146,10 @@ struct Unrolled {
       V sorted[N];
 #pragma GCC unroll 32  // as a loop it would be compiled to a slow block copy
       for (int i = 0; i < N; ++i) sorted[i] = x[i];
-      store_window_mean<C>(sorted, window.lo, window.hi, out);
+      if (window.nearest)
+        store_nearest_mean<C>(window, sorted, out);
+      else
+        store_window_mean<C>(sorted, window.lo, window.hi, out);
     }
   }
 
@@ -177,7 +201,7 @@ Selector<C> unrolled_sort(int64_t n, Indices<I...>) {
   return table[(n - 1) / 4];
 }
 
-bool is_median(const Window& w) { return w.lo >= (w.n - 1) / 2 && w.hi <= w.n / 2 + 1; }
+bool is_median(const Window& w) { return !w.nearest && w.lo >= (w.n - 1) / 2 && w.hi <= w.n / 2 + 1; }
 bool is_unrolled(const Window& w) { return w.n <= kUnrolledRows && !w.multiplicities; }
 
 // ---- more rows than registers ----------------------------------------------------------------------------
@@ -196,23 +220,82 @@ C plain_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, doubl
   return static_cast<C>(mean);
 }
 
-// Mean of the cells [lo, hi) of n values, which may be reordered; no value is a NaN.
+// Consecutive ranks of a column: the values in [from, below), `copies_high` copies of `high`, and for the rest copies
+// of `low`; low_tied where there are any.
+template <class C>
+struct Run {
+  typename Simd<C>::V low, high, from, below;
+  typename Simd<C>::Index low_tied, copies_high;
+};
+
+// The run of the `nearest` values nearest to m; distances are put in the n vectors after x.
+template <class C>
+Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename Simd<C>::V m, Guess<C>& guess) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  using I = typename Simd<C>::IndexScalar;
+  const V none = V{} + infinity<C>();
+  Run<C> run{};
+  if (nearest == n) {
+    run.from = -none;
+    run.below = V{} + static_cast<C>(__builtin_nan(""));
+    run.low = run.high = smallest_from<C>(x, n, run.from);
+    return run;
+  }
+  // Differences from a large m may overflow, which their halves do not; what halves lose is far below such an m.
+  const V half = (m < 0 ? -m : m) > static_cast<C>(0x1p100) ? V{} + static_cast<C>(0.5) : V{} + static_cast<C>(1);
+  V* away = x + n;
+  for (int64_t i = 0; i < n; ++i) {
+    const V difference = x[i] * half - m * half;
+    away[i] = vmax(difference, -difference);
+  }
+  const Cut<C> cut = find_cut<C>(away, n, nearest, nearest, guess);
+  V first = none, last = -none, low = -none, high = none;
+  Index tied_low = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const Index inside = away[i] < cut.at, tied = away[i] == cut.at, lower = x[i] < m;
+    first = inside ? vmin(first, x[i]) : first;
+    last = inside ? vmax(last, x[i]) : last;
+    low = tied & lower ? vmax(low, x[i]) : low;
+    high = tied & ~lower ? vmin(high, x[i]) : high;
+    tied_low -= tied & lower;
+  }
+  // Of equally far values the lower ones come first; those on one side differ by less than the distance's rounding.
+  const Index missing = cut.tied & (static_cast<I>(nearest) - cut.below);
+  const Index copies_low = missing < tied_low ? missing : tied_low, any_inside = cut.below > 0;
+  run.low_tied = copies_low > 0;
+  run.copies_high = missing - copies_low;
+  run.from = first;
+  run.below = any_inside ? next_above<C>(last) : -none;
+  run.low = run.low_tied ? low : any_inside ? first : high;
+  run.high = high;
+  return run;
+}
+
+// Mean of the cells [lo, hi) of n values, or of those nearest to it, which may be reordered; no value is a NaN.
 template <class C>
 void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out, Ahead& ahead) {
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   using I = typename Simd<C>::IndexScalar;
   constexpr int lanes = Simd<C>::lanes;
-  const int64_t n = window.n, cells = window.hi - window.lo;
+  const int64_t n = window.n;
+  int64_t cells = window.hi - window.lo;
   const auto is = [](Index mask, V yes, V no) { return mask ? yes : no; };
   // The first and the last value of the window; values in [from, below) lie inside, and so do some copies of the two.
   V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
+  V centre = {};
   Index low_tied = {}, copies_high = {};
   if (n <= kSortedRows) {
     const Parts parts(n);
     for (int64_t i = n; i < parts.size(); ++i) x[i] = V{} + infinity<C>();
     sort_part(x, parts.first, ahead);
     sort_part(x + parts.first, parts.second, ahead);
+    if (window.nearest) {
+      join_parts(x, parts, V{} + infinity<C>(), ahead);
+      store_nearest_mean<C>(window, x, out);
+      return;
+    }
     low = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.lo);
     high = value_of_rank(x, parts.first, x + parts.first, n - parts.first, window.hi - 1);
     if (cells > 2) {
@@ -246,7 +329,16 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   if (cells <= 2) {
     const V ends[2] = {low, high};
     store_window_mean<C>(ends, 0, cells, out);
-    return;
+    if (!window.nearest) return;
+    centre = load(out);
+    cells = window.nearest;
+    const Run<C> run = nearest_run<C>(x, n, cells, centre - centre == 0 ? centre : V{}, guess[1]);
+    low = run.low;
+    high = run.high;
+    from = run.from;
+    below = run.below;
+    low_tied = run.low_tied;
+    copies_high = run.copies_high;
   }
   constexpr int parts = lanes / kDoubles;
   C base[lanes], differences[lanes];
@@ -281,6 +373,7 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
     }
     out[lane] = static_cast<C>(mean);
   }
+  store(out, centre - centre == 0 ? load(out) : centre);  // that of a window is a zero
 }
 
 template <class C>
@@ -526,9 +619,10 @@ void release_window(Window& window) {
 }
 
 int64_t select_scratch(const Window& window, bool is_double) {
-  // Values and their rows; or two guesses and the values, filled up.
+  // Values and their rows; or two guesses and the values, filled up, or their distances after them.
   const int64_t filled = window.n <= kSortedRows ? Parts(window.n).size() : window.n;
-  return max64(2 * window.n, filled + 4) * (is_double ? Simd<double>::lanes : Simd<float>::lanes);
+  return max64(2 * window.n + (window.nearest ? 4 : 0), filled + 4) *
+         (is_double ? Simd<double>::lanes : Simd<float>::lanes);
 }
 
 void select_tile(const Window& window, const float* const* src, int64_t columns, float* scratch, float* out,
