@@ -321,11 +321,12 @@ class View(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A window of each column of a view's rows."""
+    """A window of each column of a view's rows, or the values nearest to it."""
 
     view: View
     window: Window
     multiplicities: NDArray[np.int64] | None = None
+    nearest: int | None = None
 
     def run(
         self,
@@ -341,6 +342,7 @@ class Selection(NamedTuple):
         return kernels.select_columns(
             rows,
             self.window,
+            nearest=self.nearest,
             multiplicities=self.multiplicities,
             mix=self.view.mix,
             measure=measure,
@@ -502,9 +504,7 @@ def _gram_pass(data: _Input, scale: float, single: bool) -> Matrix:
     cells = None if data.weights is None else as_cells(data.weights)
     for block in data.source.blocks():
         for rows in block.rows:
-            total += data.kernels.gram(
-                rows, multiplicities=cells, origin=data.needs_origin, scale=scale, single=single
-            )
+            total += data.kernels.gram(rows, multiplicities=cells, origin=data.needs_origin, scale=scale, single=single)
     return total
 
 
