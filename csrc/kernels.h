@@ -27,8 +27,11 @@ struct Rows {
 // With sq_distances, the squared distance of every row of measure @ rows (of the rows themselves
 // where measure is null) to the selected row as it is stored, summed in float64.
 // NaN ranks above +inf; a window that reaches a NaN gives NaN.
+// With nearest, the window (then of at most two cells, without multiplicities) is a centre, and the result the mean of
+// so many values nearest to it.
 struct Select {
   std::int64_t lo, hi;
+  std::int64_t nearest;                // 0: the mean of the window itself
   const std::int64_t* multiplicities;  // (selected rows) or null; their sum is below 2^62
   const double* mix;                   // (n_mixed, n) or null; entries equal to 0 are never multiplied
   std::int64_t n_mixed;

@@ -17,6 +17,7 @@ def select_columns(
     dtype: int,
     lo: int,
     hi: int,
+    nearest: int,
     multiplicities: NDArray[int64] | None,
     mix: NDArray[float64] | None,
     measure: NDArray[float64] | None,

@@ -167,6 +167,7 @@ class Kernels(Protocol):
         rows: Rows,
         window: Window,
         *,
+        nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
         measure: Matrix | None = None,
@@ -174,7 +175,7 @@ class Kernels(Protocol):
         distances: bool = False,
         out: Rows | None = None,
     ) -> Selected:
-        """Mean of a window of each column's sorted values, and on request the rows' distances to it.
+        """Mean of a window of each column's sorted values or of those nearest to it; on request the rows' distances.
 
         Parameters
         ----------
@@ -183,6 +184,9 @@ class Kernels(Protocol):
         window : Window
             Ranks [lo, hi) that are averaged, ``0 <= lo < hi <=`` number of cells. A row is one cell, or with
             `multiplicities` as many equal cells as its entry says.
+        nearest : int, optional
+            Average the so many values nearest to the window's mean instead, which is then the centre m of at most two
+            cells; at least 1, at most the number of selected rows, and not together with `multiplicities`.
         multiplicities : (k,) int64, optional
             Non-negative, one for each selected row; the sum is below 2**62.
         mix : (k, n) float64, optional
@@ -208,6 +212,13 @@ class Kernels(Protocol):
         -----
         NaN ranks above +inf; a window that reaches a NaN gives NaN. Window means lose nothing to a common offset
         and do not overflow. One read of the data; extra memory of one column tile per thread.
+
+        Nearest values: m and the differences x - m are rounded to the compute dtype (float32 for rows of 16 and 32
+        bits), so that all backends take the same values. Of two values equally far on either side the lower one is
+        taken first, of several on one side the one next to m in rank: `nearest` consecutive ranks are taken, the lowest
+        ones [k, k + nearest) for which ``x[k + nearest] - m < m - x[k]`` is false. An infinite value is farther than
+        any number, also where a number's difference overflows; a NaN is farthest, and where one would be taken the
+        result is NaN. Otherwise an m that is not finite is itself the result.
         """
 
     def gram(

@@ -22,6 +22,7 @@ from robustkern.rules import (
     GeometricMedian,
     Krum,
     Mean,
+    MeanAroundMedian,
     Median,
     MultiKrum,
     TrimmedMean,
@@ -38,6 +39,7 @@ __all__ = [
     "geometric_median",
     "krum",
     "mean",
+    "mean_around_median",
     "median",
     "multi_krum",
     "nnm",
@@ -140,11 +142,11 @@ def aggregate(
 
     Notes
     -----
-    Reads of the n x d data: 1 for mean, median and trimmed mean; 2 at most for everything else, however long the chain
-    (a tie at a cut may cost one more to measure the contenders exactly). The result is within 1e-6 (float32) or 1e-12
-    (float64) of the rows' spread of the exact one, besides its own rounding, and has the same bits for any number of
-    threads. A NaN ranks above +inf in a column; a row with a NaN or Inf is infinitely far from all others, is never
-    kept and never multiplied. Equal distances go to the lowest row index.
+    Reads of the n x d data: 1 for mean, median, trimmed mean and mean around the median; 2 at most for everything else,
+    however long the chain (a tie at a cut may cost one more to measure the contenders exactly). The result is within
+    1e-6 (float32) or 1e-12 (float64) of the rows' spread of the exact one, besides its own rounding, and has the same
+    bits for any number of threads. A NaN ranks above +inf in a column; a row with a NaN or Inf is infinitely far from
+    all others, is never kept and never multiplied. Equal distances go to the lowest row index.
 
     References
     ----------
@@ -404,6 +406,35 @@ def trimmed_mean(updates: Any, /, **options: Any) -> Any:
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
     return aggregate(updates, TrimmedMean(), **options)
+
+
+def mean_around_median(updates: Any, /, **options: Any) -> Any:
+    """Coordinate-wise mean of the n-f values nearest to the median ("MeaMed").
+
+    Parameters
+    ----------
+    updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
+        One row a worker.
+    **options
+        `f` (or `delta`; required), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+
+    Returns
+    -------
+    one update
+        Of the caller's kind.
+
+    Notes
+    -----
+    One read of the data. Distances to the median are compared in float32 (rows of 16 and 32 bits) or float64; of two
+    values equally far on either side the lower one is taken first, so that the order of the rows does not matter. An
+    infinite value is farther than any number and a NaN is farthest, so up to f of them in a column are left out; a
+    result that is not finite raises `NonFiniteError`.
+
+    References
+    ----------
+    .. [1] Xie, Koyejo & Gupta, "Generalized Byzantine-tolerant SGD", arXiv:1802.10116, 2018.
+    """
+    return aggregate(updates, MeanAroundMedian(), **options)
 
 
 def geometric_median(

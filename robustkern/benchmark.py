@@ -49,6 +49,7 @@ _SELECTION = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
 GOALS: dict[str, dict[int, float]] = {
     "median": _SELECTION,
     "trimmed_mean": _SELECTION,
+    "mean_around_median": {16: 1.3, 32: 1.6, 64: 2.0},
     "ctma(median)": {16: 2.1, 32: 2.2, 64: 2.5, 128: 3.0},
     "gram": {16: 1.2, 32: 1.4, 64: 2.0, 128: 3.5},
     "geometric_median": _TWO_READS,

@@ -39,12 +39,13 @@ def select_columns(
     window: tuple[int, int],
     /,
     *,
+    nearest: int | None = None,
     distances: bool = False,
     scale: float = 1.0,
     out: Any = None,
     backend: str = "auto",
 ) -> Any:
-    """Mean of a window of each column's sorted values.
+    """Mean of a window of each column's sorted values, or of the values nearest to it.
 
     Parameters
     ----------
@@ -52,6 +53,9 @@ def select_columns(
         The rows.
     window : (int, int)
         Ranks [lo, hi), ``0 <= lo < hi <= n``.
+    nearest : int, optional
+        Average the so many values nearest to the window's mean instead, ``1 <= nearest <= n``; the window then has one
+        or two ranks.
     distances : bool
         Also return the squared distance of each row to the result, from the same pass.
     scale : float
@@ -69,11 +73,12 @@ def select_columns(
     Raises
     ------
     TypeError, ValueError, BackendUnavailable
-        As `robustkern.aggregate`; or if the window is not a range of ranks.
+        As `robustkern.aggregate`; or if the window is not a range of ranks, or `nearest` does not go with it.
 
     Notes
     -----
-    NaN ranks above +inf; a window that reaches a NaN gives NaN. One read of the data.
+    NaN ranks above +inf; a window that reaches a NaN gives NaN. Of two values equally near on either side the lower one
+    is taken first; infinite values are farther than any number, and NaN are farthest. One read of the data.
     """
     source, restore, kernels = _open("select_columns", updates, out, backend)
     lo, hi = window
@@ -81,12 +86,18 @@ def select_columns(
         raise ValueError(
             f"select_columns: window must satisfy 0 <= lo < hi <= n; got ({lo}, {hi}) with n={source.n} rows"
         )
+    if nearest is not None and not (1 <= nearest <= source.n and hi - lo <= 2):
+        raise ValueError(
+            "select_columns: nearest must satisfy 1 <= nearest <= n, with a window of one or two ranks; got "
+            f"nearest={nearest} and ({lo}, {hi}) with n={source.n} rows"
+        )
     total = np.zeros(source.n)
     for block in source.blocks():
         for rows, target in zip(block.rows, block.out, strict=True):
             found = kernels.select_columns(
                 rows,
                 Window(int(lo), int(hi)),
+                nearest=None if nearest is None else int(nearest),
                 distances=distances,
                 scale=_scale("select_columns", scale),
                 out=target,

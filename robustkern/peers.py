@@ -57,11 +57,19 @@ def naive_nnm(x: Array, f: int) -> Array:
     return np.stack([x[rows].mean(axis=0) for rows in nearest])
 
 
+def naive_mean_around_median(x: Array, f: int) -> Array:
+    """Mean of each column's n-f values nearest to its median, in NumPy."""
+    ranked = np.sort(x, axis=0)  # so that of equally far values the lower one comes first
+    nearest = np.argsort(np.abs(ranked - np.median(x, axis=0)), axis=0, kind="stable")[: len(x) - f]
+    return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))
+
+
 def naive_rules(f: int) -> dict[str, Peer]:
     """Return each rule as one would write it in NumPy."""
     return {
         "median": lambda x: np.median(x, axis=0),
         "trimmed_mean": lambda x: np.sort(x, axis=0)[f : len(x) - f].mean(axis=0),
+        "mean_around_median": lambda x: naive_mean_around_median(x, f),
         "ctma(median)": lambda x: naive_ctma(x, f, np.median(x, axis=0)),
         "geometric_median": naive_geometric_median,
         "ctma(geometric_median)": lambda x: naive_ctma(x, f, naive_geometric_median(x)),

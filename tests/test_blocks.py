@@ -34,11 +34,11 @@ def test_segments_are_columns(kernels: Kernels, dtype: np.dtype[Any], borders: l
     """Selections and weighted sums concatenate to the same bits; Grams and distances add up."""
     x = make_rows("nan", 7, 1000, dtype)
     segmented = cut(x, borders)
-    for window in (Window(3, 4), Window(2, 5)):
+    for window, nearest in ((Window(3, 4), None), (Window(2, 5), None), (Window(3, 4), 5)):
         want, whole_out = one_row(1000, dtype)
-        whole = kernels.select_columns(Rows.of(x), window, out=whole_out, distances=True)
+        whole = kernels.select_columns(Rows.of(x), window, nearest=nearest, out=whole_out, distances=True)
         got = np.full((1, 1000), 77, dtype=dtype)
-        parts = kernels.select_columns(segmented, window, out=cut(got, borders), distances=True)
+        parts = kernels.select_columns(segmented, window, nearest=nearest, out=cut(got, borders), distances=True)
         assert np.array_equal(got[0].astype(float), want.astype(float), equal_nan=True)
         assert np.array_equal(parts.nonfinite, whole.nonfinite)
         np.testing.assert_allclose(parts.sq_distances, whole.sq_distances, rtol=1e-13)
@@ -112,6 +112,7 @@ class Counting:
         ("mean", ["weighted_row_sum"], 1),
         ("median", ["select_columns"], 1),
         ("trimmed_mean", ["select_columns"], 1),
+        ("mean_around_median", ["select_columns"], 1),
         ("ctma(median)", ["select_columns", "weighted_row_sum"], 1.8),
         ("geometric_median", ["gram", "weighted_row_sum"], 2),
         ("rfa", ["gram", "weighted_row_sum"], 2),
@@ -143,7 +144,7 @@ def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: li
 @pytest.mark.parametrize("backend", ["cpp", "numba"], indirect=True)  # the reference has no threads
 def test_bits_do_not_depend_on_threads(backend: str, dtype: np.dtype[Any], n: int) -> None:
     x = make_rows("normal", n, 400_000 // n + 13, dtype)
-    for rule in ("mean", "ctma(median)", "ctma(geometric_median)", "nnm | trimmed_mean"):
+    for rule in ("mean", "mean_around_median", "ctma(median)", "ctma(geometric_median)", "nnm | trimmed_mean"):
         results = []
         for threads in (1, 2, 3, 7):
             rk.set_num_threads(threads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -55,6 +56,23 @@ def oracle_select(x: Array, window: Window, multiplicities: Array | None = None)
     return result
 
 
+def oracle_nearest(x: Array, window: Window, nearest: int) -> Array:
+    """Order each column by distance, lower side first, then by rank, and average in longdouble."""
+    lo, hi = window
+    with np.errstate(all="ignore"):
+        ranked = np.sort(x if x.dtype == np.float64 else x.astype(np.float32), axis=0)
+        low, high = ranked[lo], ranked[hi - 1]
+        centre = np.where(np.isfinite(low + high), (low + high) / 2, low / 2 + high / 2)
+        wide, middle = ranked.astype(np.longdouble), centre.astype(np.longdouble)
+        away = np.abs(ranked - centre).astype(np.longdouble)
+        away = np.where(np.isinf(away), np.abs(wide - middle), away)  # finite where only the dtype overflows
+        above = ranked > centre
+        rank = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
+        order = np.lexsort((np.where(above, rank, -rank), above, away, np.isnan(ranked)), axis=0)
+        mean = (np.take_along_axis(wide, order[:nearest], axis=0) / nearest).sum(axis=0)
+        return np.asarray(np.where(np.isfinite(centre) | np.isnan(ranked[nearest - 1]), mean, middle))
+
+
 def windows(n: int) -> list[Window]:
     """Return the median in its variants, a trimmed window, extremes and everything."""
     middle = [(n - 1) // 2, n // 2 + 1]
@@ -82,6 +100,21 @@ def test_select_columns_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any
             assert np.array_equal(found.nonfinite, ~np.isfinite(x.astype(np.float64)).all(axis=1))
             assert_close(got, oracle_select(x, window), x, terms=window.hi - window.lo)
         assert x.tobytes() == before
+
+
+def test_a_column_does_not_depend_on_its_neighbours(kernels: Kernels) -> None:
+    """One column's sums overflow; those beside it are averaged as if it were not there."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        largest, tiny = np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal
+        for overflowing, column in (
+            ([-largest, largest, largest], [largest, largest, largest]),
+            ([largest, largest], [tiny, 3 * tiny]),
+        ):
+            x = np.repeat(np.array(column, dtype=dtype)[:, None], 40, axis=1)
+            x[:, ::20] = np.array(overflowing, dtype=dtype)[:, None]
+            got, out = one_row(40, dtype)
+            kernels.select_columns(Rows.of(x), Window(0, len(x)), out=out)
+            assert (got[np.arange(40) % 20 > 0] == (largest if len(x) == 3 else 2 * tiny)).all()
 
 
 def test_select_columns_for_every_number_of_rows(fast: Kernels) -> None:
@@ -202,6 +235,92 @@ def test_every_weighted_rank_for_every_number_of_rows(fast: Kernels, factor: int
                 assert np.array_equal(got, np.take_along_axis(np.sort(x, axis=0), at[None], 0)[0]), (n, cell)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nearest_values_match_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
+    for n, d in [*SIZES, (32, 20), (34, 17), (65, 9), (256, 7), (300, 17)]:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        before = x.tobytes()
+        for lo in {(n - 1) // 2, n // 2}:
+            window = Window(lo, n // 2 + 1)
+            for nearest in {1, (n + 2) // 3, n // 2 + 1, n - n // 4, n}:
+                got, out = one_row(d, dtype)
+                found = kernels.select_columns(Rows.of(x), window, nearest=nearest, out=out)
+                assert found.sq_distances is None
+                assert np.array_equal(found.nonfinite, ~np.isfinite(x.astype(np.float64)).all(axis=1))
+                assert_close(got, oracle_nearest(x, window, nearest), x, terms=nearest)
+                if kind == "constant":
+                    assert np.array_equal(got, x[0])
+        assert x.tobytes() == before
+
+
+def test_nearest_values_for_every_number_of_rows(fast: Kernels) -> None:
+    """Whole numbers, so that many values are equally far, at every way of cutting."""
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        for n in ALL_N:
+            x = np.random.default_rng(n).integers(-9, 10, (n, 67)).astype(dtype)
+            window = Window((n - 1) // 2, n // 2 + 1)
+            for nearest in range(1, n + 1) if n <= 40 else {1, 2, n // 5, n // 2, n - n // 3, n - 2, n - 1, n}:
+                got, out = one_row(67, dtype)
+                fast.select_columns(Rows.of(x), window, nearest=nearest, out=out)
+                assert_close(got, oracle_nearest(x, window, nearest), x, terms=nearest)
+
+
+@pytest.mark.parametrize("n", [7, 40, 300])
+def test_of_equally_far_values_the_lower_are_taken_first(kernels: Kernels, dtype: np.dtype[Any], n: int) -> None:
+    """In whatever order the rows come: a third at 0, two at -1, three at 1, and two as far as 100 on either side."""
+    zeros = n // 3 if n > 7 else 1
+    column = np.concatenate([np.zeros(zeros), [-1, -1, 1, 1, 1], np.tile([100.0, -100], n)])[:n]
+    rng = np.random.default_rng(n)
+    x = np.stack([rng.permutation(column) for _ in range(40)], axis=1).astype(dtype)
+    centre = int((column < 0).sum())  # the lowest zero
+    for more, total in enumerate([0, -1, -2, -1, 0, 1][: n - zeros + 1]):
+        got, out = one_row(40, dtype)
+        nearest = zeros + more
+        kernels.select_columns(Rows.of(x), Window(centre, centre + 1), nearest=nearest, out=out)
+        assert_close(got, np.full(40, total / nearest), x, terms=nearest)
+
+
+@pytest.mark.parametrize("copies", [1, 9, 70])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_are_nearer_than_infinities(kernels: Kernels, dtype: np.dtype[Any], copies: int, sign: int) -> None:
+    """Also numbers at the other end of the range, whose differences from the centre overflow."""
+    largest = float(ml_dtypes.finfo(dtype).max) * sign
+    n = 5 * copies
+    for values, nearest, want in [
+        ([-np.inf * sign, -largest, -largest, -largest, largest], 4, -largest / 2),
+        ([-np.inf * sign, -largest, -largest, -largest, largest], 5, -np.inf * sign),
+        ([np.inf * sign, -largest, -largest, -largest, largest], 4, -largest / 2),
+        ([np.inf, -np.inf, 0, 0, 1], 3, 1 / 3),
+        ([np.inf, -np.inf, 0, 0, 1], 4, -np.inf),
+        ([np.inf, -np.inf, 0, 0, 1], 5, np.nan),
+        ([np.inf, np.inf, np.inf, 0, -np.inf], 5, np.inf),
+        ([-np.inf, -np.inf, -np.inf, 0, np.inf], 4, -np.inf),
+        ([np.nan, np.nan, np.inf, 0, -np.inf], 3, np.inf),
+        ([np.nan, np.nan, np.inf, 0, -np.inf], 4, np.nan),
+        ([np.nan, 0, 0, 0, -np.inf], 4, -np.inf),
+    ]:
+        x = np.repeat(np.array(values).astype(dtype)[:, None], 40, axis=1)
+        x = np.ascontiguousarray(np.repeat(x, copies, axis=0)[np.random.default_rng(0).permutation(n)])
+        got, out = one_row(40, dtype)
+        kernels.select_columns(Rows.of(x), Window((n - 1) // 2, n // 2 + 1), nearest=nearest * copies, out=out)
+        assert_close(got, np.full(40, want), x, terms=nearest * copies)
+
+
+def test_nearest_values_that_would_be_nan(kernels: Kernels) -> None:
+    """Column j holds j NaN: the result is one as soon as fewer than the nearest, or not the centre, are numbers."""
+    for n in (6, 50, 270):
+        x = np.random.default_rng(n).standard_normal((n, n)).astype(np.float32)
+        x[np.tri(n, k=-1, dtype=bool)] = np.nan
+        x = np.ascontiguousarray(x[::-1])
+        assert np.isnan(x).sum(axis=0).tolist() == list(range(n - 1, -1, -1))
+        for lo, nearest in [(0, 1), (0, n // 2), (n // 2, 2), (n // 2, n - n // 4), (0, n)]:
+            got, out = one_row(n, x.dtype)
+            kernels.select_columns(Rows.of(x), Window(lo, lo + 1), nearest=nearest, out=out)
+            numbers = np.arange(1, n + 1)
+            assert np.array_equal(np.isnan(got), numbers < max(nearest, lo + 1))
+            assert_close(got, oracle_nearest(x, Window(lo, lo + 1), nearest), x, terms=nearest)
+
+
 @pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "nan", "inf"])
 def test_select_columns_distances(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
     for n, d in SIZES:
@@ -234,12 +353,16 @@ def test_select_columns_of_mixed_rows(kernels: Kernels, dtype: np.dtype[Any]) ->
             (mix, mixed),
             (measure, measure @ x.astype(np.float64)),
         ):
-            got, out = one_row(d, dtype)
-            found = kernels.select_columns(Rows.of(x), window, mix=mix, measure=measured, distances=True, out=out)
-            single = mixed.astype(np.float32 if dtype.itemsize < 8 else np.float64)
-            assert_close(got, oracle_select(single, window), x)
-            want = ((expected - got.astype(np.float64)) ** 2).sum(axis=1)
-            np.testing.assert_allclose(found.sq_distances, want, rtol=1e-12)
+            for nearest in (None, k - k // 4):
+                got, out = one_row(d, dtype)
+                found = kernels.select_columns(
+                    Rows.of(x), window, nearest=nearest, mix=mix, measure=measured, distances=True, out=out
+                )
+                single = mixed.astype(np.float32 if dtype.itemsize < 8 else np.float64)
+                selected = oracle_nearest(single, window, nearest) if nearest else oracle_select(single, window)
+                assert_close(got, selected, x, terms=nearest or 1)
+                want = ((expected - got.astype(np.float64)) ** 2).sum(axis=1)
+                np.testing.assert_allclose(found.sq_distances, want, rtol=1e-12)
 
 
 def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None:
@@ -432,9 +555,10 @@ def test_misaligned_rows(fast: Kernels, dtype: np.dtype[Any]) -> None:
         assert np.array_equal(found, expected)
     got, out = one_row(d, dtype)
     want, expected_out = one_row(d, dtype)
-    fast.select_columns(odd, Window(3, 4), out=out)
-    fast.select_columns(Rows.of(x), Window(3, 4), out=expected_out)
-    assert np.array_equal(got, want)
+    for nearest in (None, 5):
+        fast.select_columns(odd, Window(3, 4), nearest=nearest, out=out)
+        fast.select_columns(Rows.of(x), Window(3, 4), nearest=nearest, out=expected_out)
+        assert np.array_equal(got, want)
     fast.weighted_row_sum(odd, np.full((1, n), 1 / n), out)
     fast.weighted_row_sum(Rows.of(x), np.full((1, n), 1 / n), expected_out)
     assert np.array_equal(got, want)
@@ -478,9 +602,16 @@ def test_bindings_refuse_other_arrays() -> None:
     frozen = flags.copy()
     frozen.flags.writeable = False
 
-    def call(addresses: Any = rows.addresses, offsets: Any = rows.offsets, flags: Any = flags) -> None:
-        none = (None, None, None, 1.0, out.addresses, None)
-        _cpu.select_columns(_cpu.supported_isas()[0], addresses, offsets, 2, 1, 3, *none, flags, 1)
+    def call(
+        addresses: Any = rows.addresses,
+        offsets: Any = rows.offsets,
+        flags: Any = flags,
+        hi: int = 3,
+        nearest: int = 0,
+        multiplicities: Any = None,
+    ) -> None:
+        others = (multiplicities, None, None, 1.0, out.addresses, None)
+        _cpu.select_columns(_cpu.supported_isas()[0], addresses, offsets, 2, 1, hi, nearest, *others, flags, 1)
 
     call()
     for addresses in (rows.addresses.view(np.int64), rows.addresses[0], [1, 2, 3, 4], None):
@@ -498,6 +629,13 @@ def test_bindings_refuse_other_arrays() -> None:
         call(flags=flags[:3])
     with pytest.raises(ValueError, match="one entry more"):
         call(offsets=rows.offsets[:1])
+    call(nearest=4)
+    for few in (-1, 5):
+        with pytest.raises(ValueError, match="no more values can be near than are selected"):
+            call(nearest=few)
+    for several in ({"hi": 4}, {"multiplicities": np.ones(4, dtype=np.int64)}):
+        with pytest.raises(ValueError, match="a centre of at most two cells, and no multiplicities"):
+            call(nearest=2, **several)
 
 
 def test_addresses() -> None:

@@ -104,6 +104,7 @@ def test_rule_objects() -> None:
         "geometric_median",
         "krum",
         "mean",
+        "mean_around_median",
         "median",
         "multi_krum",
         "nnm",

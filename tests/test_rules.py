@@ -24,6 +24,8 @@ HAND_RESULTS = {
     "median": [2.5, 1, 4],
     "median(even='high')": [3, 2, 5],
     "trimmed_mean": [2.5, 1, 4],
+    # Medians 2.5, 1, 4; farthest are 100, -100, and of 1 and 7, which are equally far, the higher one.
+    "mean_around_median": [2, 2, 3],
     "ctma(mean)": [2, 2, 3],
     "ctma(median)": [2, 2, 3],
     "ctma(trimmed_mean)": [2, 2, 3],
@@ -37,6 +39,7 @@ RULES = (
     "median",
     "median(even='low')",
     "trimmed_mean",
+    "mean_around_median",
     "geometric_median",
     "rfa",
     "krum",
@@ -49,6 +52,7 @@ RULES = (
     "ctma(ctma(median))",
     "nnm | mean",
     "nnm | median",
+    "nnm | mean_around_median",
     "nnm | geometric_median",
     "nnm | ctma(median)",
     "nnm | ctma(geometric_median)",
@@ -90,6 +94,7 @@ def slow_nearest(x: Array, point: Array, count: int) -> list[int]:
 
 def slow(rule: str, x: Array, f: int) -> Array:
     """Evaluate a rule by its definition."""
+    single = x.astype(np.float32) if x.dtype.itemsize < 8 else x
     x = x.astype(np.longdouble)
     n = len(x)
     if rule == "mean":
@@ -98,6 +103,10 @@ def slow(rule: str, x: Array, f: int) -> Array:
         return (np.sort(x, axis=0)[(n - 1) // 2] + np.sort(x, axis=0)[n // 2]) / 2
     if rule == "trimmed_mean":
         return np.sort(x, axis=0)[f : n - f].mean(axis=0)
+    if rule == "mean_around_median":
+        away = np.abs(single - np.median(single, axis=0))  # which values are taken is decided in the compute dtype
+        order = np.lexsort((x, away), axis=0)[: n - f]
+        return np.take_along_axis(x, order, axis=0).mean(axis=0)
     if rule == "geometric_median":
         return slow_geometric_median(x)
     if rule in ("krum", "multi_krum"):
@@ -122,10 +131,12 @@ def slow(rule: str, x: Array, f: int) -> Array:
         "mean",
         "median",
         "trimmed_mean",
+        "mean_around_median",
         "geometric_median",
         "krum",
         "multi_krum",
         "ctma(median)",
+        "ctma(mean_around_median)",
         "ctma(geometric_median)",
         "ctma(nnm | trimmed_mean)",
         "nnm | mean",
@@ -171,6 +182,7 @@ def test_functions_are_the_rules() -> None:
         (rk.median(x), "median"),
         (rk.median(x, even="high"), "median(even='high')"),
         (rk.trimmed_mean(x, f=2), "trimmed_mean"),
+        (rk.mean_around_median(x, f=2), "mean_around_median"),
         (rk.geometric_median(x), "geometric_median"),
         (rk.geometric_median(x, nu=0.1, max_iter=3, start="zero"), "rfa"),
         (rk.krum(x, f=2), "krum"),
@@ -361,7 +373,9 @@ def test_many_rows_of_little_weight_cost_no_digits(backend: str, rule: str) -> N
     assert_close(got, rk.aggregate(honest, rule, f=0, weights=zero[8:]).astype(np.longdouble), honest, terms=12)
 
 
-@pytest.mark.parametrize("rule", ["krum", "multi_krum", "nnm | median", "bucketing | median", "ctma(nnm | median)"])
+@pytest.mark.parametrize(
+    "rule", ["krum", "multi_krum", "mean_around_median", "nnm | median", "bucketing | median", "ctma(nnm | median)"]
+)
 def test_rules_without_a_weighted_form_say_so(rule: str) -> None:
     x = make_rows("normal", 9, 4, np.dtype(np.float64))
     with pytest.raises(ValueError, match="weights are not supported"):
@@ -501,7 +515,8 @@ def test_tiny_rows_do_not_push_honest_rows_out_of_reach(rule: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["geometric_median", "ctma(median)", "krum", "nnm | mean", "mean", "bucketing | median"]
+    "rule",
+    ["geometric_median", "mean_around_median", "ctma(median)", "krum", "nnm | mean", "mean", "bucketing | median"],
 )
 @pytest.mark.parametrize(
     "value", [1e146, 1e150, 1e300, float(np.finfo(np.float64).max), -float(np.finfo(np.float64).max)]
@@ -640,7 +655,8 @@ def test_f_too_large(f: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["trimmed_mean", "krum", "multi_krum", "nnm | mean", "bucketing | mean", "ctma(median)"]
+    "rule",
+    ["trimmed_mean", "mean_around_median", "krum", "multi_krum", "nnm | mean", "bucketing | mean", "ctma(median)"],
 )
 def test_f_missing(rule: str) -> None:
     with pytest.raises(ValueError, match=r"f is required.*pass f= or delta="):

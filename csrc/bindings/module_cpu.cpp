@@ -89,9 +89,10 @@ int threads_for(const rk::Rows& rows, int requested) {
 }
 
 void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype, std::int64_t lo, std::int64_t hi,
-                    std::optional<Array<const std::int64_t, 1>> multiplicities, std::optional<Matrix> mix,
-                    std::optional<Matrix> measure, double scale, std::optional<Addresses> out,
-                    std::optional<Array<double, 1>> sq_distances, Array<std::uint8_t, 1> nonfinite, int threads) {
+                    std::int64_t nearest, std::optional<Array<const std::int64_t, 1>> multiplicities,
+                    std::optional<Matrix> mix, std::optional<Matrix> measure, double scale,
+                    std::optional<Addresses> out, std::optional<Array<double, 1>> sq_distances,
+                    Array<std::uint8_t, 1> nonfinite, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = view(data, offsets, dtype);
   const std::size_t n = data.shape(1), selected = mix ? mix->shape(0) : n;
@@ -104,12 +105,17 @@ void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype,
     for (std::size_t i = 0; i < selected; ++i) cells += multiplicities->data()[i];
   }
   require(0 <= lo && lo < hi && hi <= cells, "the window must be a non-empty range of the cells");
+  require(0 <= nearest && nearest <= static_cast<std::int64_t>(selected),
+          "no more values can be near than are selected");
+  require(nearest == 0 || (hi - lo <= 2 && !multiplicities),
+          "nearest values need a centre of at most two cells, and no multiplicities");
   require(!out || (out->shape(0) == data.shape(0) && out->shape(1) == 1), "one output for each segment");
   require(!sq_distances || sq_distances->shape(0) == (measure ? measure->shape(0) : n),
           "one distance for each measured row");
   require(nonfinite.shape(0) == n, "one flag for each row");
   const rk::Select select{lo,
                           hi,
+                          nearest,
                           multiplicities ? multiplicities->data() : nullptr,
                           mix ? mix->data() : nullptr,
                           static_cast<std::int64_t>(selected),
@@ -214,7 +220,7 @@ NB_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
   m.def("max_threads", &rk::max_threads);
   m.def("address_of", &address_of, "array"_a);
-  m.def("select_columns", &select_columns, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "lo"_a, "hi"_a,
+  m.def("select_columns", &select_columns, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "lo"_a, "hi"_a, "nearest"_a,
         "multiplicities"_a.none(), "mix"_a.none(), "measure"_a.none(), "scale"_a, "out"_a.none(),
         "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);
   m.def("gram", &gram, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "multiplicities"_a.none(), "origin"_a, "scale"_a,

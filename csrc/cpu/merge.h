@@ -152,6 +152,18 @@ struct Parts {
   int64_t size() const { return first + second; }
 };
 
+// Makes one sorted run of both sorted parts, filled up to twice the first, which holds at least 32 values.
+template <class V>
+void join_parts(V* x, const Parts& parts, V filling, Ahead& ahead) {
+  for (int64_t i = parts.size(); i < 2 * parts.first; ++i) x[i] = filling;
+  if (parts.first == 32)
+    merge_runs<32>(x, ahead);
+  else if (parts.first == 64)
+    merge_runs<64>(x, ahead);
+  else
+    merge_runs<128>(x, ahead);
+}
+
 // The value of rank k of two sorted parts: with i of the k + 1 smallest from `a`, it is at least the largest of those
 // i and of the k + 1 - i from `b`; the true division makes it least.
 template <class V>

@@ -175,7 +175,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   Mixing mixing, measuring;
   if (select.mix && !mixing.prepare(select.mix, k, n)) return Status::out_of_memory;
   if (remeasure && !measuring.prepare(select.measure, n_measured, n)) return Status::out_of_memory;
-  Window window{k, select.lo, select.hi, select.multiplicities};
+  Window window{k, select.lo, select.hi, select.multiplicities, select.nearest};
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;

@@ -37,12 +37,13 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   if (hi - lo == 2) {
     const V a = sorted[lo], b = sorted[lo + 1];
     V middle = (a + b) * static_cast<C>(0.5);
-    if (__builtin_expect(any_nan(middle * static_cast<C>(0)), false))
-      middle = a * static_cast<C>(0.5) + b * static_cast<C>(0.5);
+    if (__builtin_expect(any_nan(middle * static_cast<C>(0)), false))  // only where it overflows: halves may vanish
+      middle = middle - middle == 0 ? middle : a * static_cast<C>(0.5) + b * static_cast<C>(0.5);
     store(out, middle);
     return;
   }
   constexpr int lanes = Simd<C>::lanes;
+  V single = V{} + infinity<C>();  // what a column's mean is where it is finite, whatever the columns beside it
   if (sizeof(C) == 4 && hi - lo <= kUnrolledRows) {
     // Few enough that float32 keeps them within 3e-7 of the spread.
     const V base = sorted[lo];
@@ -52,9 +53,9 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) sum[k] += sorted[r + k] - base;
     for (; r < hi; ++r) sum[0] += sorted[r] - base;
-    const V mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1 / static_cast<C>(hi - lo));
-    if (__builtin_expect(!any_nan(mean * static_cast<C>(0)), true)) {
-      store(out, mean);
+    single = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1 / static_cast<C>(hi - lo));
+    if (__builtin_expect(!any_nan(single * static_cast<C>(0)), true)) {
+      store(out, single);
       return;
     }
   }
@@ -62,15 +63,42 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   const double count = static_cast<double>(hi - lo);
   for (int part = 0; part < lanes; part += kDoubles) {
     const F64 base = load_double(cells + lo * lanes + part);
-    F64 sum = base - base;
-    for (int64_t r = lo + 1; r < hi; ++r) sum += load_double(cells + r * lanes + part) - base;
-    F64 mean = base + sum / count;
+    F64 sum[4] = {};
+    int64_t r = lo + 1;
+    for (; r + 4 <= hi; r += 4)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += load_double(cells + (r + k) * lanes + part) - base;
+    for (; r < hi; ++r) sum[0] += load_double(cells + r * lanes + part) - base;
+    F64 mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
     if (__builtin_expect(any_nan(mean * 0.0), false)) {
-      mean = load_double(cells + lo * lanes + part) / count;
-      for (int64_t r = lo + 1; r < hi; ++r) mean += load_double(cells + r * lanes + part) / count;
+      F64 plain = load_double(cells + lo * lanes + part) / count;
+      for (r = lo + 1; r < hi; ++r) plain += load_double(cells + r * lanes + part) / count;
+      mean = mean - mean == 0 ? mean : plain;  // only there: a plain sum of the largest number may overflow
     }
     store_rounded(out + part, mean);
   }
+  store(out, single - single == 0 ? single : load(out));
+}
+
+// Mean of the window.nearest values nearest to the window's middle m, written to out; sorted[0, n) is overwritten.
+// Ranks that lie `nearest` apart compete: of each pair the nearer one goes on to the place of the upper, so that the
+// last `nearest` places end up with the values taken. Where a lower rank stays, all above it that compete with it do.
+template <class C>
+__attribute__((noinline)) void store_nearest_mean(const Window& window, typename Simd<C>::V* sorted, C* out) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  const int64_t n = window.n, nearest = window.nearest;
+  store_window_mean<C>(sorted, window.lo, window.hi, out);
+  const V m = load(out);
+  const bool careful = any_nan((sorted[0] - m) * static_cast<C>(0) + (sorted[n - 1] - m) * static_cast<C>(0));
+  for (int64_t k = 0; k + nearest < n; ++k) {
+    const V low = sorted[k], high = sorted[k + nearest];
+    Index nearer = high - m < m - low;
+    if (__builtin_expect(careful, false)) nearer |= (low == -infinity<C>()) & (high < infinity<C>());
+    sorted[k + nearest] = nearer ? high : low;
+  }
+  store_window_mean<C>(sorted, n - nearest, n, out);
+  if (__builtin_expect(careful, false)) store(out, m - m == 0 ? load(out) : m);
 }
 
 // How the values of a storage type are sorted: V is a vector of them, with NaN as +inf (they sort alike). A check
@@ -151,11 +179,11 @@ struct Sorted<Half> : SortedShort<Half> {};
 template <>
 struct Sorted<Bfloat> : SortedShort<Bfloat> {};
 
-// A window that reaches a NaN gives NaN.
+// A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
 template <class Count, class C>
 RK_INLINE void spoil_nan(const Window& window, Count nan_cells, C* out) {
   for (int lane = 0; lane < static_cast<int>(sizeof(Count) / sizeof(nan_cells[0])); ++lane)
-    if (nan_cells[lane] > window.n - window.hi) out[lane] = static_cast<C>(__builtin_nan(""));
+    if (nan_cells[lane] > window.n - max64(window.hi, window.nearest)) out[lane] = static_cast<C>(__builtin_nan(""));
 }
 
 // ---- unrolled networks ---------------------------------------------------------------------------------
@@ -182,6 +210,11 @@ struct Unrolled {
       V sorted[N];
 #pragma GCC unroll 32  // as a loop it would be compiled to a slow block copy
       for (int i = 0; i < N; ++i) sorted[i] = x[i];
+      if constexpr (sizeof(S) > 2)
+        if (window.nearest) {
+          store_nearest_mean<C>(window, sorted, out);
+          return;
+        }
       Sorted<S>::store_mean(sorted, window.lo, window.hi, out);
     }
   }
@@ -233,7 +266,7 @@ Selector<S> unrolled_sort(int64_t n, Indices<I...>) {
   return table[(n - 1) / 4];
 }
 
-bool is_median(const Window& w) { return w.lo >= (w.n - 1) / 2 && w.hi <= w.n / 2 + 1; }
+bool is_median(const Window& w) { return !w.nearest && w.lo >= (w.n - 1) / 2 && w.hi <= w.n / 2 + 1; }
 bool is_unrolled(const Window& w) { return w.n <= kUnrolledRows && !w.multiplicities; }
 
 // ---- more rows than registers ----------------------------------------------------------------------------
@@ -252,33 +285,98 @@ C plain_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, doubl
   return static_cast<C>(mean);
 }
 
-// Sorts n values in two parts and finds the first and the last one of the window.
+// Sorts n values in two parts, filled up with `top`.
 template <class V>
-RK_INLINE void find_ends(const Window& window, V* x, V top, V (&ends)[2], Ahead& ahead) {
-  const Parts parts(window.n);
-  for (int64_t i = window.n; i < parts.size(); ++i) x[i] = top;
+RK_INLINE void sort_parts(V* x, int64_t n, const Parts& parts, V top, Ahead& ahead) {
+  for (int64_t i = n; i < parts.size(); ++i) x[i] = top;
   sort_part(x, parts.first, ahead);
   sort_part(x + parts.first, parts.second, ahead);
+}
+
+// The first and the last value of the window.
+template <class V>
+RK_INLINE void find_ends(const Window& window, const V* x, const Parts& parts, V (&ends)[2]) {
   const int64_t rest = window.n - parts.first;
   ends[0] = value_of_rank(x, parts.first, x + parts.first, rest, window.lo);
   ends[1] = value_of_rank(x, parts.first, x + parts.first, rest, window.hi - 1);
 }
 
-// Mean of the cells [lo, hi) of n values, which may be reordered; no value is a NaN.
+// Consecutive ranks of a column: the values in [from, below), `copies_high` copies of `high`, and for the rest copies
+// of `low`; low_tied where there are any.
+template <class C>
+struct Run {
+  typename Simd<C>::V low, high, from, below;
+  typename Simd<C>::Index low_tied, copies_high;
+};
+
+// The run of the `nearest` values nearest to m; distances are put in the n vectors after x.
+template <class C>
+Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename Simd<C>::V m, Guess<C>& guess) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  using I = typename Simd<C>::IndexScalar;
+  const V none = V{} + infinity<C>();
+  Run<C> run{};
+  if (nearest == n) {
+    run.from = -none;
+    run.below = V{} + static_cast<C>(__builtin_nan(""));
+    run.low = run.high = smallest_from<C>(x, n, run.from);
+    return run;
+  }
+  // Differences from a large m may overflow, which their halves do not; what halves lose is far below such an m.
+  const V half = (m < 0 ? -m : m) > static_cast<C>(0x1p100) ? V{} + static_cast<C>(0.5) : V{} + static_cast<C>(1);
+  V* away = x + n;
+  for (int64_t i = 0; i < n; ++i) {
+    const V difference = x[i] * half - m * half;
+    away[i] = vmax(difference, -difference);
+  }
+  const Cut<C> cut = find_cut<C>(away, n, nearest, nearest, guess);
+  V first = none, last = -none, low = -none, high = none;
+  Index tied_low = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const Index inside = away[i] < cut.at, tied = away[i] == cut.at, lower = x[i] < m;
+    first = inside ? vmin(first, x[i]) : first;
+    last = inside ? vmax(last, x[i]) : last;
+    low = tied & lower ? vmax(low, x[i]) : low;
+    high = tied & ~lower ? vmin(high, x[i]) : high;
+    tied_low -= tied & lower;
+  }
+  // Of equally far values the lower ones come first; those on one side differ by less than the distance's rounding.
+  const Index missing = cut.tied & (static_cast<I>(nearest) - cut.below);
+  const Index copies_low = missing < tied_low ? missing : tied_low, any_inside = cut.below > 0;
+  run.low_tied = copies_low > 0;
+  run.copies_high = missing - copies_low;
+  run.from = first;
+  run.below = any_inside ? next_above<C>(last) : -none;
+  run.low = run.low_tied ? low : any_inside ? first : high;
+  run.high = high;
+  return run;
+}
+
+// Mean of the cells [lo, hi) of n values, or of those nearest to it, which may be reordered; no value is a NaN.
 template <class C>
 void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out, Ahead& ahead) {
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   using I = typename Simd<C>::IndexScalar;
   constexpr int lanes = Simd<C>::lanes;
-  const int64_t n = window.n, cells = window.hi - window.lo;
+  const int64_t n = window.n;
+  int64_t cells = window.hi - window.lo;
   const auto is = [](Index mask, V yes, V no) { return mask ? yes : no; };
   // The first and the last value of the window; values in [from, below) lie inside, and so do some copies of the two.
   V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
+  V centre = {}, single = V{} + infinity<C>();
   Index low_tied = {}, copies_high = {};
   if (n <= kSortedRows) {
+    const Parts parts(n);
+    sort_parts(x, n, parts, V{} + infinity<C>(), ahead);
+    if (window.nearest) {
+      join_parts(x, parts, V{} + infinity<C>(), ahead);
+      store_nearest_mean<C>(window, x, out);
+      return;
+    }
     V ends[2];
-    find_ends(window, x, V{} + infinity<C>(), ends, ahead);
+    find_ends(window, x, parts, ends);
     low = ends[0];
     high = ends[1];
     if (cells > 2) {
@@ -312,15 +410,24 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   if (cells <= 2) {
     const V ends[2] = {low, high};
     store_window_mean<C>(ends, 0, cells, out);
-    return;
+    if (!window.nearest) return;
+    centre = load(out);
+    cells = window.nearest;
+    const Run<C> run = nearest_run<C>(x, n, cells, centre - centre == 0 ? centre : V{}, guess[1]);
+    low = run.low;
+    high = run.high;
+    from = run.from;
+    below = run.below;
+    low_tied = run.low_tied;
+    copies_high = run.copies_high;
   }
   if (sizeof(C) == 4 && n <= kSortedRows && cells <= kSingleCells) {
     V sum[4] = {};
     for (int64_t i = 0; i < n; ++i) sum[i % 4] += is((x[i] < from) | (x[i] >= below), V{}, x[i] - low);
     const V copies = __builtin_convertvector(copies_high, V) * (high - low);
-    const V mean = low + ((sum[0] + sum[1]) + (sum[2] + sum[3]) + copies) * (1 / static_cast<C>(cells));
-    if (__builtin_expect(!any_nan(mean * static_cast<C>(0)), true)) {
-      store(out, mean);
+    single = low + ((sum[0] + sum[1]) + (sum[2] + sum[3]) + copies) * (1 / static_cast<C>(cells));
+    if (__builtin_expect(!any_nan(single * static_cast<C>(0)), true)) {
+      store(out, single);
       return;
     }
   }
@@ -357,6 +464,8 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
     }
     out[lane] = static_cast<C>(mean);
   }
+  store(out, single - single == 0 ? single : load(out));
+  store(out, centre - centre == 0 ? load(out) : centre);  // that of a window is a zero
 }
 
 template <class S>
@@ -368,8 +477,10 @@ void run_many(const Window& window, const S* const* src, int64_t columns, Comput
   V* x = reinterpret_cast<V*>(guess + 2);
   const auto select = [&](C* result) {
     if constexpr (sizeof(S) == 2) {
+      const Parts parts(window.n);
       V ends[2];
-      find_ends(window, x, Sorted<S>::top(), ends, ahead);
+      sort_parts(x, window.n, parts, Sorted<S>::top(), ahead);
+      find_ends(window, x, parts, ends);
       if (window.hi - window.lo == 2)
         Sorted<S>::store_mean(ends, 0, 2, result);
       else
@@ -568,7 +679,7 @@ void run_widened(const Window& window, const S* const* src, int64_t columns, flo
 
 // The unrolled networks, and two parts where only the ends of the window count.
 bool sorts_shorts(const Window& w) {
-  return is_unrolled(w) || (w.n <= kSortedRows && w.hi - w.lo <= 2 && !w.multiplicities);
+  return !w.nearest && (is_unrolled(w) || (w.n <= kSortedRows && w.hi - w.lo <= 2 && !w.multiplicities));
 }
 
 template <class S>
@@ -632,9 +743,10 @@ void release_window(Window& window) {
 
 template <class S>
 int64_t select_scratch(const Window& window) {
-  // Values and their rows; or two guesses and the values, filled up. Then what is widened, and pointers to it.
+  // Values and their rows; or two guesses and the values, filled up, or their distances after them. Then
+  // what is widened, and pointers to it.
   const int64_t filled = window.n <= kSortedRows ? Parts(window.n).size() : window.n;
-  const int64_t sorting = max64(2 * window.n, filled + 4) * Simd<ComputeOf<S>>::lanes;
+  const int64_t sorting = max64(2 * window.n + (window.nearest ? 4 : 0), filled + 4) * Simd<ComputeOf<S>>::lanes;
   return sorting + (sizeof(S) == 2 && !sorts_shorts(window) ? window.n * (kWidened + 2) : 0);
 }
 

@@ -1,4 +1,5 @@
-// Selection on one tile: out[j] = mean of the cells [lo, hi) of the sorted values of column j.
+// Selection on one tile: out[j] = mean of the cells [lo, hi) of the sorted values of column j, or of the values nearest
+// to it.
 #pragma once
 #include "tiles.h"
 
@@ -9,6 +10,7 @@ namespace RK_ISA {
 struct Window {
   int64_t n, lo, hi;
   const int64_t* multiplicities = nullptr;
+  int64_t nearest = 0;      // 0: the mean of the window itself
   int64_t total = 0;        // their sum
   void* network = nullptr;  // owned, with multiplicities
   int64_t comparators = 0;

@@ -116,16 +116,46 @@ def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
             out[j] = _middle(x[lo, j], x[lo + 1, j])
     else:
         total = np.zeros(count)
-        for r in range(lo + 1, hi):
+        whole = hi - (hi - lo - 1) % 4
+        for r in range(lo + 1, whole, 4):  # four in the dtype, few enough for it: widening each costs twice the sum
             for j in range(count):
-                total[j] += np.float64(x[r, j]) - np.float64(x[lo, j])
+                base = x[lo, j]
+                first, last = (x[r, j] - base) + (x[r + 1, j] - base), (x[r + 2, j] - base) + (x[r + 3, j] - base)
+                total[j] += first + last
+        for r in range(whole, hi):
+            for j in range(count):
+                total[j] += x[r, j] - x[lo, j]
         for j in range(count):
             mean = x[lo, j] + total[j] / (hi - lo)
-            if mean - mean != 0:
-                mean = 0.0
-                for r in range(lo, hi):
-                    mean += np.float64(x[r, j]) / (hi - lo)
             out[j] = mean
+            total[j] = mean - mean
+        careful = False
+        for j in range(count):
+            careful |= total[j] != 0
+        if careful:
+            for j in range(count):
+                if total[j] != 0:
+                    mean = 0.0
+                    for r in range(lo, hi):
+                        mean += np.float64(x[r, j]) / (hi - lo)
+                    out[j] = mean
+
+
+@njit(nogil=True, cache=True)
+def _store_nearest_mean(x, nearest, count, out):  # type: ignore[no-untyped-def]
+    """Ranks `nearest` apart compete for a place in the last rows of the sorted x; the centre in `out` is replaced."""
+    centre = out[:count].copy()
+    most = x.dtype.type(np.inf)
+    for k in range(len(x) - nearest):
+        low, high = x[k], x[k + nearest]
+        for j in range(count):
+            a, b, m = low[j], high[j], centre[j]
+            nearer = (b - m < m - a) | ((a == -most) & (b < most))
+            high[j] = b if nearer else a
+    _store_mean(x, len(x) - nearest, len(x), count, out)
+    for j in range(count):
+        if centre[j] - centre[j] != 0:
+            out[j] = centre[j]
 
 
 @njit(nogil=True, cache=True)
@@ -158,13 +188,13 @@ def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: 
 
 
 @njit(nogil=True, cache=True)
-def _select_tile(x, low, high, lo, hi, multiplicities, total, count, out, nonfinite):  # type: ignore[no-untyped-def]
+def _select_tile(x, low, high, lo, hi, nearest, multiplicities, total, count, out, nonfinite):  # type: ignore[no-untyped-def]
     """Sorts x in place; NaN sort as +inf, and columns whose window reaches one are spoilt afterwards."""
     check = np.zeros(count, dtype=x.dtype)  # one for each column: a single sum could not be vectorised
     for i in range(len(x)):
         row = x[i]
         for j in range(count):
-            check[j] += row[j] * 0
+            check[j] += row[j] - row[j]
     careful = False
     for j in range(count):
         careful |= check[j] != 0
@@ -186,9 +216,11 @@ def _select_tile(x, low, high, lo, hi, multiplicities, total, count, out, nonfin
     else:
         _sort(x, low, high, count)
         _store_mean(x, lo, hi, count, out)
+        if nearest:
+            _store_nearest_mean(x, nearest, count, out)
     if careful:
         for j in range(count):
-            if nan_cells[j] and hi > total - nan_cells[j]:
+            if nan_cells[j] and max(hi, nearest) > total - nan_cells[j]:
                 out[j] = np.nan
 
 
@@ -239,7 +271,7 @@ def _select_piece(  # type: ignore[no-untyped-def]
     nonfinite,
 ):
     low, high = network
-    lo, hi, total = window
+    lo, hi, nearest, total = window
     n = len(addresses)
     tile = np.empty((n, TILE), dtype=out.dtype)
     k = len(mix) if len(mix) else n
@@ -257,16 +289,16 @@ def _select_piece(  # type: ignore[no-untyped-def]
             for i in range(k):
                 for j in range(width):
                     work[i, j] = mixed[i, j]
-            _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, mixed_nonfinite)
+            _select_tile(work, low, high, lo, hi, nearest, multiplicities, total, width, target, mixed_nonfinite)
             if mixed_nonfinite.any():
                 _note_nonfinite(tile, width, nonfinite)
         elif len(distances):
             for i in range(n):
                 for j in range(width):
                     work[i, j] = tile[i, j]
-            _select_tile(work, low, high, lo, hi, multiplicities, total, width, target, nonfinite)
+            _select_tile(work, low, high, lo, hi, nearest, multiplicities, total, width, target, nonfinite)
         else:  # nobody needs the rows any more
-            _select_tile(tile, low, high, lo, hi, multiplicities, total, width, target, nonfinite)
+            _select_tile(tile, low, high, lo, hi, nearest, multiplicities, total, width, target, nonfinite)
         if len(distances):
             if len(rounding):  # distances are to what is stored: rounded to 16 bits
                 for j in range(width):
@@ -332,7 +364,7 @@ def _gram_piece(  # type: ignore[no-untyped-def]
             for j in range(width):
                 work[i, j] = tile[i, j]
         seen[:] = False
-        _select_tile(work, low, high, middle, middle + 1, cells, total_cells, width, centre, seen)
+        _select_tile(work, low, high, middle, middle + 1, 0, cells, total_cells, width, centre, seen)
         if seen.any():
             for j in range(width):
                 if centre[j] - centre[j] != 0:
@@ -483,6 +515,7 @@ class Numba:
         rows: Rows,
         window: Window,
         *,
+        nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
         measure: Matrix | None = None,
@@ -493,7 +526,8 @@ class Numba:
         """See the contract."""
         like, empty, table, finite = _storage(rows.dtype)
         k = rows.n if mix is None else len(mix)
-        network = _network(k, 0, k) if multiplicities is not None else _network(k, window.lo, window.hi)
+        whole = nearest is not None or multiplicities is not None
+        network = _network(k, 0, k) if whole else _network(k, window.lo, window.hi)
         cells = k if multiplicities is None else int(multiplicities.sum())
         none = np.empty((0, rows.n))
         n_measured = rows.n if measure is None else len(measure)
@@ -511,7 +545,7 @@ class Numba:
                     like,
                     table,
                     network,
-                    (window.lo, window.hi, cells),
+                    (window.lo, window.hi, nearest or 0, cells),
                     np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities,
                     none if mix is None else mix,
                     none if measure is None else measure,

@@ -32,6 +32,7 @@ class Reference:
         rows: Rows,
         window: Window,
         *,
+        nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
         measure: Matrix | None = None,
@@ -48,7 +49,10 @@ class Reference:
                 x = _stack(block)
                 nonfinite |= ~np.isfinite(x).all(axis=1)
                 chosen = x if mix is None else _mixed(mix, x).astype(compute).astype(np.float64)
-                values = _window_mean(chosen, window, multiplicities).astype(compute).astype(rows.dtype)
+                mean = _window_mean(chosen, window, multiplicities).astype(compute)
+                if nearest is not None:
+                    mean = _nearest_mean(chosen.astype(compute), mean, nearest).astype(compute)
+                values = mean.astype(rows.dtype)
                 if target is not None:
                     target.array(0, 0)[:] = values
                 if distances:
@@ -135,6 +139,17 @@ def _mixed(weights: Matrix, x: Matrix) -> Matrix:
         for i in np.flatnonzero(row):
             mixed[r] += row[i] * x[i]
     return mixed
+
+
+def _nearest_mean(x: NDArray[Any], centre: NDArray[Any], nearest: int) -> Vector:
+    """Mean of the values of each column nearest to its centre, with differences in the dtype of both."""
+    ranked = np.sort(x, axis=0)
+    low, high = ranked[: len(x) - nearest], ranked[nearest:]
+    # True for the first ranks of a column only: the values above it take the places of those below.
+    nearer = (high - centre < centre - low) | (np.isneginf(low) & (high < np.inf))
+    taken = np.arange(nearest)[:, None] + nearer.sum(axis=0)
+    mean = _window_mean(np.take_along_axis(ranked, taken, axis=0).astype(np.float64), Window(0, nearest), None)
+    return np.where(np.isfinite(centre) | np.isnan(ranked[nearest - 1]), mean, centre)
 
 
 def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | None) -> Vector:

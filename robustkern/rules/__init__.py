@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustkern.rules._base import Aggregator, Chain, Mixer, Rule, available_rules, parse_rule
-from robustkern.rules.coordinate import Median, TrimmedMean
+from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.mixing import NNM, Bucketing
 from robustkern.rules.weights import GeometricMedian, Krum, Mean, MultiKrum
@@ -17,6 +17,7 @@ __all__ = [
     "GeometricMedian",
     "Krum",
     "Mean",
+    "MeanAroundMedian",
     "Median",
     "Mixer",
     "MultiKrum",

@@ -327,11 +327,12 @@ class View(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A window of each column of a view's rows."""
+    """A window of each column of a view's rows, or the values nearest to it."""
 
     view: View
     window: Window
     multiplicities: NDArray[np.int64] | None = None
+    nearest: int | None = None
 
     def run(
         self,
@@ -347,6 +348,7 @@ class Selection(NamedTuple):
         return kernels.select_columns(
             rows,
             self.window,
+            nearest=self.nearest,
             multiplicities=self.multiplicities,
             mix=self.view.mix,
             measure=measure,

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from robustkern._kernels import Window
-from robustkern.rules._base import Aggregator, check_f, register
+from robustkern.rules._base import Aggregator, check_f, register, require_no_weights
 from robustkern.rules._view import Selection, Solution, View, as_cells
 
-__all__ = ["Median", "TrimmedMean"]
+__all__ = ["MeanAroundMedian", "Median", "TrimmedMean"]
 
 
 @register
@@ -66,3 +66,17 @@ class TrimmedMean(Aggregator):
         total = int(cells.sum())
         cut = (2 * f * total + view.n) // (2 * view.n)
         return Solution(None, Selection(view, Window(cut, total - cut), cells))
+
+
+@register
+@dataclass(frozen=True)
+class MeanAroundMedian(Aggregator):
+    """Coordinate-wise mean of the n-f values nearest to the median; 2f < n."""
+
+    name: ClassVar[str] = "mean_around_median"
+
+    def solve(self, view: View) -> Solution:
+        """Select the middle, and the values around it."""
+        f = check_f(self, view)
+        require_no_weights(self, view)
+        return Solution(None, Selection(view, Window((view.n - 1) // 2, view.n // 2 + 1), nearest=view.n - f))
