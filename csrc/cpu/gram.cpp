@@ -143,9 +143,10 @@ RK_INLINE void add_products(const P* x, int64_t i, int64_t columns, double* cell
 
 // ---- centring ------------------------------------------------------------------------------------------
 
-constexpr int64_t kStrip = 64;       // columns centred at a time: of 64 rows they stay in the first-level cache
-constexpr int64_t kCentreRows = 16;  // of more than twice as many rows these give the centre for float32 products:
-                                     // their median takes 5 cycles a column, that of 64 rows 50, of 128 rows 130
+constexpr int64_t kStrip = 64;  // columns centred at a time: of 64 rows they stay in the first-level cache
+// From 25 rows on so many of them give the centre for float32 products: their median takes 5 cycles a column, that of
+// 64 rows 50, of 128 rows 130.
+constexpr int64_t kCentreRows = 16;
 
 template <class S>
 struct Scratch {  // a thread's parts of the workspace
