@@ -372,7 +372,7 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     return MemorySource(array.shape[0], [leaf]), lambda: result
 
 
-_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu", "is_nested")
+_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
 
 
 @functools.cache
@@ -398,14 +398,14 @@ def _look(values: Sequence[Any]) -> tuple[np.dtype[Any], list[int]] | None:
     classes, dtypes, dense = _torch_kinds()
     if first.dtype not in dtypes or not classes.issuperset(map(type, values)):
         return None
-    looks = [*map(_TORCH_LOOK, values)]
-    if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True, False):
-        return None
-    if not all(value.is_contiguous() and not value.is_neg() for value in values):
-        return None
     try:
+        looks = [*map(_TORCH_LOOK, values)]
+        if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True):
+            return None
+        if not all(value.is_contiguous() and not value.is_neg() for value in values):
+            return None
         addresses = [value.data_ptr() for value in values]
-    except RuntimeError:  # no memory of its own
+    except RuntimeError:  # no shape (nested tensors), or no memory of its own
         return None
     return (dtypes[first.dtype], addresses) if all(addresses) else None
 

@@ -164,6 +164,7 @@ def test_leaves_of_all_layouts_together(library: str) -> None:
         rk.median(rows, out=out)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_without_memory_in_a_tree() -> None:
     imaginary = torch.conj(torch.ones(4, dtype=torch.complex64) * 1j).imag
     assert rk.median([{"a": imaginary}] * 3)["a"].tolist() == [-1, -1, -1, -1]
@@ -171,6 +172,12 @@ def test_tensors_without_memory_in_a_tree() -> None:
         rk.median([{"a": torch.ones(4, device="meta")}] * 3)
     with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor that NumPy cannot view"):
         torch.func.vmap(lambda x: rk.median([{"a": x}] * 3)["a"])(torch.ones(2, 3))
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor of layout"):
+        rk.median([{"a": nested}] * 3)
+    zero = torch._efficientzerotensor((4,))
+    with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor that NumPy cannot view"):
+        rk.median([{"a": zero}] * 3)
 
 
 def test_read_only_out_of_a_tree() -> None:
