@@ -8,9 +8,9 @@ their column-wise lower median, an actual value that at least half of the rows d
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -20,9 +20,9 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from numpy.typing import NDArray
 
-from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, one_segment
+from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, addresses_of, one_segment
 
-__all__ = ["Block", "MemorySource", "Source", "adapt"]
+__all__ = ["Block", "MemorySource", "Source", "adapt", "name_of"]
 
 MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
@@ -53,11 +53,27 @@ class Source(Protocol):
 class Leaf:
     """One leaf of all rows, and the memory of its result."""
 
-    path: str
+    path: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    arrays: Sequence[NDArray[Any]] | NDArray[Any]  # n arrays, or one with a leading axis of n
-    out: NDArray[Any]
+    arrays: Sequence[Any] | NDArray[Any]  # n, or one with a leading axis of n; NumPy's unless there are addresses
+    out: Any
+    addresses: NDArray[np.int64] | None = None  # (n + 1,), the result's last, where all are known to be contiguous
+
+    @property
+    def size(self) -> int:
+        """Number of columns."""
+        return math.prod(self.shape)
+
+    def bounds(self) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Yield first bytes of the rows, and how many bytes from there may be theirs."""
+        if self.addresses is not None:
+            yield self.addresses[:-1], self.size * self.dtype.itemsize
+            return
+        for source in [self.arrays] if isinstance(self.arrays, np.ndarray) else self.arrays:
+            reach = [(size - 1) * stride for size, stride in zip(source.shape, source.strides, strict=True)]
+            low = sum(step for step in reach if step < 0)
+            yield np.array([address_of(source) + low]), sum(map(abs, reach)) + source.itemsize
 
 
 class MemorySource:
@@ -76,15 +92,15 @@ class MemorySource:
         floating = [leaf for leaf in leaves if leaf.dtype in DTYPES]
         self.counters = [leaf for leaf in leaves if leaf.dtype not in DTYPES]
         self.dtypes = {leaf.dtype for leaf in floating}
-        self.d = sum(leaf.out.size for leaf in floating)
+        self.d = sum(leaf.size for leaf in floating)
         self._strided: list[Leaf] = []
         self._direct = self._group(floating)
 
     def _group(self, leaves: list[Leaf]) -> Block:
         """Join the segments of all leaves that can be used in place, by dtype."""
-        parts: dict[np.dtype[Any], list[tuple[NDArray[np.uint64], NDArray[np.uint64], int]]] = {}
+        parts: dict[np.dtype[Any], list[tuple[NDArray[np.int64], int]]] = {}
         for leaf in leaves:
-            if leaf.out.size == 0:
+            if leaf.size == 0:
                 continue
             segments = _segments(leaf)
             if segments is None:
@@ -93,16 +109,15 @@ class MemorySource:
                 parts.setdefault(leaf.dtype, []).append(segments)
         rows, out = [], []
         for dtype, group in parts.items():
-            if len(group) == 1 and len(group[0][0]) == 1:  # one array a row: nothing to join
-                addresses, target, run = group[0]
-                offsets = one_segment(run)
-                rows.append(Rows(addresses, offsets, dtype, self))
-                out.append(Rows(target[None], offsets, dtype, self))
-                continue
-            lengths = np.concatenate([np.full(len(addresses), run, dtype=np.int64) for addresses, _, run in group])
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            rows.append(Rows(np.concatenate([addresses for addresses, _, _ in group]), offsets, dtype, self))
-            out.append(Rows(np.concatenate([target for _, target, _ in group]).reshape(-1, 1), offsets, dtype, self))
+            tables, runs = zip(*group, strict=True)
+            table = np.concatenate(tables).view(np.uint64)
+            if len(table) == 1:
+                offsets = one_segment(runs[0])
+            else:
+                offsets = np.zeros(len(table) + 1, dtype=np.int64)
+                np.cumsum(np.repeat(runs, [len(each) for each in tables]), out=offsets[1:])
+            rows.append(Rows(np.ascontiguousarray(table[:, :-1]), offsets, dtype, self))
+            out.append(Rows(np.ascontiguousarray(table[:, -1:]), offsets, dtype, self))
         return Block(tuple(rows), tuple(out))
 
     def blocks(self) -> Iterator[Block]:
@@ -141,32 +156,28 @@ def lower_median(values: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.partition(values, middle, axis=0)[middle])
 
 
-def _segments(leaf: Leaf) -> tuple[NDArray[np.uint64], NDArray[np.uint64], int] | None:
-    """Addresses (n_segments, n) of equal contiguous runs and of their results, or None where there are none."""
+def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
+    """Addresses (n_segments, n + 1) of equal contiguous runs and of their result, or None where there are none."""
+    if leaf.addresses is not None:
+        return leaf.addresses[None], leaf.size
     arrays, item = leaf.arrays, leaf.dtype.itemsize
-    target = address_of(leaf.out)
     if isinstance(arrays, np.ndarray):
-        strides = {arrays.strides[1:]}
-        n, first = len(arrays), address_of(arrays)
-        base = first + arrays.strides[0] * np.arange(n, dtype=np.int64)
+        strides = [arrays.strides[1:]]
+        base = address_of(arrays) + arrays.strides[0] * np.arange(len(arrays), dtype=np.int64)
     else:
-        strides = {a.strides for a in arrays}
+        strides = [a.strides for a in arrays]
         base = np.array([address_of(a) for a in arrays], dtype=np.int64)
-    axes = min(_contiguous_axes(leaf.shape, s, item) for s in strides)
-    outer, inner = leaf.shape[: len(leaf.shape) - axes], leaf.shape[len(leaf.shape) - axes :]
-    run = math.prod(inner)
+    axes = min(_contiguous_axes(leaf.shape, s, item) for s in set(strides))
+    outer = leaf.shape[: len(leaf.shape) - axes]
+    run = math.prod(leaf.shape[len(outer) :])
     if outer and run * item < MIN_RUN_BYTES:
         return None
-    if not outer:
-        return base.astype(np.uint64)[None], np.array([target], dtype=np.uint64), run
     index = np.indices(outer, dtype=np.int64).reshape(len(outer), math.prod(outer))
-    if isinstance(arrays, np.ndarray):
-        addresses = np.array(arrays.strides[1 : 1 + len(outer)], dtype=np.int64) @ index
-        addresses = addresses[:, None] + base
-    else:
-        addresses = np.stack([np.array(a.strides[: len(outer)], dtype=np.int64) @ index for a in arrays], axis=1) + base
-    targets = target + run * item * np.arange(len(addresses), dtype=np.int64)
-    return np.ascontiguousarray(addresses.astype(np.uint64)), targets.astype(np.uint64), run
+    table = np.empty((index.shape[1], len(base) + 1), dtype=np.int64)
+    # One row of strides serves all rows of one array.
+    table[:, :-1] = (np.array(strides, dtype=np.int64)[:, : len(outer)] @ index).T + base
+    table[:, -1] = address_of(leaf.out) + run * item * np.arange(len(table), dtype=np.int64)
+    return table, run
 
 
 def _contiguous_axes(shape: tuple[int, ...], strides: tuple[int, ...], item: int) -> int:
@@ -181,6 +192,15 @@ def _contiguous_axes(shape: tuple[int, ...], strides: tuple[int, ...], item: int
 
 
 # ---- from and to the caller's arrays ---------------------------------------------------------------------------
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """Return how an error should call a leaf."""
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _where(path: tuple[Any, ...]) -> str:
+    return f", leaf {name_of(path)}" if path else ""
 
 
 def _describe(x: Any) -> str:
@@ -263,40 +283,27 @@ def _check_out(out: Any, shape: tuple[int, ...], like: Any, what: str) -> Any:
 
 def _check_disjoint(leaves: list[Leaf]) -> None:
     """Raise where the memory of a result overlaps an update's or another result's, as far as their bounds tell."""
-    taken = []
-    for leaf in leaves:
-        sources = [leaf.arrays] if isinstance(leaf.arrays, np.ndarray) else leaf.arrays
-        taken += [_bounds(source) for source in sources if source.size]
-    taken.sort()
-    highest = -1
-    merged: list[tuple[int, int]] = []  # disjoint and ascending
-    for low, high in taken:
-        if low < highest:
-            highest = max(highest, high)
-            merged[-1] = (merged[-1][0], highest)
-        else:
-            merged.append((low, high))
-            highest = high
-    starts = [low for low, _ in merged]
-    results = sorted((*_bounds(leaf.out), leaf.path) for leaf in leaves if leaf.out.size)
-    for k, (low, high, path) in enumerate(results):
-        at = bisect.bisect_left(starts, high) - 1
-        what = f"out, leaf {path}" if path else "out"
-        if at >= 0 and merged[at][1] > low:
+    leaves = [leaf for leaf in leaves if leaf.size]
+    if not leaves:
+        return
+    starts, sizes = zip(*(bounds for leaf in leaves for bounds in leaf.bounds()), strict=True)
+    low = np.concatenate(starts)
+    high = low + np.repeat(sizes, [len(each) for each in starts])
+    order = np.argsort(low)
+    low, reach = low[order], np.maximum.accumulate(high[order])
+    begin = np.array([address_of(leaf.out) if leaf.addresses is None else leaf.addresses[-1] for leaf in leaves])
+    end = begin + [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    order = np.argsort(begin)
+    begin, end = begin[order], end[order]
+    before = np.searchsorted(low, end)  # so many rows' parts begin before a result ends: does one reach into it?
+    shared = (before > 0) & (reach[before - 1] > begin)
+    twice = np.append(False, end[:-1] > begin[1:])
+    for k in np.flatnonzero(shared | twice):
+        what = "out" + _where(leaves[order[k]].path)
+        if shared[k]:
             raise ValueError(f"{what} shares memory with the updates, which are never written (pass a fresh array)")
-        if k and results[k - 1][1] > low:
-            raise ValueError(f"{what} shares memory with leaf {results[k - 1][2]} of out (pass fresh arrays)")
-
-
-def _bounds(x: NDArray[Any]) -> tuple[int, int]:
-    """First byte of an array, and the first one behind it."""
-    low = high = address_of(x)
-    for size, stride in zip(x.shape, x.strides, strict=True):
-        if stride < 0:
-            low += (size - 1) * stride
-        else:
-            high += (size - 1) * stride
-    return low, high + x.itemsize
+        other = name_of(leaves[order[k - 1]].path)
+        raise ValueError(f"{what} shares memory with leaf {other} of out (pass fresh arrays)")
 
 
 def _check_count(n: int) -> None:
@@ -335,7 +342,7 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
         )
     _check_count(len(updates))
     if all(type(u) is np.ndarray for u in updates):
-        leaf, result = _make_leaf(updates, "", out)
+        leaf, result = _make_leaf(updates, (), out)
         if out is not None:
             _check_disjoint([leaf])
         return MemorySource(len(updates), [leaf]), lambda: result
@@ -359,16 +366,65 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     target = _as_numpy(result, "out")
     if out is None and array.flags.c_contiguous and array.size:
         return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
-    leaf = Leaf("", shape, array.dtype, array, target)
+    leaf = Leaf((), shape, array.dtype, array, target)
     if out is not None:
         _check_disjoint([leaf])
     return MemorySource(array.shape[0], [leaf]), lambda: result
 
 
-def _make_leaf(values: Sequence[Any], path: str, out: Any) -> tuple[Leaf, Any]:
+_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
+
+
+@functools.cache
+def _torch_kinds() -> tuple[frozenset[Any], dict[Any, np.dtype[Any]], Any]:
+    """Classes of plain tensors, NumPy's names of torch's dtypes, and the dense layout."""
+    import torch
+
+    dtypes = {getattr(torch, dtype.name): dtype for dtype in DTYPES}
+    return frozenset((torch.Tensor, torch.nn.Parameter)), dtypes, torch.strided
+
+
+def _look(values: Sequence[Any]) -> tuple[np.dtype[Any], list[int]] | None:
+    """Return dtype and addresses of plain contiguous arrays that are all alike: the usual case, without a view of each.
+
+    None sends all others to `_make_leaf`'s loop, which also finds the words for what cannot be used.
+    """
+    first = values[0]
+    if type(first) is np.ndarray:
+        found = addresses_of(values) if first.dtype in DTYPES else None
+        return None if found is None else (first.dtype, found)
+    if not is_torch_array(first):
+        return None
+    classes, dtypes, dense = _torch_kinds()
+    if first.dtype not in dtypes or not classes.issuperset(map(type, values)):
+        return None
+    try:
+        looks = [*map(_TORCH_LOOK, values)]
+        if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True):
+            return None
+        if not all(value.is_contiguous() and not value.is_neg() for value in values):
+            return None
+        addresses = [value.data_ptr() for value in values]
+    except RuntimeError:  # no shape (nested tensors), or no memory of its own
+        return None
+    return (dtypes[first.dtype], addresses) if all(addresses) else None
+
+
+def _make_leaf(values: Sequence[Any], path: tuple[Any, ...], out: Any) -> tuple[Leaf, Any]:
     """Check that all rows have the same leaf, and allocate its result."""
-    where = f", leaf {path}" if path else ""
-    like, arrays = values[0], []
+    like = values[0]
+    looked = _look(values if out is None else (*values, out))
+    if looked is not None:
+        dtype, addresses = looked
+        shape = tuple(like.shape)
+        result = out
+        if out is None:
+            result = _empty(shape, like)
+            addresses.append(address_of(result) if type(result) is np.ndarray else result.data_ptr())
+        writeable = out is None or type(out) is not np.ndarray or out.flags.writeable
+        if writeable and addresses[-1] % dtype.alignment == 0:
+            return Leaf(path, shape, dtype, values, result, np.array(addresses, dtype=np.int64)), result
+    where, arrays = _where(path), []
     for i, value in enumerate(values):
         array = _as_numpy(value, f"row {i}{where}")
         if i == 0:
@@ -384,48 +440,46 @@ def _make_leaf(values: Sequence[Any], path: str, out: Any) -> tuple[Leaf, Any]:
                 f"row 0 has shape {first.shape} and dtype {first.dtype}"
             )
         arrays.append(array)
-    name = f"out, leaf {path}" if path else "out"
-    result = _empty(first.shape, like) if out is None else _check_out(out, first.shape, like, name)
-    return Leaf(path, first.shape, first.dtype, arrays, _as_numpy(result, name)), result
+    result = _empty(first.shape, like) if out is None else _check_out(out, first.shape, like, f"out{where}")
+    return Leaf(path, first.shape, first.dtype, arrays, _as_numpy(result, f"out{where}")), result
 
 
 def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callable[[], Any]]:
     import optree
 
     paths, leaves, spec = optree.tree_flatten_with_path(updates[0])
-    names = ["".join(f"[{key!r}]" for key in path) for path in paths]
-    columns: list[list[Any]] = [[leaf] for leaf in leaves]
     if not leaves:
         raise ValueError("row 0 holds no arrays; expected an array or a pytree of arrays")
+    # What is an array needs no look into optree's registry, which is most of its time.
+    is_leaf = functools.partial(type.__instancecheck__, type(leaves[0]))
+    rows = [leaves]
     for i, update in enumerate(updates[1:], start=1):
-        row, row_spec = optree.tree_flatten(update)
+        row, row_spec = optree.tree_flatten(update, is_leaf)
         if row_spec != spec:
-            raise ValueError(f"row {i} {_difference(names, update)} (structure {row_spec}, in row 0 {spec})")
-        for column, leaf in zip(columns, row, strict=True):
-            column.append(leaf)
+            raise ValueError(f"row {i} {_difference(paths, update)} (structure {row_spec}, in row 0 {spec})")
+        rows.append(row)
     targets: list[Any] = [None] * len(leaves)
     if out is not None:
-        targets, out_spec = optree.tree_flatten(out)
+        targets, out_spec = optree.tree_flatten(out, is_leaf)
         if out_spec != spec:
-            raise ValueError(f"out {_difference(names, out)} (structure {out_spec}, in the updates {spec})")
-    made = [_make_leaf(c, name, target) for c, name, target in zip(columns, names, targets, strict=True)]
-    libraries = {_library(leaf) for leaf in leaves}
+            raise ValueError(f"out {_difference(paths, out)} (structure {out_spec}, in the updates {spec})")
+    columns = zip(*rows, strict=True)
+    made = [_make_leaf(c, path, target) for c, path, target in zip(columns, paths, targets, strict=True)]
     if out is not None:
         _check_disjoint([leaf for leaf, _ in made])
-    if len(libraries) > 1:
+    if len({_library(leaf) for leaf in {type(leaf): leaf for leaf in leaves}.values()}) > 1:
         raise TypeError("row 0 mixes NumPy and torch leaves (convert them to one library)")
     return MemorySource(len(updates), [leaf for leaf, _ in made]), lambda: optree.tree_unflatten(
         spec, [r for _, r in made]
     )
 
 
-def _difference(names: list[str], other: Any) -> str:
+def _difference(paths: list[tuple[Any, ...]], other: Any) -> str:
     """Say which leaves another tree lacks or adds."""
     import optree
 
-    paths, _, _ = optree.tree_flatten_with_path(other)
-    theirs = {"".join(f"[{key!r}]" for key in path) for path in paths}
-    missing, extra = sorted(set(names) - theirs), sorted(theirs - set(names))
+    names, theirs = (set(map(name_of, p)) for p in (paths, optree.tree_flatten_with_path(other)[0]))
+    missing, extra = sorted(names - theirs), sorted(theirs - names)
     if missing or extra:
         return ", ".join(
             text

@@ -1,4 +1,5 @@
 # What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern._kernels.Rows.
+from collections.abc import Sequence
 from typing import Any
 
 from numpy import bool_, float64, int64, uint64
@@ -10,6 +11,7 @@ compiler: str
 def supported_isas() -> list[str]: ...
 def max_threads() -> int: ...
 def address_of(array: NDArray[Any]) -> int: ...
+def addresses_of(arrays: Sequence[Any]) -> list[int] | None: ...
 def select_columns(
     isa: str,
     data: NDArray[uint64],

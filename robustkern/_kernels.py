@@ -18,12 +18,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 try:
-    from robustkern._cpu import address_of
+    from robustkern._cpu import address_of, addresses_of
 except ImportError:  # without the compiled backend: the same, in three times the time
 
     def address_of(array: NDArray[Any]) -> int:
         """Return where the first element of an array lies."""
         return int(array.__array_interface__["data"][0])
+
+    def addresses_of(arrays: Sequence[Any]) -> list[int] | None:
+        """Return where arrays begin; None unless all are C-contiguous and of one class, dtype and shape."""
+        first = arrays[0]
+        for x in arrays:
+            if type(x) is not type(first) or x.dtype != first.dtype or x.shape != first.shape:
+                return None
+            if not x.flags.c_contiguous:
+                return None
+        return [address_of(x) for x in arrays]
 
 
 __all__ = [
@@ -37,6 +47,7 @@ __all__ = [
     "Vector",
     "Window",
     "address_of",
+    "addresses_of",
     "one_segment",
 ]
 

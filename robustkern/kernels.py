@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from robustkern._arrays import MemorySource, adapt
+from robustkern._arrays import MemorySource, adapt, name_of
 from robustkern._kernels import Kernels, Matrix, Vector, Window
 from robustkern._registry import choose
 
@@ -20,9 +20,9 @@ __all__ = ["gram", "row_sq_distances", "select_columns", "weighted_row_sum"]
 
 def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource, Any, Kernels]:
     source, restore = adapt(updates, out)
-    if source.counters:
+    for counter in source.counters:
         raise TypeError(
-            f"{name}: leaf {source.counters[0].path} has dtype {source.counters[0].dtype}; the primitives take "
+            f"{name}: leaf {name_of(counter.path)} has dtype {counter.dtype}; the primitives take "
             "floating-point leaves only (leave it out, or use robustkern.aggregate)"
         )
     return source, restore, choose(backend, source.dtypes)

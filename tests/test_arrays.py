@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import pickle
 from typing import Any
 
 import ml_dtypes
@@ -132,6 +133,58 @@ def test_state_dicts_of_mixed_dtypes() -> None:
     assert np.array_equal(info.kept, want_info.kept)
     np.testing.assert_allclose(info.sq_distances, want_info.sq_distances, rtol=1e-9)
     np.testing.assert_allclose(result["weight"].numpy().ravel(), want[:12], rtol=1e-6)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_leaves_of_all_layouts_together(library: str) -> None:
+    """Contiguous leaves are not looked at one by one, all others are; both in one tree, in and out."""
+    x = make_rows("normal", 6, 4 * 300, np.dtype(np.float32)).reshape(6, 4, 300)
+
+    def tree(row: Any, i: int) -> dict[str, Any]:
+        row = torch.from_numpy(row) if library == "torch" else row
+        turned = row.T.clone().T if library == "torch" else np.asfortranarray(row)
+        leaves = {"plain": row, "turned": turned, "cut": row[:, :290], "some": turned if i == 3 else row}
+        return {**leaves, "none": row[:0], "one": row[0, 0], "few": row[:, :5]}
+
+    rows = [tree(row, i) for i, row in enumerate(x)]
+    want = tree(np.median(x, axis=0), 0)
+    out = {key: (value + 0).reshape(-1).reshape(value.shape) for key, value in want.items()}
+    if library == "numpy":
+        out["one"] = np.zeros((), dtype=np.float32)
+        rows[2] = pickle.loads(pickle.dumps(rows[2]))  # its dtypes are equal, not identical
+    else:
+        out["turned"], out["cut"], out["few"] = (out[key].contiguous() for key in ("turned", "cut", "few"))
+        rows[1]["plain"] = torch.nn.Parameter(rows[1]["plain"])
+        rows[1]["some"] = rows[1]["some"].clone().requires_grad_()
+    for got in (rk.median(rows), rk.median(rows, out=out)):
+        for key, value in want.items():
+            assert np.array_equal(np.asarray(got[key]), np.asarray(value)), key
+    out["plain"] = rows[4]["plain"]
+    with pytest.raises(ValueError, match=r"out, leaf \['plain'\] shares memory with the updates"):
+        rk.median(rows, out=out)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_memory_in_a_tree() -> None:
+    imaginary = torch.conj(torch.ones(4, dtype=torch.complex64) * 1j).imag
+    assert rk.median([{"a": imaginary}] * 3)["a"].tolist() == [-1, -1, -1, -1]
+    with pytest.raises(ValueError, match=r"row 0, leaf \['a'\] is a torch tensor on device meta"):
+        rk.median([{"a": torch.ones(4, device="meta")}] * 3)
+    with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor that NumPy cannot view"):
+        torch.func.vmap(lambda x: rk.median([{"a": x}] * 3)["a"])(torch.ones(2, 3))
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.strided)
+    with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor of layout"):
+        rk.median([{"a": nested}] * 3)
+    zero = torch._efficientzerotensor((4,))
+    with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor that NumPy cannot view"):
+        rk.median([{"a": zero}] * 3)
+
+
+def test_read_only_out_of_a_tree() -> None:
+    out = np.zeros(4, dtype=np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match=r"out, leaf \['a'\] must be contiguous, aligned and writeable"):
+        rk.median([{"a": X[0]}] * 3, out={"a": out})
 
 
 def test_counters_survive_hostile_values() -> None:

@@ -143,7 +143,7 @@ def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: li
 @pytest.mark.parametrize("n", [9, 40, 150])
 @pytest.mark.parametrize("backend", ["cpp", "numba"], indirect=True)  # the reference has no threads
 def test_bits_do_not_depend_on_threads(backend: str, dtype: np.dtype[Any], n: int) -> None:
-    x = make_rows("normal", n, 400_000 // n + 13, dtype)
+    x = make_rows("normal", n, 2_400_000 // n + 13, dtype)  # enough for several threads even of 16 bits
     for rule in ("mean", "mean_around_median", "ctma(median)", "ctma(geometric_median)", "nnm | trimmed_mean"):
         results = []
         for threads in (1, 2, 3, 7):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from support import KINDS, assert_close, make_rows, one_row
 
-from robustkern._kernels import DTYPES, Kernels, Rows, Window, address_of
+from robustkern._kernels import DTYPES, Kernels, Rows, Window, address_of, addresses_of
 
 SIZES = [
     (1, 5),
@@ -639,7 +640,25 @@ def test_bindings_refuse_other_arrays() -> None:
 
 
 def test_addresses() -> None:
+    class Sub(np.ndarray):  # type: ignore[type-arg]
+        pass
+
     arrays: list[Array] = [np.zeros((3, 5), dtype=DTYPES[1]), np.zeros((6, 5))[::-2], np.zeros((0, 4)), np.array(1.0)]
     for x in arrays:
         x.flags.writeable = False
         assert address_of(x) == x.__array_interface__["data"][0]
+    plain = [np.zeros((3, 5), dtype=DTYPES[1]) for _ in range(3)]
+    assert addresses_of(plain) == [address_of(x) for x in plain]
+    equal = pickle.loads(pickle.dumps(plain[0]))  # its dtype need not be the same object
+    assert addresses_of([*plain, equal]) == [address_of(x) for x in (*plain, equal)]
+    for other in (
+        plain[0][:2],
+        plain[0].T,
+        plain[0].reshape(5, 3),
+        plain[0].view(np.int16),
+        plain[0].view(Sub),
+        1,
+        None,
+    ):
+        assert addresses_of([*plain, other]) is None
+    assert addresses_of([np.zeros((6, 5))[::2]]) is None

@@ -334,7 +334,7 @@ def test_importing_is_quick_and_loads_no_framework() -> None:
 
 #: What each layer may import of the package (besides itself); the direction of docs/architecture.md.
 LAYERS = {
-    "_kernels": {"_cpu"},  # address_of
+    "_kernels": {"_cpu"},  # address_of, addresses_of
     "errors": set(),
     "_threads": set(),
     "_arrays": {"_kernels"},
