@@ -637,6 +637,16 @@ def test_bindings_refuse_other_arrays() -> None:
     for several in ({"hi": 4}, {"multiplicities": np.ones(4, dtype=np.int64)}):
         with pytest.raises(ValueError, match="a centre of at most two cells, and no multiplicities"):
             call(nearest=2, **several)
+    for cells, message in (
+        (np.zeros(4, dtype=np.int64), "some row must have"),
+        (np.arange(-1, 3), "must not be negative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cpu.gram(
+                _cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, cells, False, 1.0, False, np.zeros((4, 4)), 1
+            )
+    with pytest.raises(ValueError, match="multiplicities must not be negative"):
+        call(multiplicities=np.arange(-1, 3))
 
 
 def test_addresses() -> None:

@@ -559,6 +559,37 @@ def test_huge_nu_is_a_mean() -> None:
 # ---- exact cuts --------------------------------------------------------------------------------------------------
 
 
+def test_weighted_ctma_decides_nothing_that_is_too_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cut falls among rows whose distances differ by less than float32 products tell."""
+    rng = np.random.default_rng(0)
+    n, d = 20, 2000
+    x = (0.3 * rng.standard_normal((n, d))).astype(np.float32)
+    x[12:] = (rng.standard_normal(d) * rng.choice([-1, 1], (8, d))).astype(np.float32)
+    weights = np.ones(n)
+    weights[3] = 2
+    got = []
+    for from_values in (1 << 60, 0):
+        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        for _ in range(4 if not got else 0):  # bring the rows to the same distance
+            y = rk.geometric_median(x, weights=weights).astype(np.float64)
+            squares = ((x[12:] - y) ** 2).sum(axis=1)
+            x[12:] = (y + (x[12:] - y) * np.sqrt(squares.mean() / squares)[:, None]).astype(np.float32)
+        got.append(rk.aggregate(x, "ctma(geometric_median)", f=5, weights=weights, return_info=True)[1].weights)
+    assert np.array_equal(got[0] > 0, got[1] > 0)
+
+
+@pytest.mark.parametrize("rule", ["rfa", "geometric_median(max_iter=2, start='zero')", "geometric_median(nu=1e-9)"])
+def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """A row close to the origin, where the steps start: its first distance decides, and is all cancellation."""
+    x = (10 * (1 + 0.3 * np.random.default_rng(0).standard_normal((20, 2000)))).astype(np.float32)
+    x[0] = 0.2 / np.sqrt(2000)
+    results = []
+    for from_values in (0, 1 << 60):
+        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        results.append(rk.aggregate(x, rule))
+    assert np.array_equal(results[0], results[1])
+
+
 KINDS_OF_CUT = ["ordinary", "attackers give the centre", "copies", "clusters", "nearly a tie", "beside a row"]
 
 

@@ -84,6 +84,15 @@ rk::Rows view(const Addresses& data, const Offsets& offsets, int dtype) {
           static_cast<std::int64_t>(data.shape(1)), static_cast<rk::DType>(dtype)};
 }
 
+std::int64_t cells_of(const Array<const std::int64_t, 1>& multiplicities) {
+  std::int64_t cells = 0;
+  for (std::size_t i = 0; i < multiplicities.shape(0); ++i) {
+    require(multiplicities.data()[i] >= 0, "multiplicities must not be negative");
+    cells += multiplicities.data()[i];
+  }
+  return cells;
+}
+
 int threads_for(const rk::Rows& rows, int requested) {
   const std::int64_t item = rows.dtype == rk::DType::float64 ? 8 : rows.dtype == rk::DType::float32 ? 4 : 2;
   return rk::usable_threads(requested, rows.columns() * rows.n * item);
@@ -100,11 +109,7 @@ void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype,
   require(!mix || (mix->shape(1) == n && mix->shape(0) >= 1 && mix->shape(0) <= 65535), "mix must have shape (k, n)");
   require(!measure || measure->shape(1) == n, "measure must have shape (m, n)");
   require(!multiplicities || multiplicities->shape(0) == selected, "one multiplicity for each selected row");
-  std::int64_t cells = static_cast<std::int64_t>(selected);
-  if (multiplicities) {
-    cells = 0;
-    for (std::size_t i = 0; i < selected; ++i) cells += multiplicities->data()[i];
-  }
+  const std::int64_t cells = multiplicities ? cells_of(*multiplicities) : static_cast<std::int64_t>(selected);
   require(0 <= lo && lo < hi && hi <= cells, "the window must be a non-empty range of the cells");
   require(0 <= nearest && nearest <= static_cast<std::int64_t>(selected),
           "no more values can be near than are selected");
@@ -142,6 +147,7 @@ void gram(const char* isa, Addresses data, Offsets offsets, int dtype,
   const std::size_t m = data.shape(1) + (origin ? 1 : 0);
   require(out.shape(0) == m && out.shape(1) == m, "out must be square, one row for each row and the origin");
   require(!multiplicities || multiplicities->shape(0) == data.shape(1), "one multiplicity for each row");
+  require(!multiplicities || cells_of(*multiplicities) >= 1, "some row must have a multiplicity above 0");
   rk::Status status;
   {
     nb::gil_scoped_release release;

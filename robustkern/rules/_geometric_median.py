@@ -199,8 +199,8 @@ def smoothed_weights(
     return w, iteration, converged
 
 
-def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, nu: float, noise: float) -> float:
-    """How far errors of noise * lengths[i] * lengths[j] in the inner products may have moved the point w.
+def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, noise: float) -> float:
+    """How far errors of noise * lengths[i] * lengths[j] in the inner products may have moved the minimiser w.
 
     In units of the middle distance; inf where they leave it open. They change the squared radii by at most e, and so
     the resultant of the pulls by sum(s e / 2 r^2); divided by the least curvature that is a length. The curvature is
@@ -208,7 +208,7 @@ def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, nu: float, 
     """
     products = gram @ w
     inner = gram - products[:, None] - products + w @ products
-    r = np.maximum(np.sqrt(np.maximum(inner.diagonal(), 0.0)), nu)
+    r = np.sqrt(np.maximum(inner.diagonal(), 0.0))
     e = noise * (lengths + abs(w) @ lengths) ** 2
     if not (e < r * r / 16).all():
         return math.inf

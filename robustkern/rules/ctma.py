@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from robustkern._kernels import Vector
 from robustkern.rules._base import Aggregator, as_aggregator, check_f, register
-from robustkern.rules._view import Solution, View, smallest, unscaled
+from robustkern.rules._view import Distances, Solution, View, smallest, unscaled
 from robustkern.rules.weights import Mean
 
 __all__ = ["CTMA"]
@@ -58,8 +57,7 @@ class CTMA(Aggregator):
             weights = np.zeros(view.n)
             weights[smallest(distances.values, distances.errors, view.n - f, distances.again)] = 1.0 / (view.n - f)
         else:
-            order = np.argsort(distances.values, kind="stable")
-            weights = _weighted_cut(view.weights, f / view.n, order[np.isfinite(distances.values[order])])
+            weights = _weighted_cut(view.weights, f / view.n, distances)
         return Solution(
             weights=weights,
             kept=weights > 0,
@@ -70,12 +68,23 @@ class CTMA(Aggregator):
         )
 
 
-def _weighted_cut(s: Vector, share: float, order: NDArray[np.intp]) -> Vector:
-    """Weights of the rows taken in this order until 1 - share of the sum of s is reached, the last one split.
+def _weighted_cut(s: Vector, share: float, distances: Distances) -> Vector:
+    """Weights of the nearest rows taken until 1 - share of the sum of s is reached, the last one split.
 
-    What is left of a split below a rounding of the sum is dropped: an infinite row times 1e-16 is still infinite.
+    Rows whose error bounds reach across the last one are measured exactly. What is left of a split below a rounding of
+    the sum is dropped: an infinite row times 1e-16 is still infinite.
     """
     total = float(s.sum())
+    values, finite = distances.values.copy(), np.isfinite(distances.values)
+    order = values.argsort(kind="stable")[: np.count_nonzero(finite)]
+    last = order[min(int(np.searchsorted(np.cumsum(s[order]), (1 - share) * total)), len(order) - 1)]
+    apart = abs(values[finite] - values[last]) - distances.errors[finite] - distances.errors[last]
+    contenders = np.flatnonzero(finite)[apart <= 0]
+    if len(contenders) > 1 and distances.again is not None:
+        exact = distances.again(contenders)
+        if exact is not None:
+            values[contenders] = exact
+            order = values.argsort(kind="stable")[: len(order)]
     budget = (1 - share) * total
     taken = np.zeros_like(s)
     for i in order:

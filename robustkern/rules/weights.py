@@ -93,22 +93,26 @@ class GeometricMedian(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Solve on the rows that are finite."""
-        geometry = view.geometry()
+        converges = self.nu == 0 and self.max_iter is None
+        # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
+        geometry = view.geometry(double=not converges)
         view.require_finite(self.name, geometry.finite)
         weights = np.where(geometry.finite, weights_of(view), 0.0)
+        if converges and (row := _majority(view, weights)) is not None:
+            return _at_row(view, geometry, row)
         used = np.flatnonzero(weights)
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
-        nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
-        if self.nu == 0 and self.max_iter is None:
+        if converges:
             found, iterations, converged = converged_weights(inner, weights[used], geometry.rounding)
         else:
             origin = None
             if self.needs_origin():
                 assert geometry.origin is not None
                 origin = (geometry.origin[0][used], geometry.origin[1])
+            nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
             found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
         if geometry.single:
-            shift = shift_bound(inner, geometry.lengths[used], weights[used], found, nu, SINGLE_NOISE)
+            shift = shift_bound(inner, geometry.lengths[used], weights[used], found, SINGLE_NOISE)
             if iterations == 0 or shift > MAX_SHIFT:  # on a row, or blurred
                 geometry.require_double()
         result = np.zeros(view.n)
@@ -120,6 +124,23 @@ class GeometricMedian(Aggregator):
             converged=converged,
             gave_up=not converged and self.max_iter is None,
         )
+
+
+def _majority(view: View, weights: Vector) -> int | None:
+    """Return a row that stands for more than half of the weight, as mixtures of the same rows do: no pull moves it."""
+    if view.mix is None:
+        return None
+    _, first, group = np.unique(view.mix, axis=0, return_index=True, return_inverse=True)
+    share = np.bincount(group.reshape(-1), weights)
+    largest = int(share.argmax())
+    return int(first[largest]) if 2 * share[largest] > share.sum() else None
+
+
+def _at_row(view: View, geometry: Geometry, row: int) -> Solution:
+    weights = np.zeros(view.n)
+    weights[row] = 1.0
+    distances = unscaled(geometry.sq_distances_to(weights), geometry.scale)
+    return Solution(weights=weights, sq_distances=distances, iterations=0, converged=True)
 
 
 def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometry, NDArray[np.intp]]:
@@ -143,8 +164,12 @@ def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometr
     nearest = finite[:, None], distances[finite].argsort(axis=1, kind="stable")[:, :counted]
     scores = np.full(view.n, np.inf)
     scores[finite] = [math.fsum(row) for row in distances[nearest].tolist()]
+    # The neighbours that truly count may be others: any whose distance may lie below the cut.
+    pair_errors = geometry.pair_errors()[finite]
+    reach = np.partition(distances[finite] + pair_errors, counted - 1, axis=1)[:, counted - 1 : counted]
+    candidates = np.where(distances[finite] - pair_errors <= reach, pair_errors, 0.0)
     errors = np.zeros(view.n)
-    errors[finite] = geometry.pair_errors()[nearest].sum(axis=1)
+    errors[finite] = np.sort(candidates, axis=1)[:, -counted:].sum(axis=1)
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
         view.afford(len(contenders) * len(finite))
