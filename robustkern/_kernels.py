@@ -267,8 +267,9 @@ class Kernels(Protocol):
 
         Notes
         -----
-        Up to half of the rows cannot move the centre beyond the other rows, so no choice of rows costs the
-        others digits. One read of the data.
+        Without `single` up to half of the rows cannot move the centre beyond the other rows, so no choice of rows
+        costs the others digits; with it half of those that give the centre can, and the lengths tell. One read of the
+        data; where float32 cannot keep the bound (squares that overflow or vanish), two.
         """
 
     def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
