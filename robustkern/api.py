@@ -67,8 +67,8 @@ class Info:
         Rows that a selecting rule (Krum, Multi-Krum, CTMA) kept.
     sq_distances : (n,) float64 or None
         Squared distances of the rows to the anchor of CTMA, and to the result of other rules; of the mixed rows after
-        `nnm`; None for `mean`, and after `bucketing`. Where they follow from the Gram of large rows of 16 or 32 bits they
-        are good to about six digits, unless a cut needed more.
+        `nnm`; None for `mean`, and after `bucketing`. Where they follow from the Gram of large rows of 16 or 32 bits
+        they are good to about six digits, unless a cut needed more.
     nonfinite_rows : tuple of int
         Rows that hold a NaN or Inf (or, in float64, are too far away to be measured).
     iterations, converged : int, bool or None
@@ -143,11 +143,12 @@ def aggregate(
 
     Notes
     -----
-    Reads of the n x d data: 1 for mean, median, trimmed mean and mean around the median; 2 at most for everything else,
-    however long the chain (where a cut is too close for the first, more, to measure the contenders exactly). The result
-    is within 1e-6 (float32) or 1e-12 (float64) of the rows' spread of the exact one, besides its own rounding, and has
-    the same bits for any number of threads. A NaN ranks above +inf in a column; a row with a NaN or Inf is infinitely far from
-    all others, is never kept and never multiplied. Equal distances go to the lowest row index.
+    Reads of the n x d data: 1 for mean, median, trimmed mean and mean around the median; 2 at most for everything
+    else, however long the chain (where a cut is too close for the first, more, to measure the contenders exactly).
+    The result is within 1e-6 (float32) or 1e-12 (float64) of the rows' spread of the exact one, besides its own
+    rounding, and has the same bits for any number of threads. A NaN ranks above +inf in a column; a row with a NaN or
+    Inf is infinitely far from all others, is never kept and never multiplied. Equal distances go to the lowest row
+    index.
 
     References
     ----------
