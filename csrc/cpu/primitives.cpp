@@ -427,8 +427,14 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
     S* tail = space.part<S>(thread, at_tail);
     C* rounded = space.part<C>(thread, at_rounded);
     S* stored = space.part<S>(thread, at_stored);
-    // The sums of some columns of a segment; only rows with some weight are looked at, in row order.
-    const auto add_columns = [&](int64_t segment, int64_t first, int64_t columns, int64_t n_used, auto tailed) {
+    // One sum of some columns of a segment; only rows with some weight are looked at, in row order.
+    const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
+      int64_t n_used = 0;
+      for (int64_t i = 0; i < n; ++i)
+        if (weights[r * n + i] != 0) {
+          used[n_used] = i;
+          w[n_used++] = weights[r * n + i];
+        }
       const int64_t padded = round_up(columns, kDoubles);
       for (int64_t i = 0; i < n_used; i += kSumRows) {
         const int64_t count = min64(kSumRows, n_used - i);
@@ -460,32 +466,18 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
       if (n_used == 0) memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
       for (int64_t j = 0; j < padded; j += kDoubles) store_rounded(rounded + j, load(sums + j));
       narrow_run(rounded, columns, stored);
+      write_run(static_cast<char*>(out[segment * k + r]) + first * static_cast<int64_t>(sizeof(S)),
+                reinterpret_cast<const char*>(stored), columns * static_cast<int64_t>(sizeof(S)), streamed);
     };
     for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
-      for (int64_t r = 0; r < k; ++r) {
-        int64_t n_used = 0;
-        for (int64_t i = 0; i < n; ++i)
-          if (weights[r * n + i] != 0) {
-            used[n_used] = i;
-            w[n_used++] = weights[r * n + i];
-          }
-        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-          S* target = static_cast<S*>(out[segment * k + r]);
-          const auto write = [&](int64_t from, int64_t columns) {
-            write_run(reinterpret_cast<char*>(target + from), reinterpret_cast<const char*>(stored),
-                      columns * static_cast<int64_t>(sizeof(S)), streamed);
-          };
-          const int64_t whole = count / kDoubles * kDoubles;
-          for (int64_t j = 0; j < whole; j += kSumColumns) {
-            add_columns(segment, first + j, min64(kSumColumns, whole - j), n_used, Count<0>{});
-            write(first + j, min64(kSumColumns, whole - j));
-          }
-          if (whole < count) {
-            add_columns(segment, first + whole, count - whole, n_used, Count<1>{});
-            write(first + whole, count - whole);
-          }
-        });
-      }
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+        const int64_t whole = count / kDoubles * kDoubles;
+        for (int64_t j = 0; j < whole; j += kSumColumns)
+          for (int64_t r = 0; r < k; ++r)  // all sums of a tile that stays in cache: one read of the data
+            add_columns(r, segment, first + j, min64(kSumColumns, whole - j), Count<0>{});
+        if (whole < count)
+          for (int64_t r = 0; r < k; ++r) add_columns(r, segment, first + whole, count - whole, Count<1>{});
+      });
   });
   return Status::ok;
 }

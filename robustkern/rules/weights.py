@@ -99,7 +99,7 @@ class GeometricMedian(Aggregator):
         view.require_finite(self.name, geometry.finite)
         weights = np.where(geometry.finite, weights_of(view), 0.0)
         if converges and (row := _majority(view, weights)) is not None:
-            return _at_row(view, geometry, row)
+            return _mean_of(view, geometry, np.array([row]))._replace(kept=None, iterations=0, converged=True)
         used = np.flatnonzero(weights)
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
         if converges:
@@ -134,13 +134,6 @@ def _majority(view: View, weights: Vector) -> int | None:
     share = np.bincount(group.reshape(-1), weights)
     largest = int(share.argmax())
     return int(first[largest]) if 2 * share[largest] > share.sum() else None
-
-
-def _at_row(view: View, geometry: Geometry, row: int) -> Solution:
-    weights = np.zeros(view.n)
-    weights[row] = 1.0
-    distances = unscaled(geometry.sq_distances_to(weights), geometry.scale)
-    return Solution(weights=weights, sq_distances=distances, iterations=0, converged=True)
 
 
 def _krum_order(rule: Krum | MultiKrum, view: View, count: int) -> tuple[Geometry, NDArray[np.intp]]:
