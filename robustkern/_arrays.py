@@ -20,12 +20,15 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from numpy.typing import NDArray
 
+from robustkern._devices import DeviceArray, Place, view_of
 from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, addresses_of, one_segment
 
 __all__ = ["Block", "MemorySource", "Source", "adapt", "name_of"]
 
 MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
+
+View = NDArray[Any] | DeviceArray
 
 
 class Block(NamedTuple):
@@ -41,6 +44,7 @@ class Source(Protocol):
     n: int
     dtypes: set[np.dtype[Any]]
     d: int
+    device: str  # as in the capability table
 
     def blocks(self) -> Iterator[Block]:
         """Yield the blocks; may be called again for another pass."""
@@ -56,9 +60,10 @@ class Leaf:
     path: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    arrays: Sequence[Any] | NDArray[Any]  # n, or one with a leading axis of n; NumPy's unless there are addresses
+    arrays: Sequence[Any] | View  # n, or one with a leading axis of n; views unless there are addresses
     out: Any
     addresses: NDArray[np.int64] | None = None  # (n + 1,), the result's last, where all are known to be contiguous
+    place: Place | None = None
 
     @property
     def size(self) -> int:
@@ -70,10 +75,10 @@ class Leaf:
         if self.addresses is not None:
             yield self.addresses[:-1], self.size * self.dtype.itemsize
             return
-        for source in [self.arrays] if isinstance(self.arrays, np.ndarray) else self.arrays:
+        for source in self.arrays if isinstance(self.arrays, list) else [self.arrays]:
             reach = [(size - 1) * stride for size, stride in zip(source.shape, source.strides, strict=True)]
             low = sum(step for step in reach if step < 0)
-            yield np.array([address_of(source) + low]), sum(map(abs, reach)) + source.itemsize
+            yield np.array([_address(source) + low]), sum(map(abs, reach)) + source.itemsize
 
 
 class MemorySource:
@@ -85,6 +90,7 @@ class MemorySource:
         source = cls.__new__(cls)
         source.n, source.d, source.dtypes = rows.n, rows.d, {rows.dtype}
         source.counters, source._strided, source._direct = [], [], Block((rows,), (out,))
+        source.place = rows.place
         return source
 
     def __init__(self, n: int, leaves: list[Leaf]) -> None:
@@ -93,8 +99,14 @@ class MemorySource:
         self.counters = [leaf for leaf in leaves if leaf.dtype not in DTYPES]
         self.dtypes = {leaf.dtype for leaf in floating}
         self.d = sum(leaf.size for leaf in floating)
+        self.place = leaves[0].place
         self._strided: list[Leaf] = []
         self._direct = self._group(floating)
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the rows are on."""
+        return "cpu" if self.place is None else "cuda"
 
     def _group(self, leaves: list[Leaf]) -> Block:
         """Join the segments of all leaves that can be used in place, by dtype."""
@@ -116,8 +128,8 @@ class MemorySource:
             else:
                 offsets = np.zeros(len(table) + 1, dtype=np.int64)
                 np.cumsum(np.repeat(runs, [len(each) for each in tables]), out=offsets[1:])
-            rows.append(Rows(np.ascontiguousarray(table[:, :-1]), offsets, dtype, self))
-            out.append(Rows(np.ascontiguousarray(table[:, -1:]), offsets, dtype, self))
+            rows.append(Rows(np.ascontiguousarray(table[:, :-1]), offsets, dtype, self, self.place))
+            out.append(Rows(np.ascontiguousarray(table[:, -1:]), offsets, dtype, self, self.place))
         return Block(tuple(rows), tuple(out))
 
     def blocks(self) -> Iterator[Block]:
@@ -125,6 +137,9 @@ class MemorySource:
         if self._direct.rows:
             yield self._direct
         for leaf in self._strided:
+            if leaf.place is not None:
+                yield from _copied_blocks(leaf, leaf.place)
+                continue
             columns = max(BLOCK_BYTES // (self.n * leaf.dtype.itemsize), 1)
             target = leaf.out.reshape(-1)
             for begin in range(0, target.size, columns):
@@ -142,12 +157,44 @@ class MemorySource:
     def combine_counters(self) -> None:
         """Write the column-wise lower median of integer and boolean leaves."""
         for leaf in self.counters:
+            if leaf.place is not None:
+                _combine_on_host(leaf, leaf.place)
+                continue
             target = leaf.out.reshape(-1)
             columns = max(BLOCK_BYTES // (self.n * leaf.dtype.itemsize), 1)
             for begin in range(0, target.size, columns):
                 end = min(begin + columns, target.size)
                 values = np.stack([np.asarray(leaf.arrays[i]).flat[begin:end] for i in range(self.n)])
                 target[begin:end] = lower_median(values)
+
+
+def _copied_blocks(leaf: Leaf, place: Place) -> Iterator[Block]:
+    """Yield contiguous copies of some of a leaf at a time, cut along the first axis that is longer than 1."""
+    lead = next((axis for axis, size in enumerate(leaf.shape) if size > 1), 0)
+    inner = math.prod(leaf.shape[lead + 1 :])
+    step = max(BLOCK_BYTES // (len(leaf.arrays) * inner * leaf.dtype.itemsize), 1)
+    cut = (0,) * lead
+    for begin in range(0, leaf.shape[lead], step):
+        count = min(step, leaf.shape[lead] - begin)
+        shape = (len(leaf.arrays), count, *leaf.shape[lead + 1 :])
+        values = place.empty(shape, leaf.dtype)
+        for i in range(len(leaf.arrays)):
+            place.library.assign(values.array[i], leaf.arrays[i].array[(*cut, slice(begin, begin + count))])
+        columns = count * inner
+        width = columns * leaf.dtype.itemsize
+        first = values.address + width * np.arange(len(leaf.arrays), dtype=np.uint64)
+        target = np.array([[leaf.out.address + begin * inner * leaf.dtype.itemsize]], dtype=np.uint64)
+        offsets = one_segment(columns)
+        yield Block(
+            (Rows(first.astype(np.uint64)[None], offsets, leaf.dtype, values, place),),
+            (Rows(target, offsets, leaf.dtype, leaf.out, place),),
+        )
+
+
+def _combine_on_host(leaf: Leaf, place: Place) -> None:
+    """Write the lower median of integers or booleans, which are few (counters) and go through the host."""
+    values = np.stack([place.library.to_host(leaf.arrays[i].array) for i in range(len(leaf.arrays))])
+    place.library.assign(leaf.out.array, lower_median(values).astype(leaf.dtype))
 
 
 def lower_median(values: NDArray[Any]) -> NDArray[Any]:
@@ -161,12 +208,12 @@ def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
     if leaf.addresses is not None:
         return leaf.addresses[None], leaf.size
     arrays, item = leaf.arrays, leaf.dtype.itemsize
-    if isinstance(arrays, np.ndarray):
+    if isinstance(arrays, (np.ndarray, DeviceArray)):
         strides = [arrays.strides[1:]]
-        base = address_of(arrays) + arrays.strides[0] * np.arange(len(arrays), dtype=np.int64)
+        base = _address(arrays) + arrays.strides[0] * np.arange(len(arrays), dtype=np.int64)
     else:
         strides = [a.strides for a in arrays]
-        base = np.array([address_of(a) for a in arrays], dtype=np.int64)
+        base = np.array([_address(a) for a in arrays], dtype=np.int64)
     axes = min(_contiguous_axes(leaf.shape, s, item) for s in set(strides))
     outer = leaf.shape[: len(leaf.shape) - axes]
     run = math.prod(leaf.shape[len(outer) :])
@@ -176,7 +223,7 @@ def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
     table = np.empty((index.shape[1], len(base) + 1), dtype=np.int64)
     # One row of strides serves all rows of one array.
     table[:, :-1] = (np.array(strides, dtype=np.int64)[:, : len(outer)] @ index).T + base
-    table[:, -1] = address_of(leaf.out) + run * item * np.arange(len(table), dtype=np.int64)
+    table[:, -1] = _address(leaf.out) + run * item * np.arange(len(table), dtype=np.int64)
     return table, run
 
 
@@ -210,17 +257,24 @@ def _describe(x: Any) -> str:
     return f"{type(x).__name__} of shape {tuple(shape)} and dtype {getattr(x, 'dtype', None)}"
 
 
-def _as_numpy(x: Any, what: str) -> NDArray[Any]:
-    """Return a NumPy or CPU torch array as a NumPy view without copying."""
+def _address(view: View) -> int:
+    return view.address if isinstance(view, DeviceArray) else address_of(view)
+
+
+def _place(view: View) -> Place | None:
+    return view.place if isinstance(view, DeviceArray) else None
+
+
+def _view(x: Any, what: str) -> View:
+    """Return an array in the host's memory as a NumPy view, one on a GPU as its description; nothing is copied."""
     if type(x) is np.ndarray:
         return x
+    on_device = view_of(x, what)
+    if on_device is not None:
+        return on_device
     if is_torch_array(x):
         import torch
 
-        if not x.is_cpu:
-            raise ValueError(
-                f"{what} is a torch tensor on device {x.device}; this version aggregates on the CPU (pass x.cpu())"
-            )
         if getattr(x, "is_nested", False) or x.layout != torch.strided:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
         if x.is_quantized or x.is_complex():
@@ -238,7 +292,10 @@ def _as_numpy(x: Any, what: str) -> NDArray[Any]:
         raise TypeError(f"{what} is a masked array, whose mask would be lost (pass x.filled(numpy.nan))")
     if is_numpy_array(x) or isinstance(x, np.generic):
         return np.asarray(x)
-    raise TypeError(f"{what} is {_describe(x)}; expected a NumPy array or a torch CPU tensor (pass numpy.asarray(x))")
+    raise TypeError(
+        f"{what} is {_describe(x)}; expected a NumPy array, a torch tensor, or an array on a GPU that speaks DLPack "
+        "(pass numpy.asarray(x))"
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -257,28 +314,42 @@ def _check_dtype(dtype: np.dtype[Any], what: str, integers: bool) -> None:
 
 
 def _library(x: Any) -> str:
-    return "torch" if is_torch_array(x) else "numpy"
+    if is_torch_array(x):
+        return "torch"
+    return "numpy" if is_numpy_array(x) or isinstance(x, np.generic) else type(x).__module__.partition(".")[0]
 
 
-def _empty(shape: tuple[int, ...], like: Any) -> Any:
+def _empty(shape: tuple[int, ...], like: Any, view: View) -> Any:
+    if isinstance(view, DeviceArray):
+        return view.place.empty(shape, view.dtype).array
     if isinstance(like, (np.ndarray, np.generic)):
         return np.empty(shape, dtype=like.dtype)
+    return _empty_tensor(shape, like)
+
+
+def _empty_tensor(shape: tuple[int, ...], like: Any) -> Any:
     import torch
 
     return torch.empty(shape, dtype=like.dtype)
 
 
-def _check_out(out: Any, shape: tuple[int, ...], like: Any, what: str) -> Any:
+def _check_out(out: Any, shape: tuple[int, ...], like: Any, view_like: View, what: str) -> Any:
     if _library(out) != _library(like) or not (hasattr(out, "shape") and hasattr(out, "dtype")):
         raise TypeError(f"{what} is {_describe(out)}; expected a {_library(like)} array like the updates")
     if tuple(out.shape) != shape or out.dtype != like.dtype:
         raise ValueError(
             f"{what} has shape {tuple(out.shape)} and dtype {out.dtype}; expected shape {shape} and dtype {like.dtype}"
         )
-    view = _as_numpy(out, what)
+    view = _view(out, what)
+    if _place(view) != _place(view_like):
+        raise ValueError(f"{what} is on {_where_is(view)}; expected {_where_is(view_like)} like the updates")
     if not view.flags.c_contiguous or not view.flags.writeable or not view.flags.aligned:
         raise ValueError(f"{what} must be contiguous, aligned and writeable (pass a fresh array)")
     return out
+
+
+def _where_is(view: View) -> str:
+    return "cpu" if isinstance(view, np.ndarray) else str(view.place)
 
 
 def _check_disjoint(leaves: list[Leaf]) -> None:
@@ -291,7 +362,7 @@ def _check_disjoint(leaves: list[Leaf]) -> None:
     high = low + np.repeat(sizes, [len(each) for each in starts])
     order = np.argsort(low)
     low, reach = low[order], np.maximum.accumulate(high[order])
-    begin = np.array([address_of(leaf.out) if leaf.addresses is None else leaf.addresses[-1] for leaf in leaves])
+    begin = np.array([_address(leaf.out) if leaf.addresses is None else leaf.addresses[-1] for leaf in leaves])
     end = begin + [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     order = np.argsort(begin)
     begin, end = begin[order], end[order]
@@ -317,7 +388,7 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
-        NumPy (ml_dtypes included) or torch CPU; never written, never copied whole.
+        NumPy (ml_dtypes included), torch, or on a GPU CuPy and what speaks DLPack; never written, never copied whole.
     out : like one update, optional
         Receives the result.
 
@@ -333,7 +404,7 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
     TypeError, ValueError
         If the updates are not of one kind, structure, shape and dtype; the message names the row and leaf.
     """
-    if isinstance(updates, np.ndarray) or is_torch_array(updates):
+    if isinstance(updates, np.ndarray) or is_torch_array(updates) or hasattr(updates, "__dlpack_device__"):
         return _adapt_stacked(updates, out)
     if isinstance(updates, (str, bytes, Mapping)) or not isinstance(updates, Sequence):
         raise TypeError(
@@ -353,7 +424,7 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
 
 
 def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], Any]]:
-    array = _as_numpy(updates, "updates")
+    array = _view(updates, "updates")
     if array.ndim < 2:
         raise ValueError(
             f"updates: expected an array of shape (n, ...) with at least 2 axes; got shape {array.shape} "
@@ -362,11 +433,12 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     _check_count(array.shape[0])
     _check_dtype(array.dtype, "updates", False)
     shape = array.shape[1:]
-    result = _empty(shape, updates) if out is None else _check_out(out, shape, updates, "out")
-    target = _as_numpy(result, "out")
-    if out is None and array.flags.c_contiguous and array.size:
-        return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
-    leaf = Leaf((), shape, array.dtype, array, target)
+    result = _empty(shape, updates, array) if out is None else _check_out(out, shape, updates, array, "out")
+    target = _view(result, "out")
+    if out is None and isinstance(target, np.ndarray) and isinstance(array, np.ndarray):
+        if array.flags.c_contiguous and array.size:
+            return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
+    leaf = Leaf((), shape, array.dtype, array, target, place=_place(array))
     if out is not None:
         _check_disjoint([leaf])
     return MemorySource(array.shape[0], [leaf]), lambda: result
@@ -419,14 +491,14 @@ def _make_leaf(values: Sequence[Any], path: tuple[Any, ...], out: Any) -> tuple[
         shape = tuple(like.shape)
         result = out
         if out is None:
-            result = _empty(shape, like)
+            result = np.empty(shape, dtype=dtype) if type(like) is np.ndarray else _empty_tensor(shape, like)
             addresses.append(address_of(result) if type(result) is np.ndarray else result.data_ptr())
         writeable = out is None or type(out) is not np.ndarray or out.flags.writeable
         if writeable and addresses[-1] % dtype.alignment == 0:
             return Leaf(path, shape, dtype, values, result, np.array(addresses, dtype=np.int64)), result
     where, arrays = _where(path), []
     for i, value in enumerate(values):
-        array = _as_numpy(value, f"row {i}{where}")
+        array = _view(value, f"row {i}{where}")
         if i == 0:
             first = array
             _check_dtype(array.dtype, f"row 0{where}", bool(path))
@@ -434,14 +506,16 @@ def _make_leaf(values: Sequence[Any], path: tuple[Any, ...], out: Any) -> tuple[
             raise TypeError(
                 f"row {i}{where} is a {_library(value)} array, row 0 a {_library(like)} array (convert one)"
             )
+        elif _place(array) != _place(first):
+            raise ValueError(f"row {i}{where} is on {_where_is(array)}, row 0 on {_where_is(first)} (move one)")
         elif array.shape != first.shape or array.dtype != first.dtype:
             raise ValueError(
                 f"row {i}{where} has shape {array.shape} and dtype {array.dtype}; "
                 f"row 0 has shape {first.shape} and dtype {first.dtype}"
             )
         arrays.append(array)
-    result = _empty(first.shape, like) if out is None else _check_out(out, first.shape, like, f"out{where}")
-    return Leaf(path, first.shape, first.dtype, arrays, _as_numpy(result, f"out{where}")), result
+    result = _empty(first.shape, like, first) if out is None else _check_out(out, first.shape, like, first, f"out{where}")
+    return Leaf(path, first.shape, first.dtype, arrays, _view(result, f"out{where}"), place=_place(first)), result
 
 
 def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callable[[], Any]]:
@@ -467,8 +541,13 @@ def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callab
     made = [_make_leaf(c, path, target) for c, path, target in zip(columns, paths, targets, strict=True)]
     if out is not None:
         _check_disjoint([leaf for leaf, _ in made])
-    if len({_library(leaf) for leaf in {type(leaf): leaf for leaf in leaves}.values()}) > 1:
-        raise TypeError("row 0 mixes NumPy and torch leaves (convert them to one library)")
+    libraries = sorted({_library(leaf) for leaf in {type(leaf): leaf for leaf in leaves}.values()})
+    if len(libraries) > 1:
+        raise TypeError(f"row 0 mixes {' and '.join(libraries)} leaves (convert them to one library)")
+    for leaf, _ in made:
+        if leaf.place != made[0][0].place:
+            places = [str(place or "cpu") for place in (leaf.place, made[0][0].place)]
+            raise ValueError(f"row 0{_where(leaf.path)} is on {places[0]}, leaf {name_of(paths[0])} on {places[1]} (move one)")
     return MemorySource(len(updates), [leaf for leaf, _ in made]), lambda: optree.tree_unflatten(
         spec, [r for _, r in made]
     )

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 __version__: str
 compiler: str
+cuda: str
 
 def supported_isas() -> list[str]: ...
 def max_threads() -> int: ...

@@ -101,12 +101,15 @@ class Rows:
         One of `DTYPES`.
     owner : object
         Keeps the memory alive.
+    place : `robustkern._devices.Place`, optional
+        The GPU that the addresses belong to; None: they are the host's.
     """
 
     addresses: NDArray[np.uint64]
     offsets: NDArray[np.int64]
     dtype: np.dtype[Any]
     owner: Any
+    place: Any = None
 
     @classmethod
     def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
@@ -141,13 +144,21 @@ class Rows:
 
     def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Rows:
         """Return the given rows only; no data is touched."""
-        return Rows(np.ascontiguousarray(self.addresses[:, rows]), self.offsets, self.dtype, self.owner)
+        return Rows(np.ascontiguousarray(self.addresses[:, rows]), self.offsets, self.dtype, self.owner, self.place)
 
     def array(self, segment: int, row: int) -> NDArray[Any]:
-        """Return one row's part of one segment as a NumPy view."""
+        """Return one row's part of one segment as a NumPy view; only of rows in the host's memory."""
         count = int(self.offsets[segment + 1] - self.offsets[segment])
         memory = _Memory(int(self.addresses[segment, row]), count * self.dtype.itemsize)
         return np.asarray(memory).view(self.dtype)
+
+    def scratch(self) -> Rows:
+        """Return new memory for one row of as many columns, in one segment, where these lie."""
+        if self.place is None:
+            return Rows.of(np.empty((1, self.d), dtype=self.dtype))
+        memory = self.place.empty((self.d,), self.dtype)
+        addresses = np.array([[memory.address]], dtype=np.uint64)
+        return Rows(addresses, one_segment(self.d), self.dtype, memory, self.place)
 
     def blocks(self, max_columns: int) -> Iterator[Rows]:
         """Cut the columns into consecutive blocks of at most `max_columns` within each segment."""
@@ -155,7 +166,7 @@ class Rows:
             for begin in range(0, int(self.offsets[s + 1] - self.offsets[s]), max_columns):
                 end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
                 part = addresses + np.uint64(begin * self.dtype.itemsize)
-                yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner)
+                yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner, self.place)
 
 
 class Selected(NamedTuple):

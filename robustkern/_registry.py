@@ -46,6 +46,7 @@ BACKENDS = (
     ),
     Backend("numba", "robustkern.backends.numba", "cpu", DTYPES, "run: pip install 'robustkern[numba]'"),
     Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),
+    Backend("cuda", "robustkern.backends.cuda", "cuda", DTYPES, "docs/gpu.md says what it needs"),
 )
 
 _BEST_DTYPES = frozenset(BACKENDS[0].dtypes)
@@ -168,7 +169,7 @@ def choose(name: str, dtypes: set[np.dtype[Any]], device: str = "cpu") -> Kernel
 def _warn_of_fallback(backend: Backend) -> None:
     """Say once a process that the compiled backend is missing."""
     global _warned  # noqa: PLW0603
-    if backend.name == BACKENDS[0].name or _warned:
+    if backend.name == BACKENDS[0].name or backend.device != BACKENDS[0].device or _warned:
         return
     _warned = True
     speed = {"numba": "2 to 5 times slower", "reference": "100 times slower and more"}[backend.name]
@@ -214,13 +215,15 @@ def info() -> dict[str, Any]:
     dict
         ``version``, ``python``, ``numpy``, ``machine``, ``backends`` (name to "available" or the reason), ``isa`` and
         ``isas`` (in use, and available, best first; None and empty without the compiled backend), ``threads``
-        (that a large call uses), ``gpus`` (none: this version has no GPU backend), ``capabilities``.
+        (that a large call uses), ``gpus`` (name, compute capability and memory of each, where the CUDA backend can run),
+        ``capabilities``.
     """
     from robustkern import __version__
     from robustkern._threads import requested_threads
 
     backends = {b.name: loaded if isinstance(loaded := _load(b), str) else "available" for b in BACKENDS}
     cpp: Any = _loaded["cpp"]
+    cuda: Any = _loaded["cuda"]
     here = not isinstance(cpp, str)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
@@ -232,6 +235,6 @@ def info() -> dict[str, Any]:
         "isa": cpp.isa if here else None,
         "isas": cpp.supported_isas() if here else [],
         "threads": requested_threads() or (cpp.max_threads() if here else cores),
-        "gpus": [],
+        "gpus": [] if isinstance(cuda, str) else cuda.devices,
         "capabilities": capabilities(),
     }

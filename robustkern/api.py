@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern._arrays import Block, Source, adapt
-from robustkern._kernels import Rows, Vector
+from robustkern._kernels import Kernels, Rows, Vector, Window
 from robustkern._registry import choose
 from robustkern.errors import ConvergenceWarning
 from robustkern.rules import (
@@ -170,7 +170,7 @@ def aggregate(
     count = check_f(plan, source.n, f, delta)
     row_weights = check_weights(plan, source.n, weights)
     # Choose.
-    kernels = choose(backend, source.dtypes)
+    kernels = choose(backend, source.dtypes, source.device)
     # Run.
     task = Task(plan, source, kernels, count, row_weights)
     task.solve()
@@ -224,9 +224,9 @@ class Task:
             self._sq_distances = sq_distances if self._sq_distances is None else self._sq_distances + sq_distances
         if nonfinite is not None and np.count_nonzero(nonfinite):
             self._nonfinite |= nonfinite
-            self.poisoned |= not _is_finite(block.out)
+            self.poisoned |= not all(_is_finite(self.view.data.kernels, out) for out in block.out)
         elif nonfinite is None and distances and isinstance(self.rule, Mean):
-            self._nonfinite |= _nonfinite_rows(block)
+            self._nonfinite |= _nonfinite_rows(self.view.data.kernels, block)
 
     def raise_nonfinite(self) -> None:
         """Raise the error that names the rows which broke the result."""
@@ -259,17 +259,17 @@ class Task:
         )
 
 
-def _is_finite(out: tuple[Rows, ...]) -> bool:
-    return all(bool(np.isfinite(rows.array(s, 0)).all()) for rows in out for s in range(len(rows.addresses)))
+def _is_finite(kernels: Kernels, out: Rows) -> bool:
+    """Tell whether a result is; one that is has distance 0 to itself."""
+    return not kernels.row_sq_distances(out, out).any()
 
 
-def _nonfinite_rows(block: Block) -> NDArray[np.bool_]:
+def _nonfinite_rows(kernels: Kernels, block: Block) -> NDArray[np.bool_]:
     """Which rows hold a NaN or Inf; looked at only where the result of a mean does."""
     flags = np.zeros(block.rows[0].n if block.rows else 0, dtype=np.bool_)
     for rows, out in zip(block.rows, block.out, strict=True):
-        for s in range(len(out.addresses)):
-            if not np.isfinite(out.array(s, 0)).all():
-                flags |= np.array([not np.isfinite(rows.array(s, i)).all() for i in range(rows.n)])
+        if not _is_finite(kernels, out):
+            flags |= kernels.select_columns(rows, Window(0, 1)).nonfinite
     return flags
 
 

@@ -205,6 +205,8 @@ def expand(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
 class FileSource:
     """Rows that are read tensor by tensor into one reused buffer."""
 
+    device = "cpu"
+
     def __init__(self, paths: Sequence[Path], on_tensor: Callable[[int], None] | None = None) -> None:
         self.readers = [_open_reader(path) for path in paths]
         self.n = len(paths)

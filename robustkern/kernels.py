@@ -25,7 +25,7 @@ def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource
             f"{name}: leaf {name_of(counter.path)} has dtype {counter.dtype}; the primitives take "
             "floating-point leaves only (leave it out, or use robustkern.aggregate)"
         )
-    return source, restore, choose(backend, source.dtypes)
+    return source, restore, choose(backend, source.dtypes, source.device)
 
 
 def _scale(name: str, scale: float) -> float:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import emulated
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -14,17 +15,25 @@ from robustkern import _registry
 from robustkern._kernels import Kernels, Rows
 from robustkern.backends.cpp import Cpp
 
-#: Every implementation that can run here: the backends, the compiled one once for each instruction set.
+#: Every implementation that can run here: the backends, the compiled one once for each instruction set, and the CUDA
+#: kernels run on this processor.
 IMPLEMENTATIONS: dict[str, Kernels] = {}
 MISSING: dict[str, str] = {}
 for _backend in _registry.BACKENDS:
     _loaded = _registry._load(_backend)
     if isinstance(_loaded, str):
         MISSING[_backend.name] = _loaded
+    elif _backend.device != "cpu":
+        continue  # its rows are not the host's: tests/test_cuda.py
     elif isinstance(_loaded, Cpp):
         IMPLEMENTATIONS.update({f"cpp-{isa}": Cpp(isa) for isa in _loaded.supported_isas()})
     else:
         IMPLEMENTATIONS[_backend.name] = _loaded
+EMULATED = emulated.load()
+if isinstance(EMULATED, str):
+    MISSING["cuda-emulated"] = EMULATED
+else:
+    IMPLEMENTATIONS["cuda-emulated"] = emulated.EmulatedCuda(EMULATED, EMULATED.devices())
 FAST = {name: kernels for name, kernels in IMPLEMENTATIONS.items() if name != "reference"}
 
 _required = [name for name in os.environ.get("ROBUSTKERN_REQUIRE", "").split(",") if name]

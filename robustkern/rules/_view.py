@@ -309,11 +309,9 @@ class View(NamedTuple):
         for block in self.data.source.blocks():
             for rows in block.rows:
                 for piece in rows.blocks(REMEASURE_COLUMNS):
-                    anchor = np.empty((1, piece.d), dtype=piece.dtype)
-                    selection.run(self.data.kernels, piece, Rows.of(anchor))
-                    parts.append(
-                        self.data.kernels.row_sq_distances(piece.take(contenders), Rows.of(anchor), scale=scale)
-                    )
+                    anchor = piece.scratch()
+                    selection.run(self.data.kernels, piece, anchor)
+                    parts.append(self.data.kernels.row_sq_distances(piece.take(contenders), anchor, scale=scale))
         return _exact_sums(parts, len(contenders))
 
     def exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector | None:
@@ -398,7 +396,7 @@ def emit(view: View, solution: Solution, block: Block, distances: bool) -> tuple
             found = solution.selection.run(view.data.kernels, rows, out, distances=distances)
             flags = _plus(flags, found.nonfinite)
             total = _plus(total, found.sq_distances)
-        if rows.dtype == FLOAT64:
+        if rows.dtype == FLOAT64 and rows.place is None:  # on a GPU its kernels do, so that nobody waits for them
             _clamp(rows, out)
     return total, flags
 

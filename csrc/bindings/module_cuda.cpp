@@ -1,0 +1,111 @@
+// robustkern._cuda: checks shapes once, releases the GIL, calls the kernels. Built against the CUDA runtime, or for tests
+// against its emulation.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
+#include "../cuda/kernels.h"
+#include "arrays.h"
+#if defined(RK_EMULATED)
+#include "../emulation/emulation.h"
+#endif
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace rk::bindings;
+
+namespace {
+
+// Memory that Python hands out: allocate(bytes) returns its address, and keeps it until the call has returned.
+void* allocate(void* context, std::size_t bytes) {
+  nb::gil_scoped_acquire acquire;
+  const nb::handle function(static_cast<PyObject*>(context));
+  return reinterpret_cast<void*>(nb::cast<std::uintptr_t>(function(bytes)));
+}
+
+rk::cuda::Call call_on(int device, std::uintptr_t stream, nb::handle allocator) {
+  return {device, reinterpret_cast<void*>(stream), &allocate, allocator.ptr()};
+}
+
+void select_columns(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
+                    int dtype, std::int64_t lo, std::int64_t hi, std::int64_t nearest, Cells multiplicities,
+                    std::optional<Matrix> mix, std::optional<Matrix> measure, double scale,
+                    std::optional<Addresses> out, std::optional<Array<double, 1>> sq_distances,
+                    Array<std::uint8_t, 1> nonfinite) {
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  const rk::Select select =
+      select_of(rows, lo, hi, nearest, multiplicities, mix, measure, scale, out, sq_distances, nonfinite);
+  nb::gil_scoped_release release;
+  rk::cuda::select_columns(rows, select, call_on(device, stream, allocator));
+}
+
+void gram(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets, int dtype,
+          Cells multiplicities, bool origin, double scale, bool single, Array<double, 2> out) {
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  check_gram(rows, multiplicities, origin, out);
+  nb::gil_scoped_release release;
+  rk::cuda::gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single, out.data(),
+                 call_on(device, stream, allocator));
+}
+
+void row_sq_distances(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
+                      int dtype, Addresses centre, double scale, Array<double, 1> out) {
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  check_distances(rows, centre, out);
+  nb::gil_scoped_release release;
+  rk::cuda::row_sq_distances(rows, targets(centre), scale, out.data(), call_on(device, stream, allocator));
+}
+
+void weighted_row_sum(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
+                      int dtype, Matrix weights, Addresses out) {
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  check_sum(rows, weights, out);
+  nb::gil_scoped_release release;
+  rk::cuda::weighted_row_sum(rows, weights.data(), static_cast<std::int64_t>(weights.shape(0)), targets(out),
+                             call_on(device, stream, allocator));
+}
+
+void synchronize(int device, std::uintptr_t stream) {
+  nb::gil_scoped_release release;
+  rk::cuda::synchronize(device, reinterpret_cast<void*>(stream));
+}
+
+nb::list devices() {
+  nb::list found;
+  for (const rk::cuda::Device& device : rk::cuda::devices()) {
+    nb::dict facts;
+    facts["name"] = device.name.c_str();
+    facts["compute_capability"] = nb::make_tuple(device.major, device.minor);
+    facts["multiprocessors"] = device.multiprocessors;
+    facts["memory_bytes"] = device.memory_bytes;
+    found.append(facts);
+  }
+  return found;
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.attr("__version__") = RK_VERSION;
+  m.attr("architectures") = RK_CUDA_ARCHITECTURES;
+  m.def("devices", &devices);
+  m.def("synchronize", &synchronize, "device"_a, "stream"_a);
+  m.def("runtime_version", &rk::cuda::runtime_version);
+  m.def("driver_version", &rk::cuda::driver_version);
+  m.def("select_columns", &select_columns, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
+        "lo"_a, "hi"_a, "nearest"_a, "multiplicities"_a.none(), "mix"_a.none(), "measure"_a.none(), "scale"_a,
+        "out"_a.none(), "sq_distances"_a.none(), "nonfinite"_a);
+  m.def("gram", &gram, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
+        "multiplicities"_a.none(), "origin"_a, "scale"_a, "single"_a, "out"_a);
+  m.def("row_sq_distances", &row_sq_distances, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
+        "centre"_a, "scale"_a, "out"_a);
+  m.def("weighted_row_sum", &weighted_row_sum, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
+        "weights"_a, "out"_a);
+#if defined(RK_EMULATED)
+  m.def("set_order", &rk::emulation::set_order, "order"_a);
+  m.def("fail_launch", &rk::emulation::fail_launch,
+        "nth"_a, "error"_a);
+  m.def("launches", &rk::emulation::launches);
+#endif
+}

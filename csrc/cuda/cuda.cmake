@@ -1,0 +1,42 @@
+# The CUDA backend, robustkern._cuda: a module of its own, so that robustkern works without a GPU's driver.
+# RK_CUDA_STATE becomes robustkern._cpu.cuda: what was built, or why nothing was.
+
+if(RK_CUDA STREQUAL "OFF")
+  set(RK_CUDA_STATE "not built: switched off (RK_CUDA=OFF)")
+  return()
+endif()
+include(CheckLanguage)
+check_language(CUDA)
+if(NOT CMAKE_CUDA_COMPILER)
+  set(RK_CUDA_STATE
+      "not built: there was no CUDA compiler (install CUDA 12.8 or newer so that nvcc is on PATH, then reinstall robustkern)")
+  if(RK_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "RK_CUDA=ON, but no CUDA compiler works: install CUDA 12.8 or newer, put nvcc on PATH or set "
+                        "CUDACXX to it (RK_CUDA=OFF builds without)")
+  endif()
+  return()
+endif()
+
+# From Turing on; the last one also as PTX, for what is newer.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90-real 100-real 120)
+endif()
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+string(REPLACE ";" " " RK_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
+set(RK_CUDA_STATE "built with CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${RK_CUDA_ARCHITECTURES}")
+
+# Sums that carry their rounding errors need every product rounded: no contraction, as on the CPU.
+add_library(rk_cuda OBJECT csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
+set_target_properties(rk_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+target_compile_options(rk_cuda PRIVATE -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
+if(RK_WERROR)
+  target_compile_options(rk_cuda PRIVATE -Werror=all-warnings -Xcompiler=-Werror -Xptxas=-warn-spills,-Werror)
+endif()
+
+nanobind_add_module(_cuda NB_STATIC FREE_THREADED csrc/bindings/module_cuda.cpp $<TARGET_OBJECTS:rk_cuda>)
+target_compile_definitions(_cuda PRIVATE RK_VERSION="${PROJECT_VERSION}" RK_CUDA_ARCHITECTURES="${RK_CUDA_ARCHITECTURES}")
+target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${RK_WARNINGS}>)
+# Static: whatever CUDA runtime torch or CuPy bring stays theirs.
+target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
+install(TARGETS _cuda LIBRARY DESTINATION robustkern)

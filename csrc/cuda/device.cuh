@@ -1,0 +1,141 @@
+// What all kernels share: rows in tiles of columns, values of any storage type, sums over warps and blocks.
+// Compiled without contraction of products and sums; where one rounding is meant, it says fma.
+#pragma once
+#include <cstdint>
+#include <utility>
+
+#include "../common/half.h"
+#include "platform.h"
+
+namespace rk {
+namespace cuda {
+
+constexpr int kWarp = 32;
+
+// What rows of a storage type are computed in.
+template <class S>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class S>
+using ComputeOf = typename Compute<S>::type;
+
+template <class T>
+__device__ __forceinline__ T infinity() {
+  return static_cast<T>(HUGE_VAL);
+}
+template <class T>
+__device__ __forceinline__ T not_a_number() {
+  return static_cast<T>(NAN);
+}
+template <class T>
+__device__ __forceinline__ bool is_finite(T x) {
+  return x - x == 0;
+}
+
+// ---- values --------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float widened(float x) { return x; }
+__device__ __forceinline__ double widened(double x) { return x; }
+__device__ __forceinline__ float widened(Bfloat x) { return widen(x); }
+__device__ __forceinline__ float widened(Half x) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
+  return widen(x);
+#endif
+}
+
+// From the compute type to the storage type S, to the nearest even.
+template <class S>
+__device__ __forceinline__ S narrowed(ComputeOf<S> x) {
+  if constexpr (sizeof(S) == 2)
+    return narrow(x, S{});
+  else
+    return x;
+}
+
+// V values of a row that are read or written at once; for V = 1 any alignment of whole values will do.
+template <class S, int V>
+struct alignas(V * sizeof(S)) Pack {
+  S cell[V];
+};
+
+// ---- rows in tiles -------------------------------------------------------------------------------------
+
+// Rows on the device, cut into tiles of columns that never cross the border of a segment; or, with tile_starts null, a
+// run of columns of one segment.
+struct Table {
+  const void* const* data;     // (n_segments, n)
+  const int64_t* offsets;      // (n_segments + 1)
+  const int64_t* tile_starts;  // (n_segments + 1) tiles before each segment
+  int64_t n_segments, n;
+  int64_t first, columns;  // of the one segment
+  int64_t n_tiles;
+
+  template <class S>
+  __device__ __forceinline__ const S* row(int64_t segment, int64_t i) const {
+    return static_cast<const S*>(data[segment * n + i]);
+  }
+};
+
+struct Tile {
+  int64_t segment, first;
+  int count;
+};
+
+__device__ __forceinline__ Tile tile_at(const Table& table, int64_t index, int width) {
+  int64_t segment = 0, begin = table.first, columns = table.columns, before = 0;
+  if (table.tile_starts) {
+    int64_t high = table.n_segments - 1;  // the last segment whose first tile is not after this one, and has some
+    while (segment < high) {
+      const int64_t middle = (segment + high + 1) / 2;
+      if (table.tile_starts[middle] <= index)
+        segment = middle;
+      else
+        high = middle - 1;
+    }
+    begin = 0;
+    columns = table.offsets[segment + 1] - table.offsets[segment];
+    before = table.tile_starts[segment];
+  }
+  const int64_t skipped = (index - before) * width, left = columns - skipped;
+  return {segment, begin + skipped, static_cast<int>(left < width ? left : width)};
+}
+
+// ---- flags and sums ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void set_flag(unsigned* flags, int64_t row) { atomicOr(flags + row, 1u); }
+
+// The sum over a warp, in lane 0.
+__device__ __forceinline__ double warp_sum(double x) {
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_down_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// partial[i] += squared distance of row i of a tile to a centre in shared memory; every warp has rows of its own, so
+// that the order of the sums is fixed. All threads of a block call it.
+template <class S, class B>
+__device__ __forceinline__ void add_sq_distances(const Table& rows, const Tile& tile, const B* centre, double scale,
+                                                 double* partial) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int64_t i = threadIdx.x / kWarp; i < rows.n; i += warps) {
+    const S* x = rows.row<S>(tile.segment, i) + tile.first;
+    double sum = 0;
+    for (int c = lane; c < tile.count; c += kWarp) {
+      const double difference = (static_cast<double>(widened(x[c])) - static_cast<double>(centre[c])) * scale;
+      sum = fma(difference, difference, sum);
+    }
+    sum = warp_sum(sum);
+    if (lane == 0) partial[i] += sum;
+  }
+}
+
+}  // namespace cuda
+}  // namespace rk

@@ -1,0 +1,90 @@
+// weighted_row_sum and row_sq_distances on a GPU; and which devices there are.
+#include "launch.h"
+
+namespace rk {
+namespace cuda {
+
+void weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void* const* out, const Call& call) {
+  Queue queue(rows, call);
+  if (rows.columns() == 0) return;
+  by_dtype(rows.dtype, [&](auto s) {
+    using S = decltype(s);
+    const auto run = [&](auto sums, auto* kernel) {
+      Workspace space;
+      const UploadedRows uploaded(space, rows, kSumColumns<S, decltype(sums)::value> * kSumThreads);
+      const UploadedWeights uploaded_weights(space, weights, k, rows.n, sums);
+      const auto targets = space.upload(out, rows.n_segments * k);
+      space.allocate(queue);
+      space.send(queue);
+      const bool aligned = all_aligned(rows.data, rows.n_segments * rows.n) && all_aligned(out, rows.n_segments * k);
+      queue.launch("weighted_sums", kernel,
+                   dim3(grid_for(uploaded.n_tiles()), static_cast<unsigned>(uploaded_weights.groups())),
+                   dim3(kSumThreads), 0, uploaded.table(), uploaded_weights.on_device(space), space[targets], aligned);
+    };
+    if (k == 1)
+      run(std::integral_constant<int, 1>{}, &weighted_sums<S, S, 1>);
+    else
+      run(std::integral_constant<int, kGroupedSums>{}, &weighted_sums<S, S, kGroupedSums>);
+  });
+}
+
+void row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, const Call& call) {
+  Queue queue(rows, call);
+  for (int64_t i = 0; i < rows.n; ++i) out[i] = 0;
+  if (rows.columns() == 0) return;
+  by_dtype(rows.dtype, [&](auto s) {
+    using S = decltype(s);
+    Workspace space;
+    const UploadedRows uploaded(space, rows, kDoubledColumns);
+    const auto centre_row = space.upload(centre, rows.n_segments);
+    const int64_t blocks = summing_blocks(uploaded.n_tiles(), 2 * rows.n);
+    const auto partials = space.scratch<DoubledSum>(blocks * rows.n);
+    const auto sums = space.scratch<double>(rows.n);
+    space.allocate(queue);
+    space.send(queue);
+    queue.launch("row_sq_distances_of", &row_sq_distances_of<S>,
+                 dim3(grid_for(blocks), static_cast<unsigned>(rows.n)), dim3(kSumThreads), 0, uploaded.table(),
+                 space[centre_row], scale, space[partials]);
+    queue.launch("add_doubled_blocks", &add_doubled_blocks<double>, dim3(grid_for(tiles_of(rows.n, kSumThreads))),
+                 dim3(kSumThreads), 0, space[partials], blocks, rows.n, space[sums]);
+    queue.download(out, space[sums], static_cast<std::size_t>(rows.n) * sizeof(double), "row_sq_distances");
+  });
+}
+
+void synchronize(int device, void* stream) {
+  const std::int64_t no_columns[] = {0};
+  const Rows none{nullptr, no_columns, 0, 0, DType::float32};
+  const Call call{device, stream, nullptr, nullptr};
+  Queue(none, call).download(nullptr, nullptr, 0, "waiting for the stream");
+}
+
+std::vector<Device> devices() {
+  const auto check = [](cudaError_t error) {
+    if (error != cudaSuccess)
+      throw Error(std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")");
+  };
+  int count = 0;
+  check(cudaGetDeviceCount(&count));
+  std::vector<Device> found;
+  for (int index = 0; index < count; ++index) {
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, index));
+    found.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
+                     properties.totalGlobalMem});
+  }
+  return found;
+}
+
+int runtime_version() {
+  int version = 0;
+  cudaRuntimeGetVersion(&version);
+  return version;
+}
+int driver_version() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
+}
+
+}  // namespace cuda
+}  // namespace rk

@@ -1,0 +1,208 @@
+// Device code of the sums over rows and columns: weighted sums of rows, squared distances, what blocks leave behind.
+#pragma once
+#include "device.cuh"
+
+namespace rk {
+namespace cuda {
+
+constexpr int kSumThreads = 128;
+constexpr double kLargest = 1.7976931348623157e308;
+
+// ---- weighted sums of rows -------------------------------------------------------------------------------
+
+// Weights of so many sums at a time, which share what is read: for each group of sums the rows of which any takes some,
+// in order, and their weights side by side.
+struct Weights {
+  const int64_t* start;      // (groups + 1)
+  const int64_t* row;        // (start[groups])
+  const double* factor;      // (start[groups], sums of a group)
+  const uint8_t* averaging;  // (k) weights that add up to 1 at most: the sum of numbers is a number
+  int64_t k;
+};
+
+// Sums of a group, and columns of a thread: 16 bytes of a row, but for several sums fewer registers.
+constexpr int kGroupedSums = 4;
+template <class S, int kSums>
+constexpr int kSumColumns = kSums == 1 || sizeof(S) > 4 ? 16 / sizeof(S) : 4;
+
+// out[s * k + r] = sum r of segment s, or of a run of its columns.
+template <class S, class O, int kSums>
+__global__ void __launch_bounds__(kSumThreads, 1)
+    weighted_sums(const Table rows, const Weights weights, void* const* out, bool vectorised) {
+  constexpr int V = kSumColumns<S, kSums>, kWidth = V * kSumThreads;
+  const int64_t group = blockIdx.y, begin = weights.start[group], end = weights.start[group + 1];
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, kWidth);
+    const int at = threadIdx.x * V, valid = tile.count - at < V ? tile.count - at : V;
+    if (valid <= 0) continue;
+    const int64_t column = tile.first + at;
+    const bool whole = vectorised && valid == V;
+    double sum[kSums][V];
+#pragma unroll
+    for (int r = 0; r < kSums; ++r)
+#pragma unroll
+      for (int v = 0; v < V; ++v) sum[r][v] = 0;
+#pragma unroll 4
+    for (int64_t u = begin; u < end; ++u) {
+      const S* source = rows.row<S>(tile.segment, weights.row[u]) + column;
+      double x[V];
+      if (whole) {
+        const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[v] = static_cast<double>(widened(pack.cell[v]));
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
+      }
+#pragma unroll
+      for (int r = 0; r < kSums; ++r) {
+        const double factor = weights.factor[u * kSums + r];
+        if (kSums == 1 || factor != 0)
+#pragma unroll
+          for (int v = 0; v < V; ++v) sum[r][v] = fma(factor, x[v], sum[r][v]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kSums; ++r) {
+      const int64_t which = group * kSums + r;
+      if (which >= weights.k) break;
+      Pack<O, V> result;
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        double total = sum[r][v];
+        if constexpr (sizeof(ComputeOf<O>) == 8)
+          if (!is_finite(total) && weights.averaging[which] && v < valid) {
+            // Averages of numbers are numbers, which rounding pushed beyond the largest.
+            bool numbers = true;
+            for (int64_t u = begin; u < end; ++u)
+              if (weights.factor[u * kSums + r] != 0)
+                numbers &= is_finite(widened(rows.row<S>(tile.segment, weights.row[u])[column + v]));
+            if (numbers) total = total < 0 ? -kLargest : kLargest;
+          }
+        result.cell[v] = narrowed<O>(static_cast<ComputeOf<O>>(total));
+      }
+      O* target = static_cast<O*>(out[tile.segment * weights.k + which]) + (column - rows.first);
+      if (whole) {
+        *reinterpret_cast<Pack<O, V>*>(target) = result;
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          if (v < valid) target[v] = result.cell[v];
+      }
+    }
+  }
+}
+
+// ---- rows that hold a NaN or Inf -------------------------------------------------------------------------
+
+constexpr int kRunColumns = 512;
+
+template <class S>
+__global__ void __launch_bounds__(kSumThreads, 1) find_nonfinite(const Table rows, unsigned* flags) {
+  const int lane = threadIdx.x % kWarp, warps = kSumThreads / kWarp;
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, kRunColumns);
+    for (int64_t i = threadIdx.x / kWarp; i < rows.n; i += warps) {
+      const S* x = rows.row<S>(tile.segment, i) + tile.first;
+      bool found = false;
+      for (int c = lane; c < tile.count; c += kWarp) found |= !is_finite(widened(x[c]));
+      if (found) set_flag(flags, i);
+    }
+  }
+}
+
+// ---- squared distances -----------------------------------------------------------------------------------
+
+// partials[block, i] += squared distance of row i to a centre, in a run of columns; `centre` begins where the run does.
+template <class A, class S>
+__global__ void __launch_bounds__(kSumThreads, 1)
+    sq_distances(const Table rows, const S* centre, double scale, double* partials) {
+  RK_SHARED(ComputeOf<S>, cells, [kRunColumns]);
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, kRunColumns);
+    for (int c = threadIdx.x; c < tile.count; c += kSumThreads) cells[c] = widened(centre[tile.first - rows.first + c]);
+    __syncthreads();
+    add_sq_distances<A>(rows, tile, cells, scale, partials + blockIdx.x * rows.n);
+    __syncthreads();
+  }
+}
+
+// A sum of float64 and what its roundings lost (Dekker; Knuth's two-sum): about 106 bits.
+struct DoubledSum {
+  double high, low;
+
+  __device__ __forceinline__ void add_square(double a, double b) {
+    const double difference = a - b, virtual_b = difference - a;
+    const double lost = (a - (difference - virtual_b)) + (-b - virtual_b);
+    const double square = difference * difference;
+    add(square, fma(difference, difference, -square) + 2.0 * difference * lost);
+  }
+  __device__ __forceinline__ void add(double more_high, double more_low) {
+    const double sum = high + more_high, virtual_b = sum - high;
+    low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
+    high = sum;
+  }
+};
+
+constexpr int kDoubledColumns = 8 * kSumThreads;  // of a tile
+
+// partials[block, i] = squared distance of row i = blockIdx.y, in the block's columns.
+template <class S>
+__global__ void __launch_bounds__(kSumThreads, 1)
+    row_sq_distances_of(const Table rows, const void* const* centre, double scale, DoubledSum* partials) {
+  RK_SHARED(DoubledSum, sums, [kSumThreads]);
+  const int64_t i = blockIdx.y;
+  DoubledSum total{0, 0};
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, kDoubledColumns);
+    const S* x = rows.row<S>(tile.segment, i) + tile.first;
+    const S* y = static_cast<const S*>(centre[tile.segment]) + tile.first;
+    for (int c = threadIdx.x; c < tile.count; c += kSumThreads)
+      total.add_square(static_cast<double>(widened(x[c])) * scale, static_cast<double>(widened(y[c])) * scale);
+  }
+  sums[threadIdx.x] = total;
+  for (int step = kSumThreads / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < step) {
+      const DoubledSum other = sums[threadIdx.x + step];
+      sums[threadIdx.x].add(other.high, other.low);
+    }
+  }
+  if (threadIdx.x == 0) partials[blockIdx.x * rows.n + i] = sums[0];
+}
+
+// ---- what blocks leave behind ----------------------------------------------------------------------------
+
+// out[i] = sum of partials[b, i] over the blocks, in their order.
+template <class T>  // only so that the definition may be repeated
+__global__ void __launch_bounds__(kSumThreads, 1) add_blocks(const T* partials, int64_t blocks, int64_t count, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (i >= count) return;
+  T sum = 0;
+  for (int64_t b = 0; b < blocks; ++b) sum += partials[b * count + i];
+  out[i] = sum;
+}
+template <class T>
+__global__ void __launch_bounds__(kSumThreads, 1)
+    add_doubled_blocks(const DoubledSum* partials, int64_t blocks, int64_t count, T* out) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (i >= count) return;
+  DoubledSum sum{0, 0};
+  double plain = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    sum.add(partials[b * count + i].high, partials[b * count + i].low);
+    plain += partials[b * count + i].high;
+  }
+  out[i] = is_finite(plain) ? sum.high + sum.low : plain;  // an overflow stays an infinity
+}
+
+// A result of the compute type as it is stored.
+template <class S>
+__global__ void __launch_bounds__(kSumThreads, 1) store_result(const ComputeOf<S>* result, int64_t columns, S* stored) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kSumThreads;
+  for (int64_t c = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x; c < columns; c += step)
+    stored[c] = narrowed<S>(result[c]);
+}
+
+}  // namespace cuda
+}  // namespace rk

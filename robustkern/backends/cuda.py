@@ -1,0 +1,138 @@
+"""The backend for rows on a GPU: hands pointers, the caller's stream and workspace to `robustkern._cuda`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._devices import Place
+from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+
+__all__ = ["Cuda", "load"]
+
+_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+_BYTES = np.dtype(np.uint8)
+
+
+def load() -> Cuda:
+    """Return the backend.
+
+    Raises
+    ------
+    ImportError
+        If it was not built, or there is no GPU or no driver that it can use.
+    """
+    try:
+        from robustkern import _cuda
+    except ImportError as error:
+        try:
+            from robustkern._cpu import cuda as built
+        except ImportError:
+            built = "not built: robustkern was installed without its compiled part"
+        raise ImportError(built if built.startswith("not built") else f"{built}, but: {error}") from None
+    try:
+        devices = _cuda.devices()
+    except RuntimeError as error:
+        versions = f"CUDA runtime {_version(_cuda.runtime_version())}, driver for {_version(_cuda.driver_version())}"
+        raise ImportError(f"no GPU can be used: {error} ({versions})") from None
+    return Cuda(_cuda, devices)
+
+
+def _version(number: int) -> str:
+    return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+
+
+class Cuda:
+    """See `robustkern._kernels.Kernels`. Waits for the caller's stream once a call, where it returns numbers."""
+
+    name = "cuda"
+    dtypes = DTYPES
+
+    def __init__(self, module: Any, devices: list[dict[str, Any]]) -> None:
+        self._cuda = module
+        self.devices = devices
+
+    def place_of(self, rows: Rows) -> Place:
+        """Return where rows lie."""
+        assert rows.place is not None
+        return rows.place
+
+    def _call(self, primitive: str, rows: Rows, *arguments: Any) -> None:
+        place = self.place_of(rows)
+        kept = []
+
+        def allocate(nbytes: int) -> int:
+            try:
+                memory = place.empty((nbytes,), _BYTES)
+            except Exception as error:  # each library has a class of its own
+                raise MemoryError(
+                    f"{primitive}: no {nbytes} bytes of workspace on {place} for n={rows.n} rows of d={rows.d} "
+                    f"{rows.dtype.name} columns: {error}"
+                ) from error
+            kept.append(memory)
+            return memory.address
+
+        stream = place.stream()
+        getattr(self._cuda, primitive)(
+            place.device, stream, allocate, rows.addresses, rows.offsets, _CODES[rows.dtype], *arguments
+        )
+        if place.library.waits:
+            self._cuda.synchronize(place.device, stream)
+
+    def select_columns(
+        self,
+        rows: Rows,
+        window: Window,
+        *,
+        nearest: int | None = None,
+        multiplicities: NDArray[np.int64] | None = None,
+        mix: Matrix | None = None,
+        measure: Matrix | None = None,
+        scale: float = 1.0,
+        distances: bool = False,
+        out: Rows | None = None,
+    ) -> Selected:
+        """See the contract."""
+        nonfinite = np.zeros(rows.n, dtype=np.bool_)
+        sq_distances = np.zeros(rows.n if measure is None else len(measure)) if distances else None
+        self._call(
+            "select_columns",
+            rows,
+            window.lo,
+            window.hi,
+            nearest or 0,
+            multiplicities,
+            mix,
+            measure,
+            scale,
+            None if out is None else out.addresses,
+            sq_distances,
+            nonfinite,
+        )
+        return Selected(sq_distances, nonfinite)
+
+    def gram(
+        self,
+        rows: Rows,
+        *,
+        multiplicities: NDArray[np.int64] | None = None,
+        origin: bool = False,
+        scale: float = 1.0,
+        single: bool = False,
+    ) -> Matrix:
+        """See the contract."""
+        out = np.zeros((rows.n + origin, rows.n + origin))
+        self._call("gram", rows, multiplicities, origin, scale, single, out)
+        return out
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """See the contract."""
+        out = np.zeros(rows.n)
+        self._call("row_sq_distances", rows, centre.addresses, scale, out)
+        return out
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """See the contract."""
+        self._call("weighted_row_sum", rows, weights, out.addresses)

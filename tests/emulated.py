@@ -1,0 +1,129 @@
+"""The CUDA backend built for this processor (csrc/emulation), and arrays in the host's memory that say they are on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern._devices import DeviceArray, Dlpack, Place
+from robustkern._kernels import Rows
+from robustkern.backends.cuda import Cuda
+
+#: Which build: plain, address or thread (the sanitizers; Python must then have been started with their library).
+VARIANT = os.environ.get("ROBUSTKERN_EMULATION", "plain")
+FOLDER = Path(__file__).parents[1] / "build" / "emulation" / VARIANT
+
+
+def load() -> Any:
+    """Return the emulated robustkern._cuda, or the reason why there is none."""
+    found = sorted(FOLDER.glob("_cuda*.so"))
+    if not found:
+        return f"{FOLDER} holds no _cuda module (run: make emulation)"
+    spec = importlib.util.spec_from_file_location("robustkern._cuda", found[0])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class OnDevice:
+    """Memory of the host that says it is that of GPU 0, by DLPack and the array API."""
+
+    def __init__(self, values: NDArray[Any], device: int = 0) -> None:
+        self.values = values
+        self.device = device
+        self.dtype, self.shape, self.ndim = values.dtype, values.shape, values.ndim
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any:
+        assert stream == 1
+        return _capsule(self.values, self.device)
+
+    def __array_namespace__(self) -> Any:
+        return Namespace
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> OnDevice:
+        return OnDevice(self.values[index], self.device)
+
+    def __iter__(self) -> Any:
+        return (OnDevice(row, self.device) for row in self.values)
+
+
+class Namespace:
+    """What is asked of an array library: new arrays, in memory that begins as garbage."""
+
+    float16, float32, float64, uint8 = np.float16, np.float32, np.float64, np.uint8
+    bfloat16 = ml_dtypes.bfloat16
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], *, dtype: Any, device: int) -> OnDevice:
+        made = np.empty(shape, dtype=dtype)
+        made.view(np.uint8).fill(0xFF)  # of floats: NaN
+        return OnDevice(made, device)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+_new = ctypes.pythonapi.PyCapsule_New
+_new.restype, _new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_capsules: list[Any] = []  # what the latest capsules point at
+
+
+def _capsule(values: NDArray[Any], device: int) -> Any:
+    axes = ctypes.c_int64 * max(values.ndim, 1)
+    shape, strides = axes(*values.shape), axes(*(step // values.itemsize for step in values.strides))
+    code = {"f": 2, "i": 0, "u": 1, "b": 6}.get(values.dtype.kind, 4)
+    address = values.__array_interface__["data"][0]
+    # Half of the address as an offset: a reader must add it.
+    tensor = _Tensor(address - 64, 2, device, values.ndim, code, values.itemsize * 8, 1, shape, strides, 64, None, None)
+    _capsules.append((tensor, shape, strides))
+    del _capsules[:-4096]
+    return _new(ctypes.addressof(tensor), b"dltensor", None)
+
+
+class EmulatedCuda(Cuda):
+    """The backend, for rows in the host's memory too."""
+
+    name = "cuda-emulated"
+
+    def place_of(self, rows: Rows) -> Place:
+        """See the base class."""
+        return rows.place or Place(Dlpack("tests"), 0, OnDevice(np.empty(1, dtype=np.float32)))
+
+
+def on_device(values: NDArray[Any], device: int = 0) -> OnDevice:
+    """Return a copy of an array, on a device that is none."""
+    return OnDevice(values.copy(), device)
+
+
+def to_host(x: OnDevice | DeviceArray) -> NDArray[Any]:
+    """Return the values."""
+    return x.values if isinstance(x, OnDevice) else x.array.values
