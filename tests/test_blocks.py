@@ -195,13 +195,14 @@ def test_beyond_2_to_the_31_columns_in_segments(fast: Kernels) -> None:
     rows = Rows(np.repeat(Rows.of(x).addresses, segments, axis=0), offsets, x.dtype, x)
     target = Rows(np.repeat(Rows.of(out).addresses, segments, axis=0), offsets, out.dtype, out)
     assert rows.d > 2**31
-    if fast.name == "cpp":
+    if fast.name in ("cpp", "cuda-emulated"):
         fast.weighted_row_sum(rows, np.array([[2.0]]), target)
         assert (out == 2).all()
+    if fast.name == "cpp":
         zero = np.zeros((1, piece), dtype=np.float16)
         centre = Rows(np.repeat(Rows.of(zero).addresses, segments, axis=0), offsets, zero.dtype, zero)
         assert fast.row_sq_distances(rows, centre)[0] == rows.d
-    else:
+    elif fast.name != "cuda-emulated":  # which has no hours
         assert fast.gram(rows, origin=True)[1, 1] == rows.d
 
 

@@ -276,8 +276,7 @@ __device__ __forceinline__ C value_of(BitsOf<C> key) {
 template <class C>
 __device__ __forceinline__ BitsOf<C> distance_key(C x, C m) {
   if (x != x) return ~BitsOf<C>{0};
-  const C difference = x - m;
-  return float_bits(difference < 0 ? -difference : difference) + !is_finite(x);
+  return (float_bits(x - m) & ~kTopBit<BitsOf<C>>) + !is_finite(x);
 }
 
 constexpr int kCountedColumns = kWarp;  // of a tile: a lane each; every warp counts among some of the rows
