@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-#include <deque>
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -147,8 +147,8 @@ void acquire(void*) {}
 void release(void*) {}
 #endif
 
-char grid_tag, memory_tag;  // everything that threads did before they ended; shared memory has been filled
-void* janitor;              // frees what threads have used: it knows what they did, which the next blocks must not
+char grid_tag, host_tag;  // what threads have done, what the host has done for them
+void* janitor;            // frees what threads have used: it knows what they did, which the next blocks must not
 
 // --- errors and limits of launches
 
@@ -273,9 +273,9 @@ void become(Thread& thread) {
 
 // --- the life of a fiber
 
-std::vector<Fiber*>& idle_fibers = *new std::vector<Fiber*>;  // never destroyed: leak checkers would miss it
-Fiber* ended_fiber;
-std::deque<void*> dead_identities;
+// Never destroyed: leak checkers would miss the fibers. Under a thread sanitizer each has its thread, see fiber_of().
+std::vector<Fiber*>& fibers = *new std::vector<Fiber*>;
+size_t first_fiber;
 
 void run_threads();
 
@@ -284,12 +284,7 @@ void prepare(Fiber& fiber) {
   fiber.asan_frames = nullptr;
 }
 
-Fiber* take_fiber() {
-  if (!idle_fibers.empty()) {
-    Fiber* fiber = idle_fibers.back();
-    idle_fibers.pop_back();
-    return fiber;
-  }
+Fiber* new_fiber() {
   void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) {
@@ -307,25 +302,37 @@ Fiber* take_fiber() {
   return fiber;
 }
 
-// A thread sanitizer takes two threads with one identity for one thread, and one stack used by two for shared memory.
-// But identities are few (8128 in GCC 12) and every one slows it down: those of the last two blocks are kept.
-void give_back(Fiber* fiber) {
-#ifdef RK_EMULATION_TSAN
-  munmap(fiber->stack - kGuardBytes, kGuardBytes + kStackBytes);
-  dead_identities.push_back(fiber->tsan);
-  delete fiber;
-  if (dead_identities.size() > 2 * threads.size()) {
-    __tsan_destroy_fiber(dead_identities.front());
-    dead_identities.pop_front();
+// A thread sanitizer takes threads with one identity for one thread, and is slow to make identities (0.8 MB each):
+// those of some blocks are used in turn, so that it compares what a block did with the next ones, up to one that many
+// later.
+constexpr size_t kIdentities = 512;
+
+Fiber* fiber_of([[maybe_unused]] const Thread& thread) {
+  if (kTsan) {
+    Fiber*& fiber = fibers[first_fiber + thread.warp * 32 + thread.lane];
+    if (fiber == nullptr) fiber = new_fiber();
+    return fiber;
   }
-#else
-  idle_fibers.push_back(fiber);
-#endif
+  if (fibers.empty()) return new_fiber();
+  Fiber* fiber = fibers.back();
+  fibers.pop_back();
+  return fiber;
+}
+
+void next_fibers() {
+  if (!kTsan) return;
+  first_fiber += threads.size();
+  if (first_fiber + threads.size() > std::max(kIdentities, 2 * threads.size())) first_fiber = 0;
+  if (first_fiber + threads.size() > fibers.size()) fibers.resize(first_fiber + threads.size());
+}
+
+void give_back(Fiber* fiber) {
+  if (!kTsan) fibers.push_back(fiber);
 }
 
 void go_on(Thread& thread) {
   become(thread);
-  if (thread.fiber == nullptr) thread.fiber = take_fiber();
+  if (thread.fiber == nullptr) thread.fiber = fiber_of(thread);
   switch_to(*thread.fiber);
 }
 
@@ -399,21 +406,17 @@ void run_threads() {
   for (;;) {
     current->fenced = false;
     current->last_atomic = nullptr;
+    acquire(&host_tag);
     call_kernel(kernel_args);
     end_thread();
     Fiber* fiber = std::exchange(current->fiber, nullptr);
-    Thread* next = nullptr;
-    if (kTsan) {
-      ended_fiber = fiber;
-    } else {
-      next = take_ready();
-      if (next != nullptr && next->fiber == nullptr) {
-        next->fiber = fiber;
-        become(*next);
-        continue;
-      }
-      idle_fibers.push_back(fiber);
+    Thread* next = kTsan ? nullptr : take_ready();
+    if (next != nullptr && next->fiber == nullptr) {
+      next->fiber = fiber;
+      become(*next);
+      continue;
     }
+    give_back(fiber);
     if (next != nullptr)
       go_on(*next);
     else
@@ -471,6 +474,7 @@ void open_barrier() {
 // --- blocks and grids
 
 void run_block() {
+  next_fibers();
   alive = static_cast<unsigned>(threads.size());
   barrier = {};
   for (unsigned first = 0; first < alive; first += 32) {
@@ -480,11 +484,10 @@ void run_block() {
   }
   dynamic_array = malloc(dynamic_bytes);
   memset(dynamic_array, 0xFF, dynamic_bytes);
-  release(&memory_tag);
+  release(&host_tag);
   while (alive != 0 && !stopped) {
     if (Thread* next = take_ready()) {
       go_on(*next);
-      if (Fiber* fiber = std::exchange(ended_fiber, nullptr)) give_back(fiber);
     } else {
       open_barrier();
     }
@@ -506,7 +509,7 @@ void run_block() {
   }
   work_as(janitor);
   acquire(&grid_tag);
-  acquire(&memory_tag);
+  acquire(&host_tag);
   for (const auto& array : static_arrays) free(array.second);
   free(dynamic_array);
   work_as(host->tsan);
@@ -559,8 +562,6 @@ void run_grid(dim3 grid, dim3 block) {
   acquire(&grid_tag);
 #ifdef RK_EMULATION_TSAN
   __tsan_destroy_fiber(janitor);
-  for (void* identity : dead_identities) __tsan_destroy_fiber(identity);
-  dead_identities.clear();
 #endif
   ++stats.grids;
 }
@@ -656,7 +657,7 @@ void fence() {
 }
 
 void* static_shared(const void* key, size_t bytes, Site site) {
-  acquire(&memory_tag);
+  acquire(&host_tag);
   for (const auto& array : static_arrays) {
     if (array.first == key) return array.second;
   }
@@ -669,15 +670,12 @@ void* static_shared(const void* key, size_t bytes, Site site) {
   void* array = malloc(bytes);
   memset(array, 0xFF, bytes);
   static_arrays.emplace_back(key, array);
-  release(&memory_tag);
+  release(&host_tag);
   work_as(running->tsan);
-  acquire(&memory_tag);
+  acquire(&host_tag);
   return array;
 }
-void* dynamic_shared() {
-  acquire(&memory_tag);
-  return dynamic_array;
-}
+void* dynamic_shared() { return dynamic_array; }
 
 void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*),
             const void* args) {
