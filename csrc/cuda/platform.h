@@ -20,7 +20,9 @@ namespace cuda {
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Args&... args) {
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Parameters>(args)...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(args)...);
+  // clang-format on
 }
 
 }  // namespace cuda

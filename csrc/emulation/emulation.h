@@ -143,12 +143,12 @@ using Given = typename Same<T>::type;  // not deduced: converted, as by CUDA's o
 
 // --- shared memory: new for each block, all NaN
 
-#define RK_SHARED(T, name, extents)                                                              \
-  [[maybe_unused]] T(&name) extents = *static_cast<T(*) extents>(::rk::emulation::static_shared( \
-      []() -> const void* {                                                                      \
-        static const char key = 0;                                                               \
-        return &key;                                                                             \
-      }(),                                                                                       \
+#define RK_SHARED(T, name, extents)                                                        \
+  [[maybe_unused]] auto& name = *static_cast<T(*) extents>(::rk::emulation::static_shared( \
+      []() -> const void* {                                                                \
+        static const char key = 0;                                                         \
+        return &key;                                                                       \
+      }(),                                                                                 \
       sizeof(T extents), ::rk::emulation::Site{__FILE__, __LINE__}))
 #define RK_DYNAMIC_SHARED(T, name) [[maybe_unused]] T* const name = static_cast<T*>(::rk::emulation::dynamic_shared())
 
