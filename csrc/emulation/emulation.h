@@ -16,6 +16,7 @@
 
 #include <tuple>
 #include <type_traits>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -343,20 +344,27 @@ namespace emulation {
 void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*call)(const void*),
             const void* args);
 
+template <class... Parameters>
+struct Call {
+  void (*kernel)(Parameters...);
+  std::tuple<std::decay_t<Parameters>...> args;
+  template <size_t... I>
+  void run(std::index_sequence<I...>) const {
+    kernel(std::get<I>(args)...);
+  }
+  static void run_this(const void* call) {
+    static_cast<const Call*>(call)->run(std::index_sequence_for<Parameters...>());
+  }
+};
+
 }  // namespace emulation
 namespace cuda {
 
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
             const Args&... args) {
-  using Call = std::tuple<void (*)(Parameters...), std::tuple<std::decay_t<Parameters>...>>;
-  const Call call(kernel, std::tuple<std::decay_t<Parameters>...>(static_cast<Parameters>(args)...));
-  emulation::launch(
-      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-      [](const void* given) {
-        std::apply(std::get<0>(*static_cast<const Call*>(given)), std::get<1>(*static_cast<const Call*>(given)));
-      },
-      &call);
+  const emulation::Call<Parameters...> call{kernel, {static_cast<Parameters>(args)...}};
+  emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, call.run_this, &call);
 }
 
 }  // namespace cuda
