@@ -19,7 +19,7 @@ namespace cuda {
 // kernel<<<grid, block, shared_bytes, stream>>>(args converted to its parameters).
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-            const Args&... args) {
+            Args... args) {
   // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(args)...);
   // clang-format on

@@ -361,8 +361,7 @@ struct Call {
 namespace cuda {
 
 template <class... Parameters, class... Args>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-            const Args&... args) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
   const emulation::Call<Parameters...> call{kernel, {static_cast<Parameters>(args)...}};
   emulation::launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, call.run_this, &call);
 }

@@ -157,8 +157,9 @@ std::mutex one_grid;  // and all that follows
 constexpr size_t kSharedBytes = size_t{48} << 10, kSharedBytesOptin = size_t{99} << 10;
 
 struct KernelLimits {
-  size_t dynamic_bytes = kSharedBytes;
-  size_t static_bytes = 0;  // as seen when it last ran
+  bool opted_in = false;
+  size_t dynamic_bytes = 0;  // once opted in
+  size_t static_bytes = 0;   // as seen when it last ran
 };
 std::map<const void*, KernelLimits> kernel_limits;
 KernelLimits* current_limits;
@@ -178,9 +179,9 @@ bool in_range(dim3 size, unsigned x, unsigned y, unsigned z) {
 }
 
 bool fits(const KernelLimits& limits, size_t bytes) {
-  // Static and dynamic memory share the 48 KiB, or what was asked for.
-  const size_t most = limits.dynamic_bytes > kSharedBytes ? kSharedBytesOptin : kSharedBytes;
-  return bytes <= limits.dynamic_bytes && limits.static_bytes + bytes <= most;
+  if (limits.static_bytes > kSharedBytes) return false;
+  const size_t most = limits.opted_in ? limits.dynamic_bytes : kSharedBytes - limits.static_bytes;
+  return bytes <= most && limits.static_bytes + bytes <= kSharedBytesOptin;
 }
 
 cudaError_t launch_error(const KernelLimits& limits, dim3 grid, dim3 block, size_t shared_bytes) {
@@ -319,10 +320,9 @@ Fiber* fiber_of([[maybe_unused]] const Thread& thread) {
   return fiber;
 }
 
-void next_fibers() {
+void choose_fibers(uint64_t nth_block) {
   if (!kTsan) return;
-  first_fiber += threads.size();
-  if (first_fiber + threads.size() > std::max(kIdentities, 2 * threads.size())) first_fiber = 0;
+  first_fiber = nth_block % std::max<size_t>(kIdentities / threads.size(), 2) * threads.size();
   if (first_fiber + threads.size() > fibers.size()) fibers.resize(first_fiber + threads.size());
 }
 
@@ -474,7 +474,6 @@ void open_barrier() {
 // --- blocks and grids
 
 void run_block() {
-  next_fibers();
   alive = static_cast<unsigned>(threads.size());
   barrier = {};
   for (unsigned first = 0; first < alive; first += 32) {
@@ -557,6 +556,7 @@ void run_grid(dim3 grid, dim3 block) {
     const uint64_t b = blocks[i];
     blockIdx = {static_cast<unsigned>(b % row), static_cast<unsigned>(b / row % grid.y),
                 static_cast<unsigned>(b / plane)};
+    choose_fibers(i);
     run_block();
   }
   acquire(&grid_tag);
@@ -871,6 +871,7 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   KernelLimits& limits = kernel_limits[kernel];
   if (value < 0 || static_cast<size_t>(value) + limits.static_bytes > kSharedBytesOptin)
     return record(cudaErrorInvalidValue);
+  limits.opted_in = true;
   limits.dynamic_bytes = static_cast<size_t>(value);
   return cudaSuccess;
 }
