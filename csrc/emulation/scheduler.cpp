@@ -430,7 +430,7 @@ void order_memory([[maybe_unused]] unsigned first_warp, [[maybe_unused]] unsigne
 #ifdef RK_EMULATION_TSAN
   void* const identity = running->tsan;
   work_as(host->tsan);
-  void* const tag = malloc(1);  // a new one each time: who leaves a barrier early must not order what comes after it
+  void* const tag = malloc(1);  // a new one each time: one block's barriers must not order another's work
   for (auto visit : {release, acquire}) {
     for (unsigned w = first_warp; w <= last_warp; ++w) {
       for (unsigned rest = warps[w].alive & lanes; rest != 0; rest &= rest - 1) {
@@ -508,7 +508,6 @@ void run_block() {
   }
   work_as(janitor);
   acquire(&grid_tag);
-  acquire(&host_tag);
   for (const auto& array : static_arrays) free(array.second);
   free(dynamic_array);
   work_as(host->tsan);

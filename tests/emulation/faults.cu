@@ -151,9 +151,11 @@ __global__ void racing_add(const float* in, float* out, bool wrong) {
     atomicAdd(out, 1.0f);
 }
 
-// The same place in each block, one thread each: a race between blocks.
+// The same place in each block, one thread each: a race between blocks, which barriers do not order.
 __global__ void racing_blocks(const float* in, float* out, bool wrong) {
+  __syncthreads();
   if (blockIdx.x == 0 || wrong) out[kThreads - 1 - threadIdx.x] = in[threadIdx.x];
+  __syncthreads();
 }
 
 // The last block to take a ticket reads what the others wrote.
