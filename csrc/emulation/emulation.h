@@ -3,9 +3,8 @@
 //   g++ -std=c++17 -x c++ -DRK_EMULATED -ffp-contract=off -Wno-unknown-pragmas kernels.cu scheduler.cpp
 //
 // Every CUDA thread is a fiber, blocks run one after another. It is stricter than a GPU: a barrier or a warp primitive
-// that some threads do not reach stops the grid, uninitialised memory holds NaN, and under sanitizers
-// (RK_EMULATION_ASAN, RK_EMULATION_TSAN for scheduler.cpp) memory errors and races of kernels are reported like those
-// of C++ threads: only
+// that some threads do not reach stops the grid, and uninitialised memory holds NaN. Under sanitizers (scheduler.cpp
+// then wants RK_EMULATION_ASAN or RK_EMULATION_TSAN) errors of memory and races are reported as in C++ threads: only
 // __syncthreads, __syncwarp and atomics after __threadfence order memory. It does not see the compiler for GPUs,
 // streams (all work is done when its call returns), weak memory beyond these races, or speed.
 #pragma once

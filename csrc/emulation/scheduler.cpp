@@ -303,8 +303,8 @@ Fiber* new_fiber() {
   return fiber;
 }
 
-// A thread sanitizer takes threads with one identity for one thread, and is slow to make them (0.3 ms, 0.8 MB). So those
-// of some blocks are used in turn: a race is seen between a block and the next ones, not between those that share them.
+// A thread sanitizer takes threads with one identity for one thread, and is slow to make them (0.3 ms, 0.8 MB). So
+// those of some blocks are used in turn: races are seen between a block and the next ones, not between all blocks.
 constexpr size_t kIdentities = 512;
 
 Fiber* fiber_of([[maybe_unused]] const Thread& thread) {
