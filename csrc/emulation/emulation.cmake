@@ -1,0 +1,24 @@
+# robustkern._cuda for this processor: the same kernels and bindings, run by csrc/emulation. For tests; never installed.
+# RK_EMULATION: plain, address (ASan and UBSan) or thread (TSan).
+
+set(RK_SANITIZE_plain "")
+set(RK_SANITIZE_address -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
+set(RK_SANITIZE_thread -fsanitize=thread)
+set(RK_SANITIZE ${RK_SANITIZE_${RK_EMULATION}})
+
+add_library(rk_kernels OBJECT csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
+set_source_files_properties(csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu PROPERTIES LANGUAGE CXX)
+target_compile_options(rk_kernels PRIVATE -Wno-unknown-pragmas ${RK_SANITIZE})
+# The scheduler's own state is not the kernels': it is not watched, but tells who watches what it switches to.
+add_library(rk_scheduler OBJECT csrc/emulation/scheduler.cpp)
+target_compile_definitions(rk_scheduler PRIVATE $<$<STREQUAL:${RK_EMULATION},address>:RK_EMULATION_ASAN>
+                                                $<$<STREQUAL:${RK_EMULATION},thread>:RK_EMULATION_TSAN>)
+
+nanobind_add_module(_cuda NB_STATIC csrc/bindings/module_cuda.cpp $<TARGET_OBJECTS:rk_kernels>
+                    $<TARGET_OBJECTS:rk_scheduler>)
+target_compile_definitions(_cuda PRIVATE RK_VERSION="${PROJECT_VERSION}" RK_CUDA_ARCHITECTURES="emulated")
+target_link_options(_cuda PRIVATE ${RK_SANITIZE})
+foreach(target rk_kernels rk_scheduler _cuda)
+  target_compile_definitions(${target} PRIVATE RK_EMULATED)
+  target_compile_options(${target} BEFORE PRIVATE ${RK_WARNINGS} -O2 -g1 -ffp-contract=off)
+endforeach()
