@@ -60,7 +60,7 @@ class Leaf:
     path: tuple[Any, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    arrays: Sequence[Any] | View  # n, or one with a leading axis of n; views unless there are addresses
+    arrays: Any  # n, or one with a leading axis of n; views unless there are addresses
     out: Any
     addresses: NDArray[np.int64] | None = None  # (n + 1,), the result's last, where all are known to be contiguous
     place: Place | None = None
@@ -90,7 +90,7 @@ class MemorySource:
         source = cls.__new__(cls)
         source.n, source.d, source.dtypes = rows.n, rows.d, {rows.dtype}
         source.counters, source._strided, source._direct = [], [], Block((rows,), (out,))
-        source.place = rows.place
+        source.place, source.device = rows.place, "cpu" if rows.place is None else "cuda"
         return source
 
     def __init__(self, n: int, leaves: list[Leaf]) -> None:
@@ -99,14 +99,10 @@ class MemorySource:
         self.counters = [leaf for leaf in leaves if leaf.dtype not in DTYPES]
         self.dtypes = {leaf.dtype for leaf in floating}
         self.d = sum(leaf.size for leaf in floating)
-        self.place = leaves[0].place
+        self.place: Place | None = leaves[0].place
+        self.device = "cpu" if self.place is None else "cuda"
         self._strided: list[Leaf] = []
         self._direct = self._group(floating)
-
-    @property
-    def device(self) -> str:
-        """The kind of device that the rows are on."""
-        return "cpu" if self.place is None else "cuda"
 
     def _group(self, leaves: list[Leaf]) -> Block:
         """Join the segments of all leaves that can be used in place, by dtype."""
@@ -423,6 +419,10 @@ def adapt(updates: Any, out: Any = None) -> tuple[MemorySource, Callable[[], Any
         raise ValueError("updates: a pytree is nested too deeply, or contains itself") from None
 
 
+def _is_plain(array: NDArray[Any], out: Any) -> bool:
+    return out is None and array.flags.c_contiguous and array.size > 0
+
+
 def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], Any]]:
     array = _view(updates, "updates")
     if array.ndim < 2:
@@ -435,9 +435,8 @@ def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Callable[[], A
     shape = array.shape[1:]
     result = _empty(shape, updates, array) if out is None else _check_out(out, shape, updates, array, "out")
     target = _view(result, "out")
-    if out is None and isinstance(target, np.ndarray) and isinstance(array, np.ndarray):
-        if array.flags.c_contiguous and array.size:
-            return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
+    if isinstance(array, np.ndarray) and isinstance(target, np.ndarray) and _is_plain(array, out):
+        return MemorySource.of_rows(Rows.of(array), Rows.of(target.reshape(1, -1))), lambda: result
     leaf = Leaf((), shape, array.dtype, array, target, place=_place(array))
     if out is not None:
         _check_disjoint([leaf])
@@ -491,8 +490,8 @@ def _make_leaf(values: Sequence[Any], path: tuple[Any, ...], out: Any) -> tuple[
         shape = tuple(like.shape)
         result = out
         if out is None:
-            result = np.empty(shape, dtype=dtype) if type(like) is np.ndarray else _empty_tensor(shape, like)
-            addresses.append(address_of(result) if type(result) is np.ndarray else result.data_ptr())
+            result = np.empty(shape, dtype=like.dtype) if type(like) is np.ndarray else _empty_tensor(shape, like)
+            addresses.append(address_of(result) if isinstance(result, np.ndarray) else result.data_ptr())
         writeable = out is None or type(out) is not np.ndarray or out.flags.writeable
         if writeable and addresses[-1] % dtype.alignment == 0:
             return Leaf(path, shape, dtype, values, result, np.array(addresses, dtype=np.int64)), result
@@ -514,8 +513,9 @@ def _make_leaf(values: Sequence[Any], path: tuple[Any, ...], out: Any) -> tuple[
                 f"row 0 has shape {first.shape} and dtype {first.dtype}"
             )
         arrays.append(array)
-    result = _empty(first.shape, like, first) if out is None else _check_out(out, first.shape, like, first, f"out{where}")
-    return Leaf(path, first.shape, first.dtype, arrays, _view(result, f"out{where}"), place=_place(first)), result
+    shape = first.shape
+    result = _empty(shape, like, first) if out is None else _check_out(out, shape, like, first, f"out{where}")
+    return Leaf(path, shape, first.dtype, arrays, _view(result, f"out{where}"), place=_place(first)), result
 
 
 def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callable[[], Any]]:
@@ -546,8 +546,8 @@ def _adapt_trees(updates: Sequence[Any], out: Any) -> tuple[MemorySource, Callab
         raise TypeError(f"row 0 mixes {' and '.join(libraries)} leaves (convert them to one library)")
     for leaf, _ in made:
         if leaf.place != made[0][0].place:
-            places = [str(place or "cpu") for place in (leaf.place, made[0][0].place)]
-            raise ValueError(f"row 0{_where(leaf.path)} is on {places[0]}, leaf {name_of(paths[0])} on {places[1]} (move one)")
+            here, there = (str(place or "cpu") for place in (leaf.place, made[0][0].place))
+            raise ValueError(f"row 0{_where(leaf.path)} is on {here}, leaf {name_of(paths[0])} on {there} (move one)")
     return MemorySource(len(updates), [leaf for leaf, _ in made]), lambda: optree.tree_unflatten(
         spec, [r for _, r in made]
     )

@@ -264,7 +264,7 @@ class Dlpack:
         capsule = x.__dlpack__(stream=LEGACY_STREAM)
         tensor = _DLTensor.from_address(_pointer_of(capsule, b"dltensor"))
         codes = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}
-        name = codes.get(tensor.code, "unknown") + (str(tensor.bits) if tensor.code != 6 else "")  # noqa: PLR2004
+        name = codes.get(tensor.code, "unknown") + (str(tensor.bits) if tensor.code != 6 else "")
         try:
             dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
         except TypeError:
@@ -286,15 +286,16 @@ class Dlpack:
         return LEGACY_STREAM
 
     def assign(self, target: Any, source: Any) -> None:
-        """See `Library`; arrays of such a library may be immutable."""
+        """Refuse: such arrays may be immutable."""
         raise TypeError(
             f"{self.name} arrays must be contiguous and of a floating-point dtype (make a contiguous copy, leave "
             "integer leaves out)"
         )
 
     def to_host(self, x: Any) -> NDArray[Any]:
-        """See `Library`."""
-        return np.asarray(x)
+        """Refuse, as `assign`: it would have to be brought back."""
+        self.assign(x, x)
+        raise AssertionError
 
 
 def _c_strides(shape: Sequence[int]) -> list[int]:

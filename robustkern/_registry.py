@@ -215,8 +215,8 @@ def info() -> dict[str, Any]:
     dict
         ``version``, ``python``, ``numpy``, ``machine``, ``backends`` (name to "available" or the reason), ``isa`` and
         ``isas`` (in use, and available, best first; None and empty without the compiled backend), ``threads``
-        (that a large call uses), ``gpus`` (name, compute capability and memory of each, where the CUDA backend can run),
-        ``capabilities``.
+        (that a large call uses), ``gpus`` (name, compute capability, multiprocessors and memory of each, where the CUDA
+        backend can run), ``capabilities``.
     """
     from robustkern import __version__
     from robustkern._threads import requested_threads

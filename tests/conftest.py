@@ -46,12 +46,19 @@ def fast(request: pytest.FixtureRequest) -> Kernels:
     return FAST[request.param]
 
 
-@pytest.fixture(params=[*(b.name for b in _registry.BACKENDS if b.name not in MISSING), "cpp, float32 products first"])
+EMULATED = _registry.Backend("cuda-emulated", "", "cpu", DTYPES, "run: make emulation")
+ON_THE_HOST = [b.name for b in (*_registry.BACKENDS, EMULATED) if b.device == "cpu" and b.name not in MISSING]
+
+
+@pytest.fixture(params=[*ON_THE_HOST, "cpp, float32 products first"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each backend in turn, as what "auto" chooses; the compiled one also as it treats large inputs."""
+    """Each backend that runs here in turn, as what "auto" chooses; the compiled one also as it treats large inputs."""
     name, _, large = request.param.partition(", ")
     if large:
         monkeypatch.setattr(_view, "SINGLE_VALUES", 0)
+    if name == EMULATED.name:
+        monkeypatch.setattr(_registry, "BACKENDS", (*_registry.BACKENDS, EMULATED))
+        monkeypatch.setitem(_registry._loaded, name, IMPLEMENTATIONS[name])
     with rk.use_backend(name):
         yield name
 

@@ -65,7 +65,7 @@ class OnDevice:
 class Namespace:
     """What is asked of an array library: new arrays, in memory that begins as garbage."""
 
-    float16, float32, float64, uint8 = np.float16, np.float32, np.float64, np.uint8
+    float16, float32, float64, uint8, int64 = np.float16, np.float32, np.float64, np.uint8, np.int64
     bfloat16 = ml_dtypes.bfloat16
 
     @staticmethod

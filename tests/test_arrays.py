@@ -264,13 +264,13 @@ X = np.ones((3, 4), dtype=np.float32)
         ([{"a": 1.0}, {"a": 2.0}], TypeError, r"row 0, leaf \['a'\] is float; expected a NumPy array"),
         ([{"a": "x"}], TypeError, r"row 0, leaf \['a'\] is str"),
         ([{}, {}], ValueError, "row 0 holds no arrays"),
-        ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes NumPy and torch leaves"),
+        ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes numpy and torch leaves"),
         (torch.ones(3, 4, dtype=torch.complex64), TypeError, "updates has dtype torch.complex64"),
         (torch.ones(3, 4).to_sparse(), TypeError, r"layout torch.sparse_coo; expected a dense one \(pass x.to_dense"),
         (
             torch.ones(3, 4, device="meta"),
             ValueError,
-            r"on device meta; this version aggregates on the CPU \(pass x.cpu",
+            r"on device meta; expected cpu or cuda \(pass x.cpu",
         ),
     ],
 )

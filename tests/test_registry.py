@@ -168,7 +168,9 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             assert used() == best
     monkeypatch.setenv("ROBUSTKERN_BACKEND", "fast")
     _registry._from_environment.cache_clear()
-    with pytest.raises(ValueError, match="ROBUSTKERN_BACKEND must be one of auto, cpp, numba, reference; got 'fast'"):
+    with pytest.raises(
+        ValueError, match="ROBUSTKERN_BACKEND must be one of auto, cpp, numba, reference, cuda; got 'fast'"
+    ):
         used()
     with pytest.raises(ValueError, match="backend must be one of"), rk.use_backend("gpu"):
         pass
@@ -222,7 +224,7 @@ def test_bad_environment_is_named() -> None:
 def test_info() -> None:
     info = rk.info()
     assert info["version"] == rk.__version__
-    assert set(info["backends"]) == {"cpp", "numba", "reference"}
+    assert set(info["backends"]) == {"cpp", "numba", "reference", "cuda"}
     assert info["threads"] >= 1
     assert info["isas"] == [name.removeprefix("cpp-") for name in FAST if name.startswith("cpp-")]
 
@@ -303,6 +305,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_a_forked_child_does_not_hang(backend: str) -> None:
+    if backend == "cuda-emulated":
+        pytest.skip("only tests know it")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, backend], timeout=120, check=False)
     assert done.returncode == 0
 
@@ -337,8 +341,9 @@ LAYERS = {
     "_kernels": {"_cpu"},  # address_of, addresses_of
     "errors": set(),
     "_threads": set(),
-    "_arrays": {"_kernels"},
-    "backends": {"_kernels", "_threads", "backends", "_cpu"},
+    "_devices": set(),
+    "_arrays": {"_devices", "_kernels"},
+    "backends": {"_devices", "_kernels", "_threads", "backends", "_cpu", "_cuda"},
     "_registry": {"_kernels", "_threads", "errors"},
     "rules": {"_kernels", "_arrays", "errors", "rules"},
     "kernels": {"_kernels", "_arrays", "_registry"},

@@ -1,5 +1,5 @@
-// robustkern._cuda: checks shapes once, releases the GIL, calls the kernels. Built against the CUDA runtime, or for tests
-// against its emulation.
+// robustkern._cuda: checks shapes once, releases the GIL, calls the kernels. Built against the CUDA runtime, or for
+// tests against its emulation.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 
@@ -104,8 +104,7 @@ NB_MODULE(_cuda, m) {
         "weights"_a, "out"_a);
 #if defined(RK_EMULATED)
   m.def("set_order", &rk::emulation::set_order, "order"_a);
-  m.def("fail_launch", &rk::emulation::fail_launch,
-        "nth"_a, "error"_a);
+  m.def("fail_launch", &rk::emulation::fail_launch, "nth"_a, "error"_a);
   m.def("launches", &rk::emulation::launches);
 #endif
 }

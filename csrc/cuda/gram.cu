@@ -1,9 +1,8 @@
 // gram on a GPU: one kernel for up to 64 rows, which finds their median on the way; for more, and for rows of different
 // weight, the median first, and then the products of every pair of tiles of 64 rows.
-#include "gram.cuh"
-
 #include <cmath>
 
+#include "gram.cuh"
 #include "launch.h"
 
 namespace rk {

@@ -7,8 +7,8 @@ namespace rk {
 namespace cuda {
 
 constexpr int kGramThreads = 256;
-constexpr int kTileRows = 64;   // rows multiplied with up to as many others by one block of threads
-constexpr int kBlockRows = 4;   // of a register tile
+constexpr int kTileRows = 64;  // rows multiplied with up to as many others by one block of threads
+constexpr int kBlockRows = 4;  // of a register tile
 constexpr int kCells = kBlockRows * kBlockRows;
 constexpr int kSingleRun = 32;  // float32 products summed before they go to a float64 sum: the contract's error bound
 
@@ -129,8 +129,9 @@ __global__ void __launch_bounds__(kGramThreads, 1) gram_products(const GramArgs 
   const int upper_blocks = (upper + kBlockRows - 1) / kBlockRows, lower_blocks = (lower + kBlockRows - 1) / kBlockRows;
   const int pairs = diagonal ? upper_blocks * (upper_blocks + 1) / 2 : upper_blocks * lower_blocks;
   const int slice = thread % args.slices, pair = thread / args.slices;
-  const BlockPair blocks = diagonal ? lower_pair(pair) : BlockPair{pair / (lower_blocks ? lower_blocks : 1),
-                                                                   pair % (lower_blocks ? lower_blocks : 1)};
+  const BlockPair blocks =
+      diagonal ? lower_pair(pair)
+               : BlockPair{pair / (lower_blocks ? lower_blocks : 1), pair % (lower_blocks ? lower_blocks : 1)};
   // Rows of the first tile, filled up to whole blocks with zeros, then those of the second.
   const int held = (upper_blocks + lower_blocks) * kBlockRows;
   const auto row_at = [&](int r) -> int64_t {  // -1: none

@@ -12,9 +12,7 @@
 namespace rk {
 namespace cuda {
 
-inline std::int64_t item_bytes(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+inline std::int64_t item_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // call(a value of the storage type).
 template <class F>
@@ -76,9 +74,8 @@ class Queue {
     static const char* const dtypes[] = {"float16", "bfloat16", "float32", "float64"};
     std::string message = std::string(what) + " failed for n=" + std::to_string(rows_.n) +
                           " rows of d=" + std::to_string(rows_.columns()) + " " +
-                          dtypes[static_cast<int>(rows_.dtype)] + " columns on device " +
-                          std::to_string(call_.device) + ": " + cudaGetErrorString(error) + " (" +
-                          cudaGetErrorName(error) + ")";
+                          dtypes[static_cast<int>(rows_.dtype)] + " columns on device " + std::to_string(call_.device) +
+                          ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
     throw Error(message + explanation());
   }
 

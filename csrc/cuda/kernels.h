@@ -1,5 +1,5 @@
-// The four primitives on a GPU: the contract of ../kernels.h, with rows, centres and results on the device, and weights,
-// multiplicities, Grams, distances and flags on the host.
+// The four primitives on a GPU: the contract of ../kernels.h, with rows, centres and results on the device, and
+// weights, multiplicities, Grams, distances and flags on the host.
 #pragma once
 #include <cstddef>
 #include <stdexcept>

@@ -1,8 +1,7 @@
 // select_columns on a GPU: which kernel a selection takes, and mixtures, run by run of columns.
-#include "select.cuh"
-
 #include "host.h"
 #include "launch.h"
+#include "select.cuh"
 #include "sums.cuh"
 
 namespace rk {
@@ -132,22 +131,23 @@ Found queue_selection(const Rows& rows, const Select& select, Workspace& space, 
   args.multiplicities = select.multiplicities ? space[multiplicities] : nullptr;
   args.partials = select.sq_distances ? space[partials] : nullptr;
   args.flags = space[found.flags];
-  args.vectorised = all_aligned(rows.data, rows.n_segments * rows.n) &&
-                    (!select.out || all_aligned(select.out, rows.n_segments));
+  args.vectorised =
+      all_aligned(rows.data, rows.n_segments * rows.n) && (!select.out || all_aligned(select.out, rows.n_segments));
   selector.launch(queue, args, blocks);
   if (select.sq_distances) add_partials(queue, space[partials], blocks, rows.n, space[found.distances]);
   return found;
 }
 
-// Mixtures of the rows, or distances of them, by runs of columns that stay in cache: every run is read once from memory.
+// Mixtures of the rows, or distances of them, by runs of columns that stay in cache: every run is read once from
+// memory.
 template <class S>
 void select_mixed(const Rows& rows, const Select& select, Queue& queue) {
   using C = ComputeOf<S>;
   const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
   const int64_t n_measured = !select.sq_distances ? 0 : select.measure ? select.n_measured : n;
   const bool measures = n_measured && select.measure;
-  const int64_t column_bytes = (select.mix ? k * static_cast<int64_t>(sizeof(C)) : 0) + (measures ? n_measured * 8 : 0) +
-                               n * static_cast<int64_t>(sizeof(S));
+  const int64_t column_bytes = (select.mix ? k * static_cast<int64_t>(sizeof(C)) : 0) +
+                               (measures ? n_measured * 8 : 0) + n * static_cast<int64_t>(sizeof(S));
   int64_t longest = 0;
   for (int64_t s = 0; s < rows.n_segments; ++s) {
     const int64_t columns = rows.offsets[s + 1] - rows.offsets[s];
@@ -212,7 +212,8 @@ void select_mixed(const Rows& rows, const Select& select, Queue& queue) {
         plain.launch(queue, args, args.rows.n_tiles);
       }
       if (select.out)
-        queue.copy(static_cast<S*>(select.out[s]) + first, space[stored], static_cast<std::size_t>(columns) * sizeof(S));
+        queue.copy(static_cast<S*>(select.out[s]) + first, space[stored],
+                   static_cast<std::size_t>(columns) * sizeof(S));
       if (!n_measured) continue;
       const int64_t tiles = tiles_of(columns, kRunColumns);
       const dim3 grid(static_cast<unsigned>(tiles < blocks ? tiles : blocks));

@@ -13,7 +13,7 @@ struct Selection {
   void* const* out;               // (n_segments), or one that begins where the run does, or null
   const int64_t* multiplicities;  // (n), or null
   int64_t lo, hi, nearest;
-  double share;      // of a cell in the mean
+  double share;  // of a cell in the mean
   double scale;
   double* partials;  // (blocks, n) squared distances, or null
   unsigned* flags;   // (n) rows that hold a NaN or Inf
@@ -151,7 +151,8 @@ constexpr int power_below(int count) {
 template <class S, int N, bool kMedian>
 struct NetworkShape {
   static constexpr int kLeastRows = kMedian ? least_rows(N, MedianSizes{}) : least_rows(N, SortSizes{});
-  static constexpr int kWide = 16 / sizeof(S), kFit = (N <= 32 || sizeof(S) == 2 ? 512 : 256) / (N * sizeof(ComputeOf<S>));
+  static constexpr int kWide = 16 / sizeof(S),
+                       kFit = (N <= 32 || sizeof(S) == 2 ? 512 : 256) / (N * sizeof(ComputeOf<S>));
   static constexpr int kColumns = !kMedian || kFit < 1 ? 1 : power_below(kWide < kFit ? kWide : kFit);
   // A full sort is left in shared memory: 32 KiB at most.
   static constexpr int kThreads = !kMedian && N * sizeof(ComputeOf<S>) > 256 ? 64 : 128;
@@ -276,7 +277,7 @@ __device__ __forceinline__ C value_of(BitsOf<C> key) {
 template <class C>
 __device__ __forceinline__ BitsOf<C> distance_key(C x, C m) {
   if (x != x) return ~BitsOf<C>{0};
-  return (float_bits(x - m) & ~kTopBit<BitsOf<C>>) + !is_finite(x);
+  return (float_bits(x - m) & ~kTopBit<BitsOf<C>>)+!is_finite(x);
 }
 
 constexpr int kCountedColumns = kWarp;  // of a tile: a lane each; every warp counts among some of the rows
@@ -464,8 +465,7 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
     if (unusual != 0) value = unusual;
     const S stored = narrowed<S>(value);
     if (threadIdx.x < kWarp && valid) {
-      if (args.out)
-        static_cast<S*>(args.out[values.tile.segment])[values.tile.first - args.rows.first + lane] = stored;
+      if (args.out) static_cast<S*>(args.out[values.tile.segment])[values.tile.first - args.rows.first + lane] = stored;
       centre[lane] = widened(stored);
     }
     if (args.partials) {

@@ -42,9 +42,8 @@ void row_sq_distances(const Rows& rows, const void* const* centre, double scale,
     const auto sums = space.scratch<double>(rows.n);
     space.allocate(queue);
     space.send(queue);
-    queue.launch("row_sq_distances_of", &row_sq_distances_of<S>,
-                 dim3(grid_for(blocks), static_cast<unsigned>(rows.n)), dim3(kSumThreads), 0, uploaded.table(),
-                 space[centre_row], scale, space[partials]);
+    queue.launch("row_sq_distances_of", &row_sq_distances_of<S>, dim3(grid_for(blocks), static_cast<unsigned>(rows.n)),
+                 dim3(kSumThreads), 0, uploaded.table(), space[centre_row], scale, space[partials]);
     queue.launch("add_doubled_blocks", &add_doubled_blocks<double>, dim3(grid_for(tiles_of(rows.n, kSumThreads))),
                  dim3(kSumThreads), 0, space[partials], blocks, rows.n, space[sums]);
     queue.download(out, space[sums], static_cast<std::size_t>(rows.n) * sizeof(double), "row_sq_distances");

@@ -35,13 +35,13 @@ def load() -> Cuda:
     try:
         devices = _cuda.devices()
     except RuntimeError as error:
-        versions = f"CUDA runtime {_version(_cuda.runtime_version())}, driver for {_version(_cuda.driver_version())}"
+        versions = f"built for CUDA {_version(_cuda.runtime_version())}, driver for {_version(_cuda.driver_version())}"
         raise ImportError(f"no GPU can be used: {error} ({versions})") from None
     return Cuda(_cuda, devices)
 
 
 def _version(number: int) -> str:
-    return f"CUDA {number // 1000}.{number % 1000 // 10}" if number else "none"
+    return f"{number // 1000}.{number % 1000 // 10}" if number else "none: there is no driver"
 
 
 class Cuda:
@@ -56,8 +56,9 @@ class Cuda:
 
     def place_of(self, rows: Rows) -> Place:
         """Return where rows lie."""
-        assert rows.place is not None
-        return rows.place
+        place: Place | None = rows.place
+        assert place is not None
+        return place
 
     def _call(self, primitive: str, rows: Rows, *arguments: Any) -> None:
         place = self.place_of(rows)

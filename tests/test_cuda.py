@@ -1,0 +1,501 @@
+"""Arrays on a GPU through the public functions: by emulation everywhere, on a real one where there is one (`gpu`)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import emulated
+import ml_dtypes
+import numpy as np
+import pytest
+from emulated import EmulatedCuda, OnDevice
+from numpy.typing import NDArray
+from support import EMULATED, KINDS, MISSING, assert_close, make_rows
+from test_rules import RULES
+
+import robustkern as rk
+from robustkern import _devices, _registry
+from robustkern._kernels import DTYPES, Kernels, Rows, Window
+from robustkern.backends import cuda as cuda_backend
+from robustkern.rules import _view
+
+Array = NDArray[Any]
+
+EMULATION_MISSING = EMULATED if isinstance(EMULATED, str) else None
+
+
+@dataclass(frozen=True)
+class Device:
+    """How a test puts an array on a device and takes it back."""
+
+    name: str
+    put: Callable[[Array], Any]
+    take: Callable[[Any], Array]
+
+
+def _torch() -> Device:
+    torch = importlib.import_module("torch")
+
+    def put(values: Array) -> Any:
+        if values.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(values.view(np.int16)).to("cuda").view(torch.bfloat16)
+        return torch.from_numpy(values).to("cuda")
+
+    def take(x: Any) -> Array:
+        if x.dtype == torch.bfloat16:
+            return np.asarray(x.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16))
+        return np.asarray(x.cpu().numpy())
+
+    return Device("torch", put, take)
+
+
+def _cupy() -> Device:
+    cupy = importlib.import_module("cupy")
+    return Device("cupy", cupy.asarray, cupy.asnumpy)
+
+
+def _skip(reason: str) -> None:
+    if "cuda" in os.environ.get("ROBUSTKERN_REQUIRE", "").split(","):
+        pytest.fail(f"ROBUSTKERN_REQUIRE=cuda, but: {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(
+    params=["emulated", pytest.param("torch", marks=pytest.mark.gpu), pytest.param("cupy", marks=pytest.mark.gpu)]
+)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """Each kind of array on a device, where "auto" finds the backend for it."""
+    if request.param == "emulated":
+        if EMULATION_MISSING:
+            pytest.skip(EMULATION_MISSING)
+        monkeypatch.setitem(_registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
+        EMULATED.set_order(0)
+        yield Device("emulated", emulated.on_device, emulated.to_host)
+        return
+    if "cuda" in MISSING:
+        _skip(f"no CUDA backend: {MISSING['cuda']}")
+    try:
+        library = _torch() if request.param == "torch" else _cupy()
+        library.put(np.zeros(1, dtype=np.float32))
+    except Exception as error:
+        _skip(f"{request.param} has no GPU: {error}")
+    yield library
+
+
+@pytest.fixture
+def emulation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return the emulated module, with its backend as what runs for arrays on a device."""
+    if EMULATION_MISSING:
+        pytest.skip(EMULATION_MISSING)
+    monkeypatch.setitem(_registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
+    EMULATED.set_order(0)
+    return EMULATED
+
+
+# ---- the same results as on the CPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_rules_agree_with_the_cpu(device: Device, dtype: np.dtype[Any], kind: str) -> None:
+    spoilt = kind in ("nan", "inf", "nan_and_inf")
+    for n, d in ((7, 67), (10, 1030), (33, 40)):
+        x = make_rows(kind, n, d, dtype, seed=n)
+        f = (n - 1) // 2 if spoilt else n // 3
+        on_device = device.put(x)
+        for rule in RULES:
+            if "bucketing" in rule and spoilt:
+                continue  # too few buckets are left
+            if "krum" in rule and n - f - 2 < 1:
+                continue
+            if kind == "extreme" and dtype == np.float64 and rule.startswith(("ctma", "nnm | ctma")):
+                continue  # differences from the anchor overflow
+            want, expected = rk.aggregate(x, rule, f=f, backend="cpp", return_info=True)
+            got, info = rk.aggregate(on_device, rule, f=f, return_info=True)
+            assert type(got) is type(on_device)
+            assert info.nonfinite_rows == expected.nonfinite_rows
+            values = device.take(got)
+            if rule in ("median", "median(even='low')"):
+                assert np.array_equal(values, want)  # a selection: to the last bit
+            else:
+                assert_close(values, want.astype(np.longdouble), x, terms=n)
+            if expected.kept is not None:
+                assert np.array_equal(info.kept, expected.kept)
+        assert np.array_equal(device.take(on_device).view(np.uint8), x.view(np.uint8))  # never written
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 16, 31, 32, 33, 48, 49, 63, 64, 65, 96, 257, 449, 1024, 1025])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+def test_medians_agree_to_the_last_bit(device: Device, dtype: np.dtype[Any], n: int) -> None:
+    for kind in ("normal", "ties", "extreme", "nan_and_inf", "subnormal"):
+        for d in (1, 130 if n < 100 else 33):
+            x = make_rows(kind, n, d, dtype, seed=n + d)
+            for even in ("low", "mean", "high"):
+                got = device.take(rk.median(device.put(x), even=even))
+                assert np.array_equal(got, rk.median(x, even=even, backend="cpp"))
+
+
+def test_weights_agree_with_the_cpu(device: Device) -> None:
+    for dtype in DTYPES:
+        for n in (5, 17, 70):
+            x = make_rows("normal", n, 77, dtype, seed=n)
+            weights = np.random.default_rng(n).integers(1, 9, n)
+            for rule in ("mean", "median", "trimmed_mean", "geometric_median", "ctma(median)"):
+                got = device.take(rk.aggregate(device.put(x), rule, f=2, weights=weights))
+                assert_close(got, rk.aggregate(x, rule, f=2, weights=weights).astype(np.longdouble), x, terms=n)
+
+
+def test_large_rows_are_first_multiplied_in_float32(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_view, "SINGLE_VALUES", 0)
+    for dtype in DTYPES[:3]:
+        for n in (9, 40, 66):
+            x = make_rows("offset", n, 1111, dtype, seed=n)
+            for rule in ("krum", "geometric_median", "nnm | ctma(median)"):
+                got = device.take(rk.aggregate(device.put(x), rule, f=3))
+                assert_close(got, rk.aggregate(x, rule, f=3).astype(np.longdouble), x, terms=n)
+
+
+def test_the_primitives_take_arrays_on_a_device(device: Device) -> None:
+    x = make_rows("normal", 6, 300, np.dtype(np.float32))
+    on_device = device.put(x)
+    got, distances = rk.kernels.select_columns(on_device, (2, 4), distances=True)
+    want, expected = rk.kernels.select_columns(x, (2, 4), distances=True)
+    assert np.array_equal(device.take(got), want)
+    np.testing.assert_allclose(distances, expected, rtol=1e-13)
+    np.testing.assert_allclose(rk.kernels.gram(on_device, origin=True), rk.kernels.gram(x, origin=True), rtol=1e-9)
+    squares = rk.kernels.row_sq_distances(on_device, device.put(x[0]))
+    assert np.array_equal(squares, rk.kernels.row_sq_distances(x, x[0]))  # correct to the last bit
+    weights = np.arange(6.0)
+    assert np.array_equal(
+        device.take(rk.kernels.weighted_row_sum(on_device, weights)), rk.kernels.weighted_row_sum(x, weights)
+    )
+
+
+def test_results_do_not_depend_on_the_order_of_threads(emulation: Any) -> None:
+    """No sum is added to in whatever order blocks, warps and lanes come."""
+    kernels = EmulatedCuda(emulation, emulation.devices())
+    for dtype in DTYPES:
+        for n in (6, 40, 80):
+            x = make_rows("normal", n, 3000 if n < 50 else 200, dtype, seed=n)
+            results = []
+            for order in range(3):
+                emulation.set_order(order)
+                results.append(b"".join(_everything(kernels, x)))
+            assert results[0] == results[1] == results[2]
+    emulation.set_order(0)
+
+
+def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
+    """The bytes of what every kernel makes of some rows."""
+    rows, n, d = Rows.of(x), len(x), x.shape[1]
+    rng = np.random.default_rng(n)
+    mix = rng.random((n // 2 + 1, n))
+    mix /= mix.sum(axis=1, keepdims=True)
+    cells = rng.integers(0, 5, n)
+    cells[0] = 3
+    total, half = int(cells.sum()), len(mix) // 2
+    selections: list[dict[str, Any]] = [
+        {"window": Window((n - 1) // 2, n // 2 + 1)},
+        {"window": Window(n // 4, n - n // 4)},
+        {"window": Window((n - 1) // 2, n // 2 + 1), "nearest": n // 2 + 1},
+        {"window": Window((total - 1) // 2, total // 2 + 1), "multiplicities": cells},
+        {"window": Window(half, half + 1), "mix": mix, "measure": mix},
+        {"window": Window(half, half + 1), "mix": mix},
+        {"window": Window(0, n), "measure": mix},
+    ]
+    for options in selections:
+        out = np.full((1, d), 7, dtype=x.dtype)
+        found = kernels.select_columns(rows, options.pop("window"), distances=True, out=Rows.of(out), **options)
+        assert found.sq_distances is not None
+        yield from (out.tobytes(), found.sq_distances.tobytes(), found.nonfinite.tobytes())
+    for single in (False, True):
+        yield kernels.gram(rows, single=single).tobytes()
+    yield kernels.gram(rows, multiplicities=cells, origin=True).tobytes()
+    yield kernels.row_sq_distances(rows, rows.take([0])).tobytes()
+    for weights in (mix, mix[:1]):
+        out = np.full((len(weights), d), 7, dtype=x.dtype)
+        kernels.weighted_row_sum(rows, np.ascontiguousarray(weights), Rows.of(out))
+        yield out.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 3, 9, 66])
+def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: int) -> None:
+    """What the sanitizers look at: rows at any alignment, exact ends of memory, NaN, pieces of some segments."""
+    kernels, reference = EmulatedCuda(emulation, emulation.devices()), _registry.load_backend("reference")
+    for kind in ("normal", "nan_and_inf"):
+        for d in (1, 37):
+            x = make_rows(kind, n, d, dtype, seed=n)
+            shifted = np.zeros(n * d + 1, dtype=dtype)[1:].reshape(n, d)
+            shifted[:] = x
+            for rows in (x, shifted):
+                got, want = list(_everything(kernels, rows)), list(_everything(reference, rows))
+                assert [len(part) for part in got] == [len(part) for part in want]
+                assert got[0] == want[0]  # the median
+    pieces = Rows.of([np.ones(8, dtype=dtype)] * n)
+    segments = Rows(np.repeat(pieces.addresses, 5, axis=0), np.array([0, 8, 16, 16, 17, 20]), dtype, pieces)
+    assert kernels.row_sq_distances(segments, segments.take([0])).tolist() == [0.0] * n
+    assert kernels.gram(segments, origin=True)[n, n] == 20
+    assert kernels.gram(segments, origin=True, multiplicities=np.ones(n, dtype=np.int64))[n, n] == 20
+
+
+# ---- every kind of input -----------------------------------------------------------------------------------------
+
+
+def test_lists_and_trees_of_arrays(device: Device) -> None:
+    x = make_rows("normal", 5, 24, np.dtype(np.float32))
+    want = rk.ctma(x, f=1, anchor="median")
+    assert np.array_equal(device.take(rk.ctma([device.put(row) for row in x], f=1, anchor="median")), want)
+    trees = [{"w": device.put(row[:20].reshape(4, 5)), "b": [device.put(row[20:])]} for row in x]
+    got = rk.ctma(trees, f=1, anchor="median")
+    assert got["w"].shape == (4, 5)
+    assert np.array_equal(device.take(got["w"]).ravel(), want[:20])
+    assert np.array_equal(device.take(got["b"][0]), want[20:])
+
+
+def test_segments_of_strided_arrays(device: Device) -> None:
+    """Runs of 1 KiB and more are used where they lie."""
+    x = make_rows("normal", 5, 3 * 600, np.dtype(np.float32)).reshape(5, 3, 600)
+    wide = np.zeros((5, 3, 700), dtype=np.float32)
+    wide[:, :, 30:630] = x
+    got = rk.trimmed_mean(device.put(wide)[:, :, 30:630], f=1)
+    assert got.shape == (3, 600)
+    assert_close(device.take(got).ravel(), rk.trimmed_mean(x, f=1).ravel().astype(np.longdouble), x.reshape(5, -1), 3)
+
+
+def test_out_receives_the_result(device: Device) -> None:
+    x = make_rows("normal", 5, 24, np.dtype(np.float32))
+    out = device.put(np.zeros(24, dtype=np.float32))
+    assert rk.median(device.put(x), out=out) is out
+    assert np.array_equal(device.take(out), rk.median(x))
+
+
+def test_no_columns(device: Device) -> None:
+    for rule in ("median", "ctma(median)", "mean"):
+        assert device.take(rk.aggregate(device.put(np.zeros((5, 0), dtype=np.float32)), rule, f=1)).shape == (0,)
+    kernels = _registry.load_backend("cuda")
+    place = rk._arrays.adapt(device.put(np.zeros((5, 3), dtype=np.float32)))[0].place
+    empty = Rows(np.zeros((1, 5), dtype=np.uint64), np.array([0, 0]), np.dtype(np.float32), None, place)
+    assert kernels.gram(empty).tolist() == np.zeros((5, 5)).tolist()
+    assert kernels.row_sq_distances(empty, empty.take([0])).tolist() == [0] * 5
+    found = kernels.select_columns(empty, Window(0, 5), distances=True, measure=np.eye(5))
+    assert found.sq_distances is not None
+    assert found.sq_distances.tolist() == [0] * 5
+
+
+def test_averages_of_the_largest_numbers_stay_numbers(device: Device) -> None:
+    """Rounding may not make an infinity of finite float64 rows."""
+    x = np.full((3, 5), np.finfo(np.float64).max)
+    for rule in ("mean", "median", "trimmed_mean", "geometric_median", "nnm | median", "nnm | mean", "krum"):
+        assert np.isfinite(device.take(rk.aggregate(device.put(x), rule, f=0))).all(), rule
+        assert np.isfinite(device.take(rk.aggregate(device.put(-x), rule, f=0))).all(), rule
+    with np.errstate(over="ignore"):
+        assert np.isposinf(device.take(rk.kernels.weighted_row_sum(device.put(x), [1, 1, 0]))).all()  # no average
+
+
+def test_too_many_bad_rows_are_named(device: Device) -> None:
+    x = make_rows("normal", 5, 24, np.dtype(np.float32))
+    x[1:4, 7] = np.nan
+    with pytest.raises(rk.NonFiniteError, match=r"median: 3 rows hold NaN or Inf \(rows 1, 2, 3\)"):
+        rk.median(device.put(x))
+
+
+def test_the_mean_lets_nan_through_and_says_so(device: Device) -> None:
+    x = make_rows("normal", 5, 24, np.dtype(np.float32))
+    x[3, 7] = np.inf
+    got, info = rk.aggregate(device.put(x), "mean", return_info=True)
+    assert np.isposinf(device.take(got)[7])
+    assert info.nonfinite_rows == (3,)
+
+
+def test_ties_are_measured_again_on_the_device(device: Device) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 4000)).astype(np.float32)
+    x[5] = x[1][::-1]  # columns reversed: the same distance to a constant anchor, summed in another order
+    x[[0, 2, 3]] = 0
+    x[4] = 100
+    _, info = rk.aggregate(device.put(x), "ctma(median)", f=2, return_info=True)
+    assert info.kept.tolist() == [True, True, True, True, False, False]
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_devices_are_errors(device: Device) -> None:
+    row = np.zeros(4, dtype=np.float32)
+    with pytest.raises((ValueError, TypeError), match=r"row 1 is (on cuda:0, row 0 on cpu|a \w+ array, row 0 a \w+)"):
+        rk.median([row if device.name != "torch" else importlib.import_module("torch").zeros(4), device.put(row)])
+    with pytest.raises((ValueError, TypeError), match="out is"):
+        rk.median(device.put(np.zeros((3, 4), dtype=np.float32)), out=row)
+    with pytest.raises(rk.BackendUnavailable, match="cpp: runs on cpu, the rows are on cuda"):
+        rk.median(device.put(np.zeros((3, 4), dtype=np.float32)), backend="cpp")
+    with pytest.raises(rk.BackendUnavailable, match="cuda: runs on cuda, the rows are on cpu"):
+        rk.median(np.zeros((3, 4), dtype=np.float32), backend="cuda")
+
+
+def test_two_devices_are_an_error(emulation: Any) -> None:
+    row = np.zeros(4, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"row 1 is on cuda:1, row 0 on cuda:0 \(move one\)"):
+        rk.median([OnDevice(row), OnDevice(row, 1)])
+    with pytest.raises(ValueError, match=r"out is on cuda:1; expected cuda:0 like the updates"):
+        rk.median([OnDevice(row)] * 3, out=OnDevice(row.copy(), 1))
+    with pytest.raises(ValueError, match=r"row 0, leaf \['b'\] is on cuda:1, leaf \['a'\] on cuda:0 \(move one\)"):
+        rk.median([{"a": OnDevice(row), "b": OnDevice(row, 1)}] * 3)
+
+
+def test_a_device_that_is_not_there(emulation: Any) -> None:
+    row = np.zeros(4, dtype=np.float32)
+    with pytest.raises(RuntimeError, match=r"choosing the device failed for n=3 rows of d=4 float32 columns on device 5: "
+                       r"invalid device ordinal"):  # fmt: skip
+        rk.median([OnDevice(row, 5)] * 3)
+    assert rk.median([OnDevice(row)] * 3).shape == (4,)
+
+
+CASES: dict[str, Callable[[Any], Any]] = {
+    "select_by_network": rk.median,
+    "select_by_counting": lambda x: rk.median(x, weights=[1, 2, 3]),
+    "gram_products": rk.geometric_median,
+    "weighted_sums": rk.mean,
+    "row_sq_distances_of": lambda x: rk.kernels.row_sq_distances(x, x[0]),
+}
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_a_launch_that_fails_names_kernel_and_sizes(emulation: Any, kernel: str) -> None:
+    x = OnDevice(np.arange(12, dtype=np.float32).reshape(3, 4))
+    expected = CASES[kernel](x)
+    emulation.fail_launch(1, 719)
+    with pytest.raises(RuntimeError, match=rf"{kernel} failed for n=3 rows of d=4 float32 columns on device 0: "
+                       r"unspecified launch failure \(cudaErrorLaunchFailure\)"):  # fmt: skip
+        CASES[kernel](x)
+    again = CASES[kernel](x)  # the process goes on
+    assert np.array_equal(getattr(again, "values", again), getattr(expected, "values", expected))
+
+
+def test_no_memory_names_primitive_and_sizes(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = OnDevice(np.zeros((3, 4), dtype=np.float32))
+    place_empty = _devices.Dlpack.empty
+
+    def empty(self: Any, shape: Any, dtype: Any, *rest: Any) -> Any:
+        if dtype == np.uint8:
+            raise RuntimeError("out of memory")
+        return place_empty(self, shape, dtype, *rest)
+
+    monkeypatch.setattr(_devices.Dlpack, "empty", empty)
+    with pytest.raises(MemoryError, match=r"gram: no \d+ bytes of workspace on cuda:0 for n=3 rows of d=4 float32 "
+                       r"columns: out of memory"):  # fmt: skip
+        rk.geometric_median(x)
+    monkeypatch.undo()
+
+
+def test_libraries_whose_arrays_nobody_can_write_say_so(emulation: Any) -> None:
+    x = OnDevice(np.asfortranarray(np.zeros((3, 40), dtype=np.float32)))
+    with pytest.raises(TypeError, match=r"emulated arrays must be contiguous and of a floating-point dtype"):
+        rk.median(x)
+    with pytest.raises(TypeError, match=r"emulated arrays must be contiguous and of a floating-point dtype"):
+        rk.median([{"a": OnDevice(np.zeros(3, dtype=np.float32)), "n": OnDevice(np.zeros(1, dtype=np.int64))}] * 3)
+
+
+def test_dtypes_that_nothing_can_use(emulation: Any) -> None:
+    with pytest.raises(TypeError, match=r"updates has dtype int64; expected float16, bfloat16, float32 or float64"):
+        rk.median(OnDevice(np.zeros((3, 4), dtype=np.int64)))
+    strange = OnDevice(np.zeros((3, 4), dtype=np.complex64))
+    with pytest.raises(TypeError, match=r"updates has DLPack type code \d+ of 64 bits|updates has dtype"):
+        rk.median(strange)
+
+
+# ---- torch and CuPy, as far as they can be seen without a GPU ------------------------------------------------------
+
+
+def test_torch_tensors_on_a_device(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in the host's memory that say they are CUDA's: pointers, strides, dtypes, stream and results."""
+    torch = pytest.importorskip("torch")
+    streams = []
+
+    class Tensor(torch.Tensor):  # type: ignore[misc]
+        is_cpu = property(lambda self: False)
+        device = property(lambda self: torch.device("cuda", 0))
+
+        def get_device(self) -> int:
+            return 0
+
+    def empty(shape: Any, *, dtype: Any, device: Any) -> Any:
+        assert str(device) == "cuda:0"
+        return make(shape, dtype=dtype).fill_(7).as_subclass(Tensor)
+
+    def current_stream(device: int) -> Any:
+        streams.append(device)
+        return type("Stream", (), {"cuda_stream": 0})
+
+    make = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        host = torch.arange(40).reshape(5, 8).to(dtype)
+        for x in (host, host.T.contiguous().T, [*host]):
+            rows = [row.as_subclass(Tensor) for row in x] if isinstance(x, list) else x.as_subclass(Tensor)
+            got = rk.trimmed_mean(rows, f=1)
+            assert type(got) is Tensor
+            assert got.as_subclass(torch.Tensor).tolist() == [16.0 + i for i in range(8)]
+    trees = [{"w": host[i].as_subclass(Tensor), "n": torch.tensor([i]).as_subclass(Tensor)} for i in range(5)]
+    assert rk.median(trees)["n"].as_subclass(torch.Tensor).tolist() == [2]
+    assert set(streams) == {0}
+    with pytest.raises(TypeError, match=r"updates has dtype torch.complex64; expected float16"):
+        rk.median(torch.zeros((3, 4), dtype=torch.complex64).as_subclass(Tensor))
+
+
+def test_torch_tensors_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match=r"updates is a torch tensor on device meta; expected cpu or cuda"):
+        rk.median(torch.zeros((3, 4), device="meta"))
+
+
+def test_cupy_arrays(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An object that says about itself what a CuPy array does."""
+    library = _devices.Cupy()
+
+    class Fake:
+        def __init__(self, values: Array) -> None:
+            self.values, self.shape, self.strides, self.dtype = values, values.shape, values.strides, values.dtype
+            self.data = type("Memory", (), {"ptr": values.ctypes.data})
+            self.device = type("Device", (), {"id": 0})
+
+    monkeypatch.setattr(_devices, "is_cupy_array", lambda x: isinstance(x, Fake))
+    monkeypatch.setattr(_devices.Cupy, "empty", lambda self, shape, dtype, device, like: Fake(np.empty(shape, dtype)))
+    monkeypatch.setattr(_devices.Cupy, "stream", lambda self, device: 0)
+    x = np.arange(40, dtype=np.float32).reshape(5, 8)
+    got = rk.median([Fake(row) for row in x])
+    assert isinstance(got, Fake)
+    assert np.array_equal(got.values, x[2])
+    view = library.view(Fake(x[:, ::2]), "x")
+    assert (view.shape, view.strides, view.flags.c_contiguous) == ((5, 4), (32, 8), False)
+
+
+# ---- why it is absent ----------------------------------------------------------------------------------------------
+
+
+def test_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = rk.info()["backends"]["cuda"]
+    if reason != "available":
+        assert "not built" in reason or "no GPU can be used" in reason
+        with pytest.raises(rk.BackendUnavailable, match="backend 'cuda' is not available"):
+            rk.use_backend("cuda").__enter__()
+
+
+def test_no_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoDriver:
+        @staticmethod
+        def devices() -> None:
+            raise RuntimeError("CUDA driver version is insufficient (cudaErrorInsufficientDriver)")
+
+        runtime_version = staticmethod(lambda: 13000)
+        driver_version = staticmethod(lambda: 0)
+
+    monkeypatch.setitem(__import__("sys").modules, "robustkern._cuda", NoDriver)
+    monkeypatch.setattr(rk, "_cuda", NoDriver, raising=False)
+    with pytest.raises(ImportError, match=r"no GPU can be used: CUDA driver version is insufficient .* \(built for "
+                       r"CUDA 13.0, driver for none: there is no driver\)"):  # fmt: skip
+        cuda_backend.load()
