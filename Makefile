@@ -1,29 +1,36 @@
-# make demo, make test, make bench: each sets up everything it needs in .venv and runs. No root.
+# make demo, make test, make bench: each sets up everything it needs in .venv and runs. No root. The CUDA backend is built
+# where there is a CUDA compiler; its kernels are tested on the processor, so that it takes no GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # CPU builds of torch are pinned: a plain "torch" brings gigabytes of GPU libraries.
 TORCH ?= torch==2.13.0
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
+REQUIRE ?= cpp,numba,cuda-emulated$(if $(shell command -v nvcc),$(comma)cuda-static)
+comma := ,
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f -not -path "csrc/emulation/*")
 
-.PHONY: demo test lint format bench check-speed clean
+CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
+
+.PHONY: demo test lint format bench check-speed emulation clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
 
-test: $(VENV)/dev.stamp
-	ROBUSTKERN_REQUIRE=cpp,numba $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp $(EMULATIONS)
+	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/clang-format -i $(CLANG_FORMATTED)
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest bench -o python_files="bench_*.py" -o timeout=0 --benchmark-only --benchmark-columns=median,min,max,rounds --benchmark-group-by=group $(ARGS)
@@ -31,13 +38,23 @@ bench: $(VENV)/dev.stamp
 check-speed: $(VENV)/dev.stamp
 	$(BIN)/python bench/check.py
 
+# The CUDA kernels for this processor: as they are, and with the address and the thread sanitizer.
+emulation: $(EMULATIONS)
+
+build/emulation/%/built: $(VENV)/dev.stamp $(wildcard csrc/emulation/*)
+	$(BIN)/cmake -S . -B build/emulation/$* -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON \
+		-DRK_EMULATION=$* -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+		-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+	$(BIN)/cmake --build build/emulation/$* -- --quiet
+	touch $@
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # The build system is installed beside the package so that editable rebuilds need no network.
 $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,22 @@ def load() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def sanitizer_environment(variant: str) -> dict[str, str]:
+    """Return what Python must be started with so that it can load the build that a sanitizer watches."""
+    libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[variant]
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in libraries
+    ]
+    return {
+        "ROBUSTKERN_EMULATION": variant,
+        "LD_PRELOAD": " ".join(found),
+        "PYTHONMALLOC": "malloc",  # every object with red zones of its own
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
+        "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0 ignore_noninstrumented_modules=1",
+    }
 
 
 class OnDevice:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -243,6 +245,23 @@ def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: i
     assert kernels.gram(segments, origin=True, multiplicities=np.ones(n, dtype=np.int64))[n, n] == 20
 
 
+@pytest.mark.skipif(emulated.VARIANT != "plain", reason="runs under a sanitizer already")
+@pytest.mark.parametrize("variant", ["address", "thread"])
+def test_sanitizers_find_nothing(variant: str) -> None:
+    if not list(emulated.FOLDER.with_name(variant).glob("_cuda*.so")):
+        if "cuda-emulated" in os.environ.get("ROBUSTKERN_REQUIRE", ""):
+            pytest.fail("ROBUSTKERN_REQUIRE=cuda-emulated, but there is no build to watch (run: make emulation)")
+        pytest.skip("no build to watch (run: make emulation)")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_every_kernel", __file__]
+    environment = os.environ | emulated.sanitizer_environment(variant) | {"ROBUSTKERN_REQUIRE": "cuda-emulated"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in done.stderr:  # GCC 12's thread sanitizer where addresses are very random
+        command = ["setarch", "-R", *command]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "16 passed" in done.stdout
+
+
 # ---- every kind of input -----------------------------------------------------------------------------------------
 
 
@@ -373,6 +392,27 @@ def test_a_launch_that_fails_names_kernel_and_sizes(emulation: Any, kernel: str)
         CASES[kernel](x)
     again = CASES[kernel](x)  # the process goes on
     assert np.array_equal(getattr(again, "values", again), getattr(expected, "values", expected))
+
+
+def test_a_stream_in_capture_is_refused(emulation: Any) -> None:
+    emulation.set_capturing(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"the stream is being captured into a CUDA graph.* for n=3 rows of d=4"):
+            rk.mean(OnDevice(np.zeros((3, 4), dtype=np.float32)))
+    finally:
+        emulation.set_capturing(False)
+
+
+@pytest.mark.parametrize(
+    ("rule", "waits"), [("mean", 0), ("median", 1), ("ctma(median)", 1), ("geometric_median", 1), ("nnm | median", 2)]
+)
+def test_how_often_a_rule_waits(emulation: Any, monkeypatch: pytest.MonkeyPatch, rule: str, waits: int) -> None:
+    """Once for each pass whose numbers the host goes on with; the last pass of weighted rules is only queued."""
+    monkeypatch.setattr(_devices.Dlpack, "waits", False)
+    x = OnDevice(make_rows("normal", 9, 500, np.dtype(np.float32)))
+    before = emulation.waits()
+    rk.aggregate(x, rule, f=2)
+    assert emulation.waits() - before == waits
 
 
 def test_no_memory_names_primitive_and_sizes(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ __device__ ComputeOf<S> lower_median(const Table& rows, const Tile& tile, int64_
 // Products of two tiles of rows, blockIdx.y of the lower triangle of such pairs. N > 0: one tile of up to N rows, whose
 // median is found on the way.
 template <class S, class P, int N>
-__global__ void __launch_bounds__(kGramThreads, 1) gram_products(const GramArgs args) {
+__global__ void __launch_bounds__(kGramThreads, sizeof(S) == 8 ? 1 : 2) gram_products(const GramArgs args) {
   using C = ComputeOf<S>;
   RK_DYNAMIC_SHARED(double, memory);
   P* x = reinterpret_cast<P*>(memory);

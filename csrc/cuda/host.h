@@ -35,6 +35,12 @@ class Queue {
   Queue(const Rows& rows, const Call& call) : rows_(rows), call_(call) {
     check(cudaGetDevice(&before_), "choosing the device");
     check(cudaSetDevice(call.device), "choosing the device");
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(stream(), &status), "asking for the state of the stream");
+    // A graph would keep the address of tables that are gone when it is launched.
+    if (status != cudaStreamCaptureStatusNone)
+      throw Error("the stream is being captured into a CUDA graph, which calls of robustkern cannot be part of " +
+                  sizes());
   }
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
@@ -71,15 +77,16 @@ class Queue {
   void check(cudaError_t error, const char* what) const {
     if (error == cudaSuccess) return;
     (void)cudaGetLastError();  // so that it is not reported again by whoever asks next
-    static const char* const dtypes[] = {"float16", "bfloat16", "float32", "float64"};
-    std::string message = std::string(what) + " failed for n=" + std::to_string(rows_.n) +
-                          " rows of d=" + std::to_string(rows_.columns()) + " " +
-                          dtypes[static_cast<int>(rows_.dtype)] + " columns on device " + std::to_string(call_.device) +
-                          ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")";
-    throw Error(message + explanation());
+    throw Error(std::string(what) + " failed " + sizes() + ": " + cudaGetErrorString(error) + " (" +
+                cudaGetErrorName(error) + ")" + explanation());
   }
 
  private:
+  std::string sizes() const {
+    static const char* const dtypes[] = {"float16", "bfloat16", "float32", "float64"};
+    return "for n=" + std::to_string(rows_.n) + " rows of d=" + std::to_string(rows_.columns()) + " " +
+           dtypes[static_cast<int>(rows_.dtype)] + " columns on device " + std::to_string(call_.device);
+  }
   static std::string explanation() {
 #if defined(RK_EMULATED)
     return std::string(": ") + emulation::last_failure();

@@ -157,10 +157,15 @@ struct NetworkShape {
   // A full sort is left in shared memory: 32 KiB at most.
   static constexpr int kThreads = !kMedian && N * sizeof(ComputeOf<S>) > 256 ? 64 : 128;
   static constexpr int kWidth = kThreads * kColumns;
+  // Blocks that share a multiprocessor at least: so the values and what loads them need fewer than 256 registers.
+  static constexpr int kValues = N * kColumns * static_cast<int>(sizeof(ComputeOf<S>) / 4);
+  static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
+  static constexpr int kBlocks = (kValues <= 64 ? (N == 64 ? 3 : 4) : kDoubles || N == 64 ? 2 : 3) * 128 / kThreads;
 };
 
 template <class S, int N, bool kMedian>
-__global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, 1) select_by_network(const Selection args) {
+__global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, NetworkShape<S, N, kMedian>::kBlocks)
+    select_by_network(const Selection args) {
   using C = ComputeOf<S>;
   using Shape = NetworkShape<S, N, kMedian>;
   constexpr int V = Shape::kColumns;

@@ -20,5 +20,5 @@ target_compile_definitions(_cuda PRIVATE RK_VERSION="${PROJECT_VERSION}" RK_CUDA
 target_link_options(_cuda PRIVATE ${RK_SANITIZE})
 foreach(target rk_kernels rk_scheduler _cuda)
   target_compile_definitions(${target} PRIVATE RK_EMULATED)
-  target_compile_options(${target} BEFORE PRIVATE ${RK_WARNINGS} -O2 -g1 -ffp-contract=off)
+  target_compile_options(${target} BEFORE PRIVATE ${RK_WARNINGS} -O1 -g1 -ffp-contract=off)
 endforeach()

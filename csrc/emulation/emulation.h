@@ -91,6 +91,8 @@ enum Order { forward, backward, shuffled };
 void set_order(int order);  // in which blocks, warps and lanes that can run do so; at first RK_EMULATION_ORDER
 void fail_launch(int nth, int error);  // the nth launch from now (1: the next) gives this error and does not run
 uint64_t launches();                   // until now, failed ones included
+uint64_t waits();                      // until now: how often the host waited for a stream
+void set_capturing(bool capturing);    // whether streams say that they are captured into a graph
 
 template <class T>
 uint64_t to_bits(T value) {
@@ -323,6 +325,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream = nullptr);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream = nullptr);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDevice(int* device);

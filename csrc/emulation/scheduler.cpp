@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <numeric>
@@ -703,6 +704,11 @@ void fail_launch(int nth, int error) {
   failing_error = static_cast<cudaError_t>(error);
 }
 
+std::atomic<uint64_t> wait_count{0};
+std::atomic<bool> capturing{false};
+uint64_t waits() { return wait_count; }
+void set_capturing(bool wanted) { capturing = wanted; }
+
 uint64_t launches() {
   const std::lock_guard<std::mutex> lock(one_grid);
   return launch_count;
@@ -750,7 +756,12 @@ constexpr ErrorText kErrors[] = {
 
 cudaError_t cudaPeekAtLastError() { return rk::emulation::last_error; }
 cudaError_t cudaGetLastError() { return std::exchange(rk::emulation::last_error, cudaSuccess); }
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = rk::emulation::capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  ++rk::emulation::wait_count;
   return rk::emulation::last_error == cudaErrorLaunchFailure ? cudaGetLastError() : cudaSuccess;
 }
 const char* cudaGetErrorName(cudaError_t error) {
