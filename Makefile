@@ -13,7 +13,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f -not -path "c
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 
-.PHONY: demo test lint format bench check-speed emulation clean
+.PHONY: demo test lint format bench check-speed emulation gpu-report clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
@@ -47,6 +47,11 @@ build/emulation/%/built: $(VENV)/dev.stamp $(wildcard csrc/emulation/*)
 		-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
 	$(BIN)/cmake --build build/emulation/$* -- --quiet
 	touch $@
+
+# On a machine with an NVIDIA GPU: build, tests, compute-sanitizer and the scaling study, into gpu-report/report.md.
+gpu-report: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install --quiet cupy-cuda13x
+	$(BIN)/python bench/gpu_report.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

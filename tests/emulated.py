@@ -1,4 +1,5 @@
-"""The CUDA backend built for this processor (csrc/emulation), and arrays in the host's memory that say they are on a GPU."""
+"""The CUDA backend in tests: built for this processor (csrc/emulation), with arrays in the host's memory that say they
+are on a GPU; and on a real one, as torch and CuPy see it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import ctypes
 import importlib.util
 import os
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._devices import DeviceArray, Dlpack, Place
-from robustkern._kernels import Rows
+from robustkern._devices import Dlpack, Place, view_of
+from robustkern._kernels import Matrix, Rows, Selected, Vector, Window
 from robustkern.backends.cuda import Cuda
 
 #: Which build: plain, address or thread (the sanitizers; Python must then have been started with their library).
@@ -126,6 +129,84 @@ def _capsule(values: NDArray[Any], device: int) -> Any:
     return _new(ctypes.addressof(tensor), b"dltensor", None)
 
 
+@dataclass(frozen=True)
+class Device:
+    """How a test puts an array on a device and takes it back."""
+
+    name: str
+    put: Callable[[NDArray[Any]], Any]
+    take: Callable[[Any], NDArray[Any]]
+
+
+EMULATED_DEVICE = Device("emulated", lambda values: OnDevice(values.copy()), lambda x: x.values)
+
+
+def torch_device() -> Device:
+    """Return how torch does it; raises where it cannot."""
+    torch = importlib.import_module("torch")
+
+    def put(values: NDArray[Any]) -> Any:
+        if values.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(values.view(np.int16)).to("cuda").view(torch.bfloat16)
+        return torch.from_numpy(values).to("cuda")
+
+    def take(x: Any) -> NDArray[Any]:
+        if x.dtype == torch.bfloat16:
+            return np.asarray(x.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16))
+        return np.asarray(x.cpu().numpy())
+
+    put(np.zeros(1, dtype=np.float32))
+    return Device("torch", put, take)
+
+
+def cupy_device() -> Device:
+    """Return how CuPy does it; raises where it cannot."""
+    cupy = importlib.import_module("cupy")
+    cupy.zeros(1)
+    return Device("cupy", cupy.asarray, cupy.asnumpy)
+
+
+class StagedCuda(Cuda):
+    """The backend, for rows in the host's memory: copies of them go to a device, and results come back."""
+
+    def __init__(self, module: Any, devices: list[dict[str, Any]], device: Device) -> None:
+        super().__init__(module, devices)
+        self.device = device
+
+    def _there(self, rows: Rows) -> Rows:
+        held = [[self.device.put(rows.array(s, i).copy()) for i in range(rows.n)] for s in range(len(rows.addresses))]
+        views = [[view_of(x, "a row") for x in segment] for segment in held]
+        addresses = np.array([[view.address for view in segment] for segment in views], dtype=np.uint64)
+        return Rows(addresses, rows.offsets, rows.dtype, held, views[0][0].place)
+
+    def _back(self, there: Rows, rows: Rows) -> None:
+        for s, segment in enumerate(there.owner):
+            for i, x in enumerate(segment):
+                rows.array(s, i)[:] = self.device.take(x)
+
+    def select_columns(self, rows: Rows, window: Window, *, out: Rows | None = None, **options: Any) -> Selected:
+        """See the base class."""
+        target = None if out is None else self._there(out)
+        found = super().select_columns(self._there(rows), window, out=target, **options)
+        if out is not None and target is not None:
+            self._back(target, out)
+        return found
+
+    def gram(self, rows: Rows, **options: Any) -> Matrix:
+        """See the base class."""
+        return super().gram(self._there(rows), **options)
+
+    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+        """See the base class."""
+        return super().row_sq_distances(self._there(rows), self._there(centre), scale=scale)
+
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+        """See the base class."""
+        target = self._there(out)
+        super().weighted_row_sum(self._there(rows), weights, target)
+        self._back(target, out)
+
+
 class EmulatedCuda(Cuda):
     """The backend, for rows in the host's memory too."""
 
@@ -134,13 +215,3 @@ class EmulatedCuda(Cuda):
     def place_of(self, rows: Rows) -> Place:
         """See the base class."""
         return rows.place or Place(Dlpack("tests"), 0, OnDevice(np.empty(1, dtype=np.float32)))
-
-
-def on_device(values: NDArray[Any], device: int = 0) -> OnDevice:
-    """Return a copy of an array, on a device that is none."""
-    return OnDevice(values.copy(), device)
-
-
-def to_host(x: OnDevice | DeviceArray) -> NDArray[Any]:
-    """Return the values."""
-    return x.values if isinstance(x, OnDevice) else x.array.values

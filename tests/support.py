@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +35,31 @@ if isinstance(EMULATED, str):
     MISSING["cuda-emulated"] = EMULATED
 else:
     IMPLEMENTATIONS["cuda-emulated"] = emulated.EmulatedCuda(EMULATED, EMULATED.devices())
+
+
+@functools.cache
+def gpu_libraries() -> dict[str, Any]:
+    """Return the libraries that can put arrays on a GPU that the CUDA backend runs on, or the reasons why not."""
+    found: dict[str, Any] = {}
+    for name, load in (("torch", emulated.torch_device), ("cupy", emulated.cupy_device)):
+        try:
+            found[name] = f"no CUDA backend: {MISSING['cuda']}" if "cuda" in MISSING else load()
+        except Exception as error:  # each library has reasons of its own
+            found[name] = f"{name} has no GPU: {error}"
+    return found
+
+
+for _device in gpu_libraries().values():
+    if not isinstance(_device, str):
+        _loaded = _registry.load_backend("cuda")
+        IMPLEMENTATIONS["cuda"] = emulated.StagedCuda(_loaded._cuda, _loaded.devices, _device)
 FAST = {name: kernels for name, kernels in IMPLEMENTATIONS.items() if name != "reference"}
 
-_required = [name for name in os.environ.get("ROBUSTKERN_REQUIRE", "").split(",") if name]
-_absent = {name: MISSING.get(name, "no such backend") for name in _required if name in MISSING}
+#: What may not be skipped: backends, and cuda-static (tests/test_cuda_budget.py).
+REQUIRED = [name for name in os.environ.get("ROBUSTKERN_REQUIRE", "").split(",") if name]
+_absent = {name: MISSING[name] for name in REQUIRED if name in MISSING}
 if _absent:
-    raise RuntimeError(f"ROBUSTKERN_REQUIRE={','.join(_required)}, but missing: {_absent}")
+    raise RuntimeError(f"ROBUSTKERN_REQUIRE={','.join(REQUIRED)}, but missing: {_absent}")
 
 
 # ---- tolerances: the only place -------------------------------------------------------------------------------

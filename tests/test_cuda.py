@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import emulated
-import ml_dtypes
 import numpy as np
 import pytest
-from emulated import EmulatedCuda, OnDevice
+from emulated import EMULATED_DEVICE, Device, EmulatedCuda, OnDevice, StagedCuda
 from numpy.typing import NDArray
-from support import EMULATED, KINDS, MISSING, assert_close, make_rows
+from support import EMULATED, KINDS, REQUIRED, assert_close, gpu_libraries, make_rows
 from test_rules import RULES
 
 import robustkern as rk
@@ -30,42 +27,6 @@ Array = NDArray[Any]
 EMULATION_MISSING = EMULATED if isinstance(EMULATED, str) else None
 
 
-@dataclass(frozen=True)
-class Device:
-    """How a test puts an array on a device and takes it back."""
-
-    name: str
-    put: Callable[[Array], Any]
-    take: Callable[[Any], Array]
-
-
-def _torch() -> Device:
-    torch = importlib.import_module("torch")
-
-    def put(values: Array) -> Any:
-        if values.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(values.view(np.int16)).to("cuda").view(torch.bfloat16)
-        return torch.from_numpy(values).to("cuda")
-
-    def take(x: Any) -> Array:
-        if x.dtype == torch.bfloat16:
-            return np.asarray(x.view(torch.int16).cpu().numpy().view(ml_dtypes.bfloat16))
-        return np.asarray(x.cpu().numpy())
-
-    return Device("torch", put, take)
-
-
-def _cupy() -> Device:
-    cupy = importlib.import_module("cupy")
-    return Device("cupy", cupy.asarray, cupy.asnumpy)
-
-
-def _skip(reason: str) -> None:
-    if "cuda" in os.environ.get("ROBUSTKERN_REQUIRE", "").split(","):
-        pytest.fail(f"ROBUSTKERN_REQUIRE=cuda, but: {reason}")
-    pytest.skip(reason)
-
-
 @pytest.fixture(
     params=["emulated", pytest.param("torch", marks=pytest.mark.gpu), pytest.param("cupy", marks=pytest.mark.gpu)]
 )
@@ -76,16 +37,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             pytest.skip(EMULATION_MISSING)
         monkeypatch.setitem(_registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
         EMULATED.set_order(0)
-        yield Device("emulated", emulated.on_device, emulated.to_host)
+        yield EMULATED_DEVICE
         return
-    if "cuda" in MISSING:
-        _skip(f"no CUDA backend: {MISSING['cuda']}")
-    try:
-        library = _torch() if request.param == "torch" else _cupy()
-        library.put(np.zeros(1, dtype=np.float32))
-    except Exception as error:
-        _skip(f"{request.param} has no GPU: {error}")
-    yield library
+    found = gpu_libraries()
+    library = found[request.param]
+    if not isinstance(library, str):
+        yield library
+    elif "cuda" in REQUIRED and all(isinstance(other, str) for other in found.values()):
+        pytest.fail(f"ROBUSTKERN_REQUIRE=cuda, but: {library}")
+    else:
+        pytest.skip(library)
 
 
 @pytest.fixture
@@ -177,6 +138,14 @@ def test_the_primitives_take_arrays_on_a_device(device: Device) -> None:
     )
 
 
+def test_rows_of_the_host_are_taken_there_and_back(emulation: Any) -> None:
+    """How all of tests/test_kernels.py runs on a GPU."""
+    kernels = StagedCuda(emulation, emulation.devices(), EMULATED_DEVICE)
+    for dtype in DTYPES:
+        x = make_rows("normal", 9, 70, dtype)
+        assert list(_everything(kernels, x)) == list(_everything(EmulatedCuda(emulation, emulation.devices()), x))
+
+
 def test_results_do_not_depend_on_the_order_of_threads(emulation: Any) -> None:
     """No sum is added to in whatever order blocks, warps and lanes come."""
     kernels = EmulatedCuda(emulation, emulation.devices())
@@ -249,7 +218,7 @@ def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: i
 @pytest.mark.parametrize("variant", ["address", "thread"])
 def test_sanitizers_find_nothing(variant: str) -> None:
     if not list(emulated.FOLDER.with_name(variant).glob("_cuda*.so")):
-        if "cuda-emulated" in os.environ.get("ROBUSTKERN_REQUIRE", ""):
+        if "cuda-emulated" in REQUIRED:
             pytest.fail("ROBUSTKERN_REQUIRE=cuda-emulated, but there is no build to watch (run: make emulation)")
         pytest.skip("no build to watch (run: make emulation)")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_every_kernel", __file__]
@@ -346,7 +315,7 @@ def test_ties_are_measured_again_on_the_device(device: Device) -> None:
 def test_mixed_devices_are_errors(device: Device) -> None:
     row = np.zeros(4, dtype=np.float32)
     with pytest.raises((ValueError, TypeError), match=r"row 1 is (on cuda:0, row 0 on cpu|a \w+ array, row 0 a \w+)"):
-        rk.median([row if device.name != "torch" else importlib.import_module("torch").zeros(4), device.put(row)])
+        rk.median([row if device.name != "torch" else pytest.importorskip("torch").zeros(4), device.put(row)])
     with pytest.raises((ValueError, TypeError), match="out is"):
         rk.median(device.put(np.zeros((3, 4), dtype=np.float32)), out=row)
     with pytest.raises(rk.BackendUnavailable, match="cpp: runs on cpu, the rows are on cuda"):
