@@ -190,7 +190,7 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        "auto", "cpp", "numba" or "reference". Also holds in the tasks started in the context (a context variable),
+        "auto", "cpp", "numba", "reference" or "cuda". Also holds in the tasks started in the context (a context variable),
         and not in other threads.
 
     Raises

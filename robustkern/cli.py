@@ -293,4 +293,5 @@ def _info(as_json: bool) -> None:
     isas = ", ".join(here["isas"]) or "none"
     console.print(f"instruction sets: {isas} (in use: {here['isa']}; ROBUSTKERN_ISA forces a lower one)")
     console.print(f"threads: {here['threads']} (ROBUSTKERN_NUM_THREADS, robustkern.set_num_threads)")
-    console.print("GPUs: this version runs on the CPU only")
+    gpus = [f"{gpu['name']} ({gpu['memory_bytes'] / 1e9:.0f} GB)" for gpu in here["gpus"]]
+    console.print(f"GPUs: {', '.join(gpus) or 'none that can be used'}")
