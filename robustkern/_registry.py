@@ -190,8 +190,8 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        "auto", "cpp", "numba", "reference" or "cuda". Also holds in the tasks started in the context (a context variable),
-        and not in other threads.
+        "auto", "cpp", "numba", "reference" or "cuda". Also holds in the tasks started in the context (a context
+        variable), and not in other threads.
 
     Raises
     ------

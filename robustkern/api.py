@@ -108,8 +108,8 @@ def aggregate(
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker, 1 <= n <= 65535; NumPy (ml_dtypes included), torch, or on a GPU CuPy and what speaks DLPack;
         all on one device; float16, bfloat16, float32 or float64, different leaves may differ; any strides; never
-        written, never copied whole. Extra dimensions are part of a row. Integer and boolean leaves of pytrees (counters) take no part in distances and come back as their
-        column-wise lower median, whatever the rule.
+        written, never copied whole. Extra dimensions are part of a row. Integer and boolean leaves of pytrees
+        (counters) take no part in distances and come back as their column-wise lower median, whatever the rule.
     rule : rule object or str
         Such as ``rk.CTMA(rk.Median())`` or ``"nnm | ctma(geometric_median)"``; see `parse_rule`.
     f : int, optional
@@ -122,7 +122,8 @@ def aggregate(
         Receives the result: same library, dtypes, shapes and structure; contiguous; apart from `updates`. Its content
         is undefined after an error.
     backend : {"auto", "cpp", "numba", "reference", "cuda"}
-        Implementation; "auto" takes the best that is installed for where the rows are, or what `use_backend` or ``ROBUSTKERN_BACKEND`` names.
+        Implementation; "auto" takes the best that is installed for where the rows are, or what `use_backend` or
+        ``ROBUSTKERN_BACKEND`` names.
     return_info : bool
         Also return an `Info`.
 
