@@ -722,7 +722,7 @@ def test_delta_stands_for_f(delta: float, f: int) -> None:
         ({"f": 1, "weights": [0, 0, 0, 0, 0]}, ValueError, "weights are all 0"),
         ({"f": 1, "weights": [10**400, 1, 1, 1, 1]}, TypeError, "weights must be numbers"),
         ({"f": 1, "weights": ["a"] * 5}, TypeError, "weights must be numbers"),
-        ({"f": 1, "backend": "gpu"}, ValueError, "backend must be one of auto, cpp, numba, reference; got 'gpu'"),
+        ({"f": 1, "backend": "gpu"}, ValueError, "backend must be one of auto, cpp, numba, reference, cuda; got 'gpu'"),
         ({"f": 1, "backend": 3}, TypeError, "backend must be a string; got int"),
     ],
 )
