@@ -106,6 +106,7 @@ NB_MODULE(_cuda, m) {
   m.def("set_order", &rk::emulation::set_order, "order"_a);
   m.def("fail_launch", &rk::emulation::fail_launch, "nth"_a, "error"_a);
   m.def("launches", &rk::emulation::launches);
+  m.def("set_most_blocks", &rk::cuda::set_most_blocks, "blocks"_a);
   m.def("waits", &rk::emulation::waits);
   m.def("set_capturing", &rk::emulation::set_capturing, "capturing"_a);
 #endif

@@ -33,9 +33,7 @@ bool products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
   const auto flags = space.zeros<unsigned>(n);
   const auto sums = space.zeros<double>(m * m);
   const UploadedRows uploaded(space, rows, width);
-  int64_t blocks = (int64_t{1} << 22) / (m * m);
-  blocks = blocks < 4 ? 4 : blocks > 1024 ? 1024 : blocks;
-  blocks = blocks < uploaded.n_tiles() ? blocks : uploaded.n_tiles();
+  const int64_t blocks = summing_blocks(uploaded.n_tiles(), m * m, int64_t{1} << 22, 4, 1024);
   const auto partials = space.zeros<double>(blocks * m * m);
   const auto centre = space.scratch<S>(fused ? 0 : rows.columns());
   const auto centre_rows = space.pointers(fused ? 0 : rows.n_segments);

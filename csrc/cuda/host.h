@@ -203,17 +203,23 @@ class UploadedRows {
   Part<std::int64_t> offsets_{}, starts_{};
 };
 
-// How many blocks share the tiles where each keeps sums of its own: the same on every device, for the same bits.
-inline std::int64_t summing_blocks(std::int64_t n_tiles, std::int64_t sums_per_block) {
-  const std::int64_t fit = (std::int64_t{1} << 21) / (sums_per_block > 0 ? sums_per_block : 1);
-  const std::int64_t most = fit < 64 ? 64 : fit > 2048 ? 2048 : fit;
-  return n_tiles < most ? n_tiles : most;
-}
+// Blocks of a grid at most, which walk on from tile to tile. Tests lower it, so that few columns are several tiles.
+inline std::int64_t most_blocks = (std::int64_t{1} << 31) - 1;
 
-// Blocks that keep nothing walk on by as many tiles; no more of them than any grid may have.
-inline unsigned grid_for(std::int64_t n_tiles) {
-  constexpr std::int64_t most = (std::int64_t{1} << 31) - 1;
-  return static_cast<unsigned>(n_tiles < most ? n_tiles : most);
+inline std::int64_t lesser(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+inline unsigned grid_for(std::int64_t n_tiles) { return static_cast<unsigned>(lesser(n_tiles, most_blocks)); }
+
+// How many blocks share the tiles where each keeps sums of its own, between `least` and `most`, in memory for so many
+// sums: the same on every device, for the same bits.
+inline std::int64_t summing_blocks(std::int64_t n_tiles, std::int64_t sums_per_block, std::int64_t all_sums,
+                                   std::int64_t least, std::int64_t most) {
+  const std::int64_t fit = all_sums / (sums_per_block > 0 ? sums_per_block : 1);
+  return lesser(grid_for(n_tiles), fit < least ? least : lesser(fit, most));
+}
+// For a sum or two of each row.
+inline std::int64_t summing_blocks(std::int64_t n_tiles, std::int64_t sums_per_block) {
+  return summing_blocks(n_tiles, sums_per_block, std::int64_t{1} << 21, 64, 2048);
 }
 
 // True where rows and results may be read and written 16 bytes at a time.

@@ -36,6 +36,9 @@ void weighted_row_sum(const Rows&, const double* weights, std::int64_t k, void* 
 // Waits for a stream: for libraries whose own streams do not wait for it.
 void synchronize(int device, void* stream);
 
+// Lowers for tests how many blocks a grid may have.
+void set_most_blocks(std::int64_t blocks);
+
 struct Device {
   std::string name;
   int major, minor, multiprocessors;

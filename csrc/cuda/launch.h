@@ -11,8 +11,8 @@ void lower_median_of(const Rows& rows, const int64_t* multiplicities, void* cons
 
 // out[i] = the sum of what the blocks left for i.
 inline void add_partials(Queue& queue, const double* partials, int64_t blocks, int64_t count, double* out) {
-  queue.launch("add_blocks", &add_blocks<double>, dim3(grid_for(tiles_of(count, kSumThreads))), dim3(kSumThreads), 0,
-               partials, blocks, count, out);
+  queue.launch("add_blocks", &add_blocks<double>, dim3(static_cast<unsigned>(tiles_of(count, kSumThreads))),
+               dim3(kSumThreads), 0, partials, blocks, count, out);
 }
 
 // Rows of weights (k, n) as the kernels read them.

@@ -120,7 +120,8 @@ Found queue_selection(const Rows& rows, const Select& select, Workspace& space, 
   const UploadedRows uploaded(space, rows, selector.width());
   const auto out = space.upload(select.out, select.out ? rows.n_segments : 0);
   const auto multiplicities = space.upload(select.multiplicities, select.multiplicities ? rows.n : 0);
-  const int64_t blocks = select.sq_distances ? summing_blocks(uploaded.n_tiles(), rows.n) : uploaded.n_tiles();
+  const int64_t blocks =
+      select.sq_distances ? summing_blocks(uploaded.n_tiles(), rows.n) : int64_t{grid_for(uploaded.n_tiles())};
   const auto partials = space.zeros<double>(select.sq_distances ? blocks * rows.n : 0);
   space.allocate(queue);
   space.send(queue);

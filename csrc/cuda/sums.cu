@@ -44,8 +44,9 @@ void row_sq_distances(const Rows& rows, const void* const* centre, double scale,
     space.send(queue);
     queue.launch("row_sq_distances_of", &row_sq_distances_of<S>, dim3(grid_for(blocks), static_cast<unsigned>(rows.n)),
                  dim3(kSumThreads), 0, uploaded.table(), space[centre_row], scale, space[partials]);
-    queue.launch("add_doubled_blocks", &add_doubled_blocks<double>, dim3(grid_for(tiles_of(rows.n, kSumThreads))),
-                 dim3(kSumThreads), 0, space[partials], blocks, rows.n, space[sums]);
+    queue.launch("add_doubled_blocks", &add_doubled_blocks<double>,
+                 dim3(static_cast<unsigned>(tiles_of(rows.n, kSumThreads))), dim3(kSumThreads), 0, space[partials],
+                 blocks, rows.n, space[sums]);
     queue.download(out, space[sums], static_cast<std::size_t>(rows.n) * sizeof(double), "row_sq_distances");
   });
 }
@@ -56,6 +57,8 @@ void synchronize(int device, void* stream) {
   const Call call{device, stream, nullptr, nullptr};
   Queue(none, call).download(nullptr, nullptr, 0, "waiting for the stream");
 }
+
+void set_most_blocks(std::int64_t blocks) { most_blocks = blocks; }
 
 std::vector<Device> devices() {
   const auto check = [](cudaError_t error) {
