@@ -225,7 +225,18 @@ def test_sanitizers_find_nothing(variant: str) -> None:
         if "cuda-emulated" in REQUIRED:
             pytest.fail("ROBUSTKERN_REQUIRE=cuda-emulated, but there is no build to watch (run: make emulation)")
         pytest.skip("no build to watch (run: make emulation)")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_every_kernel", __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "test_every_kernel",
+        __file__,
+    ]
     environment = os.environ | emulated.sanitizer_environment(variant) | {"ROBUSTKERN_REQUIRE": "cuda-emulated"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in done.stderr:  # GCC 12's thread sanitizer where addresses are very random

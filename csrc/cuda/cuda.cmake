@@ -4,25 +4,38 @@
 if(RK_CUDA STREQUAL "OFF")
   set(RK_CUDA_STATE "not built: switched off (RK_CUDA=OFF)")
   return()
+elseif(NOT RK_CUDA MATCHES "^(AUTO|ON)$")
+  message(FATAL_ERROR "RK_CUDA must be AUTO, ON or OFF; got '${RK_CUDA}'")
 endif()
+
+# Leaves RK_CUDA_STATE with the reason, or, where CUDA was asked for, fails.
+macro(rk_no_cuda reason)
+  set(RK_CUDA_STATE "not built: ${reason} (install CUDA 12.8 or newer with nvcc on PATH, then reinstall robustkern)")
+  if(RK_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "RK_CUDA=ON, but: ${reason}. Install CUDA 12.8 or newer, and put nvcc on PATH or set CUDACXX to it; "
+                        "RK_CUDA=OFF builds without.")
+  endif()
+  message(STATUS "The CUDA backend is ${RK_CUDA_STATE}")
+  return()
+endmacro()
+
 include(CheckLanguage)
 check_language(CUDA)
 if(NOT CMAKE_CUDA_COMPILER)
-  set(RK_CUDA_STATE
-      "not built: there was no CUDA compiler (install CUDA 12.8 or newer so that nvcc is on PATH, then reinstall robustkern)")
-  if(RK_CUDA STREQUAL "ON")
-    message(FATAL_ERROR "RK_CUDA=ON, but no CUDA compiler works: install CUDA 12.8 or newer, put nvcc on PATH or set "
-                        "CUDACXX to it (RK_CUDA=OFF builds without)")
-  endif()
-  return()
+  rk_no_cuda("there was no CUDA compiler that works")
 endif()
-
 # From Turing on; the last one also as PTX, for what is newer.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90-real 100-real 120)
 endif()
 enable_language(CUDA)
-find_package(CUDAToolkit REQUIRED)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+  rk_no_cuda("the CUDA compiler is version ${CMAKE_CUDA_COMPILER_VERSION}")
+endif()
+find_package(CUDAToolkit)
+if(NOT TARGET CUDA::cudart_static)
+  rk_no_cuda("the CUDA installation has no static runtime")
+endif()
 string(REPLACE ";" " " RK_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 set(RK_CUDA_STATE "built with CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${RK_CUDA_ARCHITECTURES}")
 
