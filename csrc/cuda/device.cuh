@@ -67,6 +67,31 @@ struct alignas(V * sizeof(S)) Pack {
   S cell[V];
 };
 
+// Writes a pack at once; rows on the device lie in global memory. Compilers for 9.0 and older split a plain assignment
+// into one store for each value.
+template <class S, int V>
+__device__ __forceinline__ void store(S* target, const Pack<S, V>& pack) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(pack) % 8 == 0) {
+    constexpr int kWords = sizeof(pack) / 4;
+    uint32_t word[kWords];
+    memcpy(word, pack.cell, sizeof(pack));
+    const auto address = __cvta_generic_to_global(target);
+    if constexpr (kWords == 2) {
+      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(word[0]), "r"(word[1]) : "memory");
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWords; k += 4)
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address + 4 * k), "r"(word[k]), "r"(word[k + 1]),
+                     "r"(word[k + 2]), "r"(word[k + 3])
+                     : "memory");
+    }
+    return;
+  }
+#endif
+  *reinterpret_cast<Pack<S, V>*>(target) = pack;
+}
+
 // ---- rows in tiles -------------------------------------------------------------------------------------
 
 // Rows on the device, cut into tiles of columns that never cross the border of a segment; or, with tile_starts null, a

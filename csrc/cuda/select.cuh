@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
       if (args.out) {
         S* target = static_cast<S*>(args.out[tile.segment]) + (column - rows.first);
         if (whole) {
-          *reinterpret_cast<Pack<S, V>*>(target) = result;
+          store(target, result);
         } else {
 #pragma unroll
           for (int v = 0; v < V; ++v)

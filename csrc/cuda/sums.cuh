@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kSumThreads, 1)
       }
       O* target = static_cast<O*>(out[tile.segment * weights.k + which]) + (column - rows.first);
       if (whole) {
-        *reinterpret_cast<Pack<O, V>*>(target) = result;
+        store(target, result);
       } else {
 #pragma unroll
         for (int v = 0; v < V; ++v)
