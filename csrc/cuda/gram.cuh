@@ -1,7 +1,7 @@
 // Device code of gram: rows centred on their lower median in shared memory, then multiplied 4 x 4 rows at a time, every
 // thread with a pair of such blocks and a share of the columns.
 #pragma once
-#include "select.cuh"
+#include "network.cuh"
 
 namespace rk {
 namespace cuda {

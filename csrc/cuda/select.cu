@@ -1,7 +1,7 @@
 // select_columns on a GPU: which kernel a selection takes, and mixtures, run by run of columns.
+#include "counting.cuh"
 #include "host.h"
 #include "launch.h"
-#include "select.cuh"
 #include "sums.cuh"
 
 namespace rk {

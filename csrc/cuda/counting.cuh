@@ -1,0 +1,243 @@
+// Device code of select_columns for more rows than a thread can sort, and for rows that stand for several cells: the
+// value of a rank is found bit by bit, by counting how many lie below.
+#pragma once
+#include "select.cuh"
+
+namespace rk {
+namespace cuda {
+
+// Floating-point numbers as unsigned integers in the same order, NaN of either sign above all.
+__device__ __forceinline__ uint32_t float_bits(float x) { return float_to_bits(x); }
+__device__ __forceinline__ uint64_t float_bits(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits;
+}
+__device__ __forceinline__ float float_of(uint32_t bits) { return bits_to_float(bits); }
+__device__ __forceinline__ double float_of(uint64_t bits) {
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+template <class C>
+using BitsOf = decltype(float_bits(C{}));
+template <class Bits>
+constexpr Bits kTopBit = Bits{1} << (8 * sizeof(Bits) - 1);
+
+template <class C>
+__device__ __forceinline__ BitsOf<C> key_of(C x) {
+  using Bits = BitsOf<C>;
+  const Bits bits = float_bits(x);
+  return x != x ? ~Bits{0} : bits & kTopBit<Bits> ? ~bits : bits | kTopBit<Bits>;
+}
+template <class C>
+__device__ __forceinline__ C value_of(BitsOf<C> key) {
+  using Bits = BitsOf<C>;
+  return float_of(key & kTopBit<Bits> ? key & ~kTopBit<Bits> : ~key);
+}
+// A distance as an integer in the same order: that of an infinite value is above a number's that overflows, and that of
+// a NaN above all.
+template <class C>
+__device__ __forceinline__ BitsOf<C> distance_key(C x, C m) {
+  if (x != x) return ~BitsOf<C>{0};
+  return (float_bits(x - m) & ~kTopBit<BitsOf<C>>)+!is_finite(x);
+}
+
+constexpr int kCountedColumns = kWarp;  // of a tile: a lane each; every warp counts among some of the rows
+constexpr int kMaxWarps = 16;
+constexpr int kRowsOfWarp = 16;  // at least, where there are fewer warps than that
+
+// Shared memory of a block that counts, one slot for each column: sums that every warp adds to (three sets take turns:
+// one is read while the next is filled and the one after is cleared), and a number of every warp.
+template <class Count>
+struct Tally {
+  Count (*counts)[kCountedColumns];    // 3
+  uint64_t (*slots)[kCountedColumns];  // kMaxWarps
+  int turn;
+
+  __device__ void begin() {
+    turn = 0;
+    if (threadIdx.x < kWarp)
+      for (int set = 0; set < 3; ++set) counts[set][threadIdx.x] = 0;
+    __syncthreads();
+  }
+  // The sum over the warps.
+  __device__ Count total(Count count) {
+    const int lane = threadIdx.x % kWarp;
+    atomicAdd(&counts[turn][lane], count);
+    __syncthreads();
+    count = counts[turn][lane];
+    if (threadIdx.x < kWarp) counts[(turn + 2) % 3][lane] = 0;
+    turn = (turn + 1) % 3;
+    return count;
+  }
+  // Joins a number of every warp, in the order of the warps.
+  template <class T, class F>
+  __device__ T joined(T number, F&& join) {
+    const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    __syncthreads();
+    memcpy(&slots[threadIdx.x / kWarp][lane], &number, sizeof(T));
+    __syncthreads();
+    T result{};
+    for (int w = 0; w < warps; ++w) {
+      memcpy(&number, &slots[w][lane], sizeof(T));
+      result = w == 0 ? number : join(result, number);
+    }
+    return result;
+  }
+  __device__ double sum(double number) {
+    return joined(number, [](double a, double b) { return a + b; });
+  }
+};
+
+// A tile's values as the warps share them out: in shared memory, or, of very many rows, read again and again.
+template <class S, bool kKept>
+struct Values {
+  using C = ComputeOf<S>;
+  using Bits = BitsOf<C>;
+  const Table& rows;
+  Bits* key;  // (n, kCountedColumns)
+  Tile tile;
+
+  __device__ __forceinline__ Bits read(int i) const {
+    const int lane = threadIdx.x % kWarp;
+    return lane < tile.count ? key_of(widened(rows.row<S>(tile.segment, i)[tile.first + lane])) : 0;
+  }
+  __device__ __forceinline__ void begin(int64_t index) {
+    tile = tile_at(rows, index, kCountedColumns);
+    if constexpr (kKept) {
+      const int n = static_cast<int>(rows.n), warps = blockDim.x / kWarp;
+#pragma unroll 4
+      for (int i = threadIdx.x / kWarp; i < n; i += warps) key[i * kCountedColumns + threadIdx.x % kWarp] = read(i);
+    }
+  }
+  // call(key, row) for each of this thread's values, which only it reads.
+  template <class F>
+  __device__ __forceinline__ void each(F&& call) const {
+    const int n = static_cast<int>(rows.n), warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
+#pragma unroll 4
+    for (int i = threadIdx.x / kWarp; i < n; i += warps) call(kKept ? key[i * kCountedColumns + lane] : read(i), i);
+  }
+};
+
+template <class S, bool kWeighted, bool kKept>
+__global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const Selection args) {
+  using C = ComputeOf<S>;
+  using Bits = BitsOf<C>;
+  using Count = std::conditional_t<kWeighted, unsigned long long, unsigned>;
+  RK_DYNAMIC_SHARED(Bits, keys);
+  RK_SHARED(Count, counts, [3][kCountedColumns]);
+  RK_SHARED(uint64_t, slots, [kMaxWarps][kCountedColumns]);
+  RK_SHARED(C, centre, [kCountedColumns]);
+  const int lane = threadIdx.x % kWarp;
+  Tally<Count> tally{counts, slots, 0};
+  tally.begin();
+  Values<S, kKept> values{args.rows, keys, {}};
+  const auto weight = [&](int row) {
+    if constexpr (kWeighted)
+      return static_cast<Count>(args.multiplicities[row]);
+    else
+      return Count{1};
+  };
+
+  for (int64_t t = blockIdx.x; t < args.rows.n_tiles; t += gridDim.x) {
+    values.begin(t);
+    const bool valid = lane < values.tile.count;
+    values.each([&](Bits key, int row) {
+      if (valid && !is_finite(value_of<C>(key))) set_flag(args.flags, row);
+    });
+    const auto count = [&](auto&& counted) {
+      Count cells = 0;
+      values.each([&](Bits key, int row) {
+        if (counted(key)) cells += weight(row);
+      });
+      return tally.total(cells);
+    };
+    // The largest key below which at most `rank` cells lie is that of the rank: found bit by bit.
+    const auto find = [&](auto&& key_for, Count rank) {
+      Bits found = 0;
+#pragma unroll 1
+      for (Bits bit = kTopBit<Bits>; bit != 0; bit >>= 1) {
+        const Bits pivot = found | bit;
+        if (count([&](Bits key) { return key_for(key) < pivot; }) <= rank) found = pivot;
+      }
+      return found;
+    };
+
+    // The ends of the window [lo, hi), whose cells are in a second round the values nearest to the first one's mean.
+    Count lo = static_cast<Count>(args.lo), hi = static_cast<Count>(args.hi), up_to_first;
+    Bits first, last;
+    C unusual = 0;  // a centre that is no finite number is itself the result
+#pragma unroll 1
+    for (bool near = false;; near = true) {
+      const bool few = !near && args.hi - args.lo <= 2;
+      last = first = find([](Bits key) { return key; }, lo);
+      up_to_first = count([&](Bits key) { return key <= first; });
+      if (!few) {
+        last = find([](Bits key) { return key; }, hi - 1);
+      } else if (args.hi - args.lo == 2) {
+        Bits next = ~Bits{0};
+        values.each([&](Bits key, int row) {
+          if (key > first && key < next && weight(row) > 0) next = key;
+        });
+        next = tally.joined(next, [](Bits a, Bits b) { return a < b ? a : b; });
+        if (up_to_first < hi) last = next;
+      }
+      if (near || !args.nearest) break;
+      const C middle = middle_of(value_of<C>(first), value_of<C>(last));
+      const C m = is_finite(middle) ? middle : C{0};
+      unusual = middle - m;
+      // The values taken have consecutive ranks, and the lowest follows from how many lower ones are left out: those
+      // farther than the cut, and of those as far as it the ones that find no room.
+      const Count nearest = static_cast<Count>(args.nearest);
+      const auto away = [&](Bits key) { return distance_key(value_of<C>(key), m); };
+      const Bits cut = find(away, nearest - 1);
+      const Count inside = count([&](Bits key) { return away(key) < cut; });
+      const Count tied = count([&](Bits key) { return value_of<C>(key) < m && away(key) == cut; });
+      const Count missing = nearest - inside;
+      lo = count([&](Bits key) { return value_of<C>(key) < m && away(key) > cut; });
+      if (missing < tied) lo += tied - missing;
+      hi = lo + nearest;
+      if (cut == ~Bits{0}) unusual = 0;  // a NaN is taken
+    }
+    const Count below_last = count([&](Bits key) { return key < last; });
+    const double low = static_cast<double>(value_of<C>(first)), high = static_cast<double>(value_of<C>(last));
+    const double copies_low = static_cast<double>((up_to_first < hi ? up_to_first : hi) - lo);
+    const double copies_high = first == last ? 0 : static_cast<double>(hi - below_last);
+    double sum = 0;
+    values.each([&](Bits key, int row) {
+      if (key > first && key < last)
+        sum += static_cast<double>(weight(row)) * (static_cast<double>(value_of<C>(key)) - low);
+    });
+    sum = tally.sum(sum) + (copies_high > 0 ? copies_high * (high - low) : 0);
+    const bool plainly = !is_finite(sum) || !is_finite(low);
+    double plain = 0;
+    if (__syncthreads_or(plainly)) {  // differences overflow, or meet an infinity
+      values.each([&](Bits key, int row) {
+        if (key > first && key < last)
+          plain += static_cast<double>(value_of<C>(key)) * args.share * static_cast<double>(weight(row));
+      });
+      plain = low * args.share * copies_low + tally.sum(plain);
+      if (copies_high > 0) plain += high * args.share * copies_high;
+    }
+    const double mean = plainly ? plain : low + sum / static_cast<double>(hi - lo);
+    C value = static_cast<C>(mean < low ? low : mean > high ? high : mean);
+    if (up_to_first == below_last && copies_low == copies_high)
+      value = middle_of(value_of<C>(first), value_of<C>(last));
+    if (first == last) value = value_of<C>(first);
+    if (unusual != 0) value = unusual;
+    const S stored = narrowed<S>(value);
+    if (threadIdx.x < kWarp && valid) {
+      if (args.out) static_cast<S*>(args.out[values.tile.segment])[values.tile.first - args.rows.first + lane] = stored;
+      centre[lane] = widened(stored);
+    }
+    if (args.partials) {
+      __syncthreads();
+      add_sq_distances<S>(args.rows, values.tile, centre, args.scale, args.partials + blockIdx.x * args.rows.n);
+      __syncthreads();
+    }
+  }
+}
+
+}  // namespace cuda
+}  // namespace rk
