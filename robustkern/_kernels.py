@@ -320,5 +320,7 @@ class Kernels(Protocol):
 
         Notes
         -----
-        Summed in float64 in row order, rounded once. One read of the rows that have some weight.
+        Summed in float64 in row order, rounded once. One read of the rows that have some weight. Averages of finite
+        float64 rows that rounding makes infinite are brought back to the largest number: on a GPU by the kernel, so
+        that nobody waits for it, elsewhere by who asked for the average (`robustkern.rules._view.emit`).
         """

@@ -501,6 +501,15 @@ def test_cupy_arrays(emulation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- why it is absent ----------------------------------------------------------------------------------------------
 
 
+def test_info_tells_the_devices(emulation: Any) -> None:
+    info = rk.info()
+    assert info["backends"]["cuda"] == "available"
+    assert [gpu["name"] for gpu in info["gpus"]] == ["emulated"]
+    assert {c["dtype"] for c in info["capabilities"] if c["backend"] == "cuda" and c["available"] == "yes"} == {
+        d.name for d in DTYPES
+    }
+
+
 def test_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     reason = rk.info()["backends"]["cuda"]
     if reason != "available":
