@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -342,16 +342,21 @@ def save(results: Sequence[Measured], path: Path, lines: Sequence[Line] = ()) ->
     path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
+def colours_of(rules: Iterable[str]) -> dict[str, Any]:
+    """Return a colour for each rule."""
+    from matplotlib import colormaps
+
+    shades = list(colormaps["tab10"].colors) + list(colormaps["Dark2"].colors)  # type: ignore[attr-defined]
+    return {rule: shades[k % len(shades)] for k, rule in enumerate(dict.fromkeys(rules))}
+
+
 def plot(results: Sequence[Measured], path: Path) -> None:
     """Draw reads against n: ours as lines, peers as dashed lines."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    rules = list(dict.fromkeys(r.rule for r in results))
-    shades = list(colormaps["tab10"].colors) + list(colormaps["Dark2"].colors)  # type: ignore[attr-defined]
-    colours = {rule: shades[k % len(shades)] for k, rule in enumerate(rules)}
+    colours = colours_of(r.rule for r in results)
     for rule, library in dict.fromkeys((r.rule, r.library) for r in results):
         points = sorted((r.n, r.reads) for r in results if (r.rule, r.library) == (rule, library))
         ours = library == "robustkern"

@@ -1,4 +1,4 @@
-"""The command line: ``robustkern aggregate``, ``bench``, ``demo`` and ``info``.
+"""The command line: ``robustkern aggregate``, ``bench``, ``scaling``, ``demo`` and ``info``.
 
 Exit codes: 0 done; 1 the updates cannot be aggregated (corrupt or unlike files, too many rows with NaN, an n that the
 rule does not allow); 2 the command was not understood, or an optional package is missing.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -111,6 +112,44 @@ def bench(
     (numba). --rules, --n, --dtype, --against and --plot are for rules alone.
     """
     _guard(lambda: _bench(rules, n, d, dtype, against or [], suite or ["rules"], rounds, json_file, plot_file))
+
+
+@app.command()
+def scaling(
+    out: Annotated[Path, typer.Option(help="Folder for results.csv, results.json and the pictures.")],
+    devices: Annotated[str, typer.Option(help="cpu, cuda; several with commas.")] = "cpu,cuda",
+    n: Annotated[str, typer.Option("--n", help="Rows; several with commas.")] = "8,16,32,64",
+    d: Annotated[
+        str, typer.Option("--d", help="Columns: 1e4..1e9 are powers of ten, 1e4..1e9:2 two a decade; or with commas.")
+    ] = "1e4..1e9",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32, float64; several with commas.")] = "float32",
+    rules: Annotated[
+        list[str] | None, typer.Option(help="A rule in its text form; may be repeated. Default: seven of them.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="a100, h100, rtx4090: what they could do at best, as a line that nobody measured.")
+    ] = "",
+    seconds: Annotated[float, typer.Option(help="Time for each point; one measurement is always made.")] = 1.0,
+) -> None:
+    """Measure how rules scale over devices, rows, columns and dtypes, into a folder of tables and pictures.
+
+    Every result is checked. Points that do not fit into memory, and whatever
+    fails, are recorded with the reason. A device that is not here is named, and
+    the rest goes on. Exit code 1: none of the devices is here, or a result was
+    wrong; 2: the command is wrong.
+    """
+    from robustkern.scaling import Plan
+
+    try:
+        plan = Plan.of(devices=devices, n=n, d=d, dtype=dtype, rules=rules, model=model, seconds=seconds)
+    except (ValueError, TypeError) as error:
+        _fail(str(error), 2)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.csv").open("a").close()
+    except OSError as error:
+        _fail(f"--out: expected a folder that can be written; got {str(out)!r}: {error} (choose another one)", 2)
+    _guard(lambda: _scaling(plan, out))
 
 
 @app.command()
@@ -276,6 +315,62 @@ def _print_lines(lines: list[Any]) -> None:
         table.add_row(line.name, line.what, figure, line.wanted, Text(line.unit))
     console = Console()
     Console(width=max(console.width, 120)).print(table)
+
+
+def _scaling(plan: Any, out: Path) -> None:
+    from robustkern.devices import open_devices
+    from robustkern.scaling import Point, crossovers, save, study
+
+    there, missing = open_devices(plan.devices)
+    errors = Console(stderr=True, soft_wrap=True)
+    for name, reason in missing.items():
+        errors.print(Text(f"{name} is not here: {reason}", style="yellow"))
+    facts = {device.name: device.facts() for device in there}
+    points: list[Point] = []
+    with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True) as bar:
+        cases = len(plan.dtypes) * len(plan.n) * len(plan.d) * len(plan.rules)
+        task = bar.add_task("scaling", total=cases * (len(there) + len(plan.models)))
+        try:
+            for point in study(plan, there):
+                points.append(point)
+                bar.update(task, advance=1, description=f"{point.device}: {point.rule}, n={point.n}, d={point.d:,}")
+        finally:  # an interrupted study keeps what it has
+            save(plan, points, facts, missing, out)
+    _print_scaling(points)
+    for crossover in crossovers(points):
+        what = (
+            f"{crossover.device}, {crossover.rule}, n={crossover.n}, {crossover.dtype}, transfer: {crossover.transfer}"
+        )
+        print(f"{what}: {crossover.said}")
+    try:
+        from robustkern.pictures import draw
+
+        pictures = draw(points, out, {device.name: facts[device.name]["name"] for device in there if device.transfers})
+    except ModuleNotFoundError as error:
+        errors.print(Text(f"no pictures: {error} (run: pip install 'robustkern[plot]')", style="yellow"))
+        pictures = []
+    print(f"{out}: {', '.join(path.name for path in (out / 'results.csv', out / 'results.json', *pictures))}")
+    if not there:
+        _fail(f"none of the devices is here ({', '.join(plan.devices)}); see above, or robustkern info", 1)
+    wrong = [point for point in points if point.checked == "wrong"]
+    if wrong:
+        _fail(f"{len(wrong)} results are wrong, see results.csv; the first: {wrong[0].reason}", 1)
+
+
+def _print_scaling(points: list[Any]) -> None:
+    """Print the largest d of each rule, device and n, and the reasons why other points have no figures."""
+    table = Table(title="at the largest d that was measured", title_justify="left")
+    for column in ("device", "rule", "dtype", "n", "d", "seconds", "reads", "checked"):
+        table.add_column(column, justify="right" if column in ("n", "d", "seconds", "reads") else "left", no_wrap=True)
+    largest = {
+        (p.device, p.rule, p.dtype, p.n): p for p in points if (p.kind, p.part) == ("measured", "sizes") and p.seconds
+    }
+    for (device, rule, dtype, n), p in largest.items():
+        table.add_row(device, rule, dtype, str(n), f"{p.d:,}", f"{p.seconds:.3g}", f"{p.reads:.2f}", p.checked)
+    console = Console()
+    Console(width=max(console.width, 120)).print(table)
+    for reason, times in Counter(p.reason for p in points if p.reason).items():
+        console.print(Text(f"{times} points: {reason}"), soft_wrap=True)
 
 
 def _info(as_json: bool) -> None:

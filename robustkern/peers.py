@@ -67,6 +67,7 @@ def naive_mean_around_median(x: Array, f: int) -> Array:
 def naive_rules(f: int) -> dict[str, Peer]:
     """Return each rule as one would write it in NumPy."""
     return {
+        "mean": lambda x: x.mean(axis=0),
         "median": lambda x: np.median(x, axis=0),
         "trimmed_mean": lambda x: np.sort(x, axis=0)[f : len(x) - f].mean(axis=0),
         "mean_around_median": lambda x: naive_mean_around_median(x, f),

@@ -201,11 +201,11 @@ THREAD_RULES = ("median", "ctma(median)", "geometric_median")
 def _on(threads: int, call: Call) -> Call:
     """Return a call on so many threads."""
 
-    def run() -> None:
+    def run() -> Any:
         before = requested_threads() or None
         set_num_threads(threads)
         try:
-            call()
+            return call()
         finally:
             set_num_threads(before)
 
