@@ -138,7 +138,7 @@ def scaling(
     the rest goes on. Exit code 1: none of the devices is here, or a result was
     wrong; 2: the command is wrong.
     """
-    from robustkern.scaling import Plan
+    from robustkern.study.scaling import Plan
 
     try:
         plan = Plan.of(devices=devices, n=n, d=d, dtype=dtype, rules=rules, model=model, seconds=seconds)
@@ -318,8 +318,8 @@ def _print_lines(lines: list[Any]) -> None:
 
 
 def _scaling(plan: Any, out: Path) -> None:
-    from robustkern.devices import open_devices
-    from robustkern.scaling import Point, crossovers, save, study
+    from robustkern.study.devices import open_devices
+    from robustkern.study.scaling import Point, crossovers, save, study
 
     there, missing = open_devices(plan.devices)
     errors = Console(stderr=True, soft_wrap=True)
@@ -343,7 +343,7 @@ def _scaling(plan: Any, out: Path) -> None:
         )
         print(f"{what}: {crossover.said}")
     try:
-        from robustkern.pictures import draw
+        from robustkern.study.pictures import draw
 
         pictures = draw(points, out, {device.name: facts[device.name]["name"] for device in there if device.transfers})
     except ModuleNotFoundError as error:

@@ -25,7 +25,7 @@ from robustkern.errors import BackendUnavailable
 from robustkern.peers import load
 from robustkern.rules import available_rules, parse_rule
 
-__all__ = ["SUITES", "extra_memory", "tree_sizes"]
+__all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
 
 #: Values (n times d) where times are compared; `benchmark.VALUES` where memory is.
 COMPARED = 80_000_000
@@ -47,7 +47,7 @@ def _ratio(call: Call, other: Call, rounds: int) -> float:
     return float(np.median(times[:, 1] / times[:, 0]))
 
 
-def _check(what: str, got: Any, want: Any, atol: float, rtol: float = 0.0) -> None:
+def check_close(what: str, got: Any, want: Any, atol: float, rtol: float = 0.0) -> None:
     """Compare the result of what was timed with another one.
 
     Raises
@@ -75,7 +75,7 @@ def dtypes(n: int, dtype: str, rounds: int, d: int | None) -> Iterator[Line]:
         call()
         single()
         # Rows of 16 bits are rounded before the rule and after it, by up to 2^-8 of a value.
-        _check(what, got[: base.shape[1]], want, atol=2e-2 if half else 2e-4, rtol=2**-7 if half else 0)
+        check_close(what, got[: base.shape[1]], want, atol=2e-2 if half else 2e-4, rtol=2**-7 if half else 0)
         unit = f"x float32's time for as many {'bytes' if half else 'values'}"
         yield Line("dtypes", what, _ratio(call, single, rounds), unit, 1.0 if half else 2.3)
 
@@ -102,7 +102,7 @@ def calls(rule: str, d: int, rounds: int, most: int | None) -> Iterator[Line]:
     run["robustkern"] = lambda: aggregate(rows, plan, f=2)
     want = run["robustkern"]()
     for library, call in run.items():
-        _check(f"{what}, {library}", call(), want, atol=1e-5)
+        check_close(f"{what}, {library}", call(), want, atol=1e-5)
     best, end = np.full(len(run), np.inf), time.perf_counter() + 0.1 * rounds
     for k in range(40 * rounds):
         best = np.minimum(best, _times(*run.values(), rounds=1)[0])
@@ -144,7 +144,7 @@ def trees(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
     call()
     tree()
     what = f"{rule}, n=10, {len(cuts)} leaves"
-    _check(what, np.concatenate(list(out.values())), want, atol=1e-5)
+    check_close(what, np.concatenate(list(out.values())), want, atol=1e-5)
     yield Line("trees", what, _ratio(tree, call, rounds), "x one array's time", 1.15)
 
 
@@ -174,9 +174,9 @@ def extra_memory(rule: str, n: int, d: int) -> float:
     narrow, want = job(rule, base, n // 4)
     narrow()
     if rule == "gram":
-        _check("gram", out / 16, want, atol=0.0, rtol=1e-4)
+        check_close("gram", out / 16, want, atol=0.0, rtol=1e-4)
     else:
-        _check(rule, out[: base.shape[1]], want, atol=1e-4)
+        check_close(rule, out[: base.shape[1]], want, atol=1e-4)
     return 100 * extra / rows.nbytes
 
 
@@ -198,7 +198,7 @@ def memory(rule: str, n: int, rounds: int, d: int | None) -> Iterator[Line]:
 THREAD_RULES = ("median", "ctma(median)", "geometric_median")
 
 
-def _on(threads: int, call: Call) -> Call:
+def on_threads(threads: int, call: Call) -> Call:
     """Return a call on so many threads."""
 
     def run() -> Any:
@@ -219,9 +219,9 @@ def _speed_up(rows: Array, rounds: int) -> Iterator[Line]:
         timed[rule], out = job(rule, rows, len(rows) // 4)
         timed[rule]()
         want = out.copy()
-        _on(1, timed[rule])()
-        _check(f"{rule} on one thread", out, want, atol=0)
-    pairs = [each for call in timed.values() for each in (_on(1, call), call)]
+        on_threads(1, timed[rule])()
+        check_close(f"{rule} on one thread", out, want, atol=0)
+    pairs = [each for call in timed.values() for each in (on_threads(1, call), call)]
     times = _times(*pairs, rounds=rounds)
     ratios = np.median(times[:, ::2] / times[:, 1::2], axis=0).tolist()
     for name, ratio in zip(timed, ratios, strict=True):
@@ -247,7 +247,7 @@ def _at_once(rows: Array, rounds: int) -> Iterator[Line]:
             want = [out.copy() for _, out in jobs]
             together()
             for (_, out), expected in zip(jobs, want, strict=True):
-                _check(f"two calls of {rule} at once", out, expected, atol=0)
+                check_close(f"two calls of {rule} at once", out, expected, atol=0)
             ratio = _ratio(together, in_turn, rounds)
             yield Line("threads", f"{rule}, two calls at once", ratio, "x their time one after the other", 1.15)
 
@@ -268,7 +268,7 @@ def _after_pools(rows: Array, rounds: int) -> Iterator[Line]:
         call()
         want = out.copy()
         times = _times(lambda: time.sleep(0.05), call, pool, call, rounds=rounds)
-        _check(f"{rule} after {library}'s threads", out, want, atol=0)
+        check_close(f"{rule} after {library}'s threads", out, want, atol=0)
         ratio = float(np.median(times[:, 3] / times[:, 1]))
         yield Line("threads", f"{rule}, after {library}'s threads", ratio, "x its time after a pause", 1.15)
 
@@ -277,12 +277,12 @@ def _oversubscribed(rows: Array, rounds: int) -> Iterator[Line]:
     """Twice as many threads as cores."""
     for rule in THREAD_RULES:
         call, out = job(rule, rows, len(rows) // 4)
-        many = _on(2 * machine()["cores"], call)
+        many = on_threads(2 * machine()["cores"], call)
         call()
         want = out.copy()
         ratio = _ratio(many, call, rounds)
         many()
-        _check(f"{rule} on twice the threads", out, want, atol=0)
+        check_close(f"{rule} on twice the threads", out, want, atol=0)
         yield Line("threads", f"{rule}, two threads a core", ratio, "x its normal time", 1.15)
 
 
@@ -314,7 +314,7 @@ def numba(n: int, rounds: int, d: int | None) -> Iterator[Line]:
         (call, got), (compiled, want) = (job(rule, rows, n // 4, backend) for backend in ("numba", "cpp"))
         call()
         compiled()
-        _check(f"{rule}, n={n}, numba", got, want, atol=1e-5)
+        check_close(f"{rule}, n={n}, numba", got, want, atol=1e-5)
         yield Line("numba", f"{rule}, n={n}", _ratio(call, compiled, rounds), "x the compiled time", 4.0)
 
 

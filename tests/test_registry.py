@@ -349,10 +349,7 @@ LAYERS = {
     "kernels": {"_kernels", "_arrays", "_registry"},
     "api": {"_kernels", "_arrays", "_registry", "errors", "rules"},
     "files": {"_kernels", "_arrays", "_registry", "errors", "rules", "api"},
-    "roofline": set(),
-    "devices": {"benchmark"},
-    "scaling": {"_kernels", "benchmark", "devices", "peers", "roofline", "suites"},
-    "pictures": {"benchmark", "roofline", "scaling"},
+    "study": {"_kernels", "benchmark", "peers", "suites", "study"},
 }
 
 

@@ -19,11 +19,11 @@ from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
 import robustkern as rk
-from robustkern import devices, roofline, scaling
 from robustkern._threads import requested_threads
 from robustkern.cli import app
-from robustkern.devices import CupyCuda, Device, TorchCuda
-from robustkern.scaling import Plan, Point
+from robustkern.study import devices, roofline, scaling
+from robustkern.study.devices import CupyCuda, Device, TorchCuda
+from robustkern.study.scaling import Plan, Point
 
 pytestmark = pytest.mark.skipif(
     not any(name.startswith("cpp-") for name in IMPLEMENTATIONS), reason="the read pass is part of the compiled backend"

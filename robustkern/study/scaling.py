@@ -22,10 +22,10 @@ import numpy as np
 import robustkern
 from robustkern._kernels import DTYPES
 from robustkern.benchmark import Array, machine, make_rows
-from robustkern.devices import DEVICES, Device, host_bytes
 from robustkern.peers import naive_rules
-from robustkern.roofline import LABEL, MODELS, model_seconds
-from robustkern.suites import _check, _on
+from robustkern.study.devices import DEVICES, Device, host_bytes
+from robustkern.study.roofline import LABEL, MODELS, model_seconds
+from robustkern.suites import check_close, on_threads
 
 __all__ = ["RULES", "Crossover", "Plan", "Point", "crossovers", "repeated_rows", "save", "study"]
 
@@ -250,8 +250,8 @@ def _checked(point: Point, parts: list[Array]) -> str:
         return "not checked"
     half = _itemsize(point.dtype) == 2
     for part in parts[:-1]:
-        _check(point.rule, part, want, atol=2e-2 if half else 2e-4, rtol=2**-7 if half else 0)
-    _check(point.rule, parts[-1], 0, atol=0)
+        check_close(point.rule, part, want, atol=2e-2 if half else 2e-4, rtol=2**-7 if half else 0)
+    check_close(point.rule, parts[-1], 0, atol=0)
     return by
 
 
@@ -349,7 +349,7 @@ def _speed_up(device: Device, largest: Point, plan: Plan) -> Iterator[Point]:
     rows = repeated_rows(n, d, dtype)
     for rule, threads in itertools.product(plan.rules, _threads()):
         point = Point("measured", "threads", device.name, rule, dtype, n, d, f, threads)
-        yield _on(threads, functools.partial(_measure, point, device, rows, plan.seconds))()
+        yield on_threads(threads, functools.partial(_measure, point, device, rows, plan.seconds))()
 
 
 def study(plan: Plan, devices: Sequence[Device]) -> Iterator[Point]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from robustkern.benchmark import colours_of, machine
-from robustkern.roofline import LABEL, MODELS
-from robustkern.scaling import Point, ratios
+from robustkern.study.roofline import LABEL, MODELS
+from robustkern.study.scaling import Point, ratios
 
 __all__ = ["draw"]
 

@@ -1,0 +1,1 @@
+"""What ``robustkern scaling`` measures, models and draws."""
