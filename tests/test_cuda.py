@@ -196,14 +196,11 @@ def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 @pytest.mark.parametrize("n", [1, 3, 9, 66])
-@pytest.mark.parametrize("blocks", [1, 2**31 - 1])
-def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: int, blocks: int) -> None:
-    """What the sanitizers look at: rows at any alignment, exact ends of memory, NaN, pieces of some segments, blocks
-    that walk over several tiles."""
-    emulation.set_most_blocks(blocks)
+def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: int) -> None:
+    """What the sanitizers look at: rows at any alignment, exact ends of memory, NaN, pieces of some segments."""
     kernels, reference = EmulatedCuda(emulation, emulation.devices()), _registry.load_backend("reference")
     for kind in ("normal", "nan_and_inf"):
-        for d in (1, 37, 1100) if blocks == 1 else (1, 37):
+        for d in (1, 37):
             x = make_rows(kind, n, d, dtype, seed=n)
             shifted = np.zeros(n * d + 1, dtype=dtype)[1:].reshape(n, d)
             shifted[:] = x
@@ -216,6 +213,22 @@ def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: i
     assert kernels.row_sq_distances(segments, segments.take([0])).tolist() == [0.0] * n
     assert kernels.gram(segments, origin=True)[n, n] == 20
     assert kernels.gram(segments, origin=True, multiplicities=np.ones(n, dtype=np.int64))[n, n] == 20
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(np.float64)], ids=lambda d: d.name)
+@pytest.mark.parametrize(("n", "d"), [(5, 1100), (66, 100)])
+def test_every_kernel_on_several_tiles(emulation: Any, dtype: np.dtype[Any], n: int, d: int) -> None:
+    """Also for the sanitizers: one block walks over all the tiles, and only the order of sums over columns may differ."""
+    kernels = EmulatedCuda(emulation, emulation.devices())
+    x = make_rows("normal", n, d, dtype)
+    want = list(_everything(kernels, x))
+    emulation.set_most_blocks(1)
+    got = list(_everything(kernels, x))
+    for one, other in zip(got, want, strict=True):
+        if len(one) % 8 or one == other:
+            assert one == other
+        else:
+            np.testing.assert_allclose(np.frombuffer(one), np.frombuffer(other), rtol=1e-6)
 
 
 @pytest.mark.skipif(emulated.VARIANT != "plain", reason="runs under a sanitizer already")
@@ -243,7 +256,7 @@ def test_sanitizers_find_nothing(variant: str) -> None:
         command = ["setarch", "-R", *command]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "32 passed" in done.stdout
+    assert "20 passed" in done.stdout
 
 
 # ---- every kind of input -----------------------------------------------------------------------------------------
