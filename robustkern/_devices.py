@@ -159,11 +159,15 @@ class Torch:
         dtype = self._dtypes.get(x.dtype)
         if dtype is None:
             raise TypeError(f"{what} has dtype {x.dtype}; expected float16, bfloat16, float32, float64 or an integer")
-        x = x.detach()
-        if x.is_neg():
-            x = x.resolve_neg()
+        try:
+            x = x.detach()
+            if x.is_neg():
+                x = x.resolve_neg()
+            address = x.data_ptr()
+        except RuntimeError as error:  # what a transformation sees of a tensor
+            raise TypeError(f"{what} is a torch tensor without memory of its own: {error}") from None
         strides = [step * dtype.itemsize for step in x.stride()]
-        return _described(self, x, x.get_device(), x.data_ptr(), tuple(x.shape), strides, dtype)
+        return _described(self, x, x.get_device(), address, tuple(x.shape), strides, dtype)
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any], device: int, like: Any) -> Any:
         """See `Library`."""

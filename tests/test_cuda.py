@@ -483,6 +483,13 @@ def test_torch_tensors_on_a_device(emulation: Any, monkeypatch: pytest.MonkeyPat
     with pytest.raises(TypeError, match=r"updates has dtype torch.complex64; expected float16"):
         rk.median(torch.zeros((3, 4), dtype=torch.complex64).as_subclass(Tensor))
 
+    def data_ptr(self: Any) -> int:
+        raise RuntimeError("no storage")
+
+    monkeypatch.setattr(Tensor, "data_ptr", data_ptr)
+    with pytest.raises(TypeError, match=r"updates is a torch tensor without memory of its own: no storage"):
+        rk.median(host.as_subclass(Tensor))
+
 
 def test_torch_tensors_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
