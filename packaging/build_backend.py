@@ -11,33 +11,50 @@ from typing import Any
 from scikit_build_core import build as _base
 from scikit_build_core.build import *  # noqa: F403
 
-#: What nvcc and CMake need of CUDA, about 0.3 GB; 13.0 works with every driver that 13.x does.
+#: nvcc and what it and CMake need, about 0.3 GB; 13.0 works with every driver that 13.x does.
 COMPILER = ["cuda-toolkit[nvcc,crt,nvvm,cudart,cccl]==13.0.*"]
+DEFAULT_ROOT = "/usr/local/cuda"
 
 
-def _has_driver() -> bool:
+def _driver() -> int:
+    """Return the newest CUDA that the driver runs, 13000 for 13.0, or 0 where there is no driver."""
+    version = ctypes.c_int()
     try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
-def _has_compiler() -> bool:
-    roots = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT")] + ["/usr/local/cuda"]
-    candidates = [Path(root, "bin", "nvcc") for root in roots if root]
-    return "CUDACXX" in os.environ or shutil.which("nvcc") is not None or any(path.exists() for path in candidates)
+def _compiler() -> str | None:
+    """Return nvcc, also where CMake does not look for it."""
+    roots = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT")] + [DEFAULT_ROOT]
+    inside = [str(path) for root in roots if root and (path := Path(root, "bin", "nvcc")).is_file()]
+    return os.environ.get("CUDACXX") or shutil.which("nvcc") or (inside[0] if inside else None)
+
+
+def _wanted(config_settings: dict[str, Any] | None) -> str:
+    settings = config_settings or {}
+    names = ("cmake.define.RK_CUDA", "skbuild.cmake.define.RK_CUDA")
+    wanted = next((settings[name] for name in names if name in settings), os.environ.get("RK_CUDA") or "AUTO")
+    if wanted not in ("AUTO", "ON", "OFF"):  # here, because a build that fails falls back to pure Python
+        raise ValueError(f"RK_CUDA must be AUTO, ON or OFF; got {wanted!r}")
+    return str(wanted)
 
 
 def _wants_compiler(config_settings: dict[str, Any] | None) -> bool:
-    wanted = (config_settings or {}).get("cmake.define.RK_CUDA") or os.environ.get("RK_CUDA") or "AUTO"
-    return wanted == "AUTO" and _has_driver() and not _has_compiler()
+    """Tell whether pip shall bring nvcc. Not where the driver is too old for what it would build."""
+    return _wanted(config_settings) == "AUTO" and _driver() >= 13000 and _compiler() is None
 
 
 def _prepare(config_settings: dict[str, Any] | None) -> None:
-    if os.environ.get("RK_CUDA") == "ON":  # no quiet fallback to a package without compiled parts
-        os.environ.setdefault("RK_REQUIRE_EXTENSION", "1")
-    if _wants_compiler(config_settings):
+    wanted = os.environ["RK_CUDA"] = _wanted(config_settings)  # which pyproject.toml hands to CMake
+    if wanted == "ON":  # no quiet fallback to a package without compiled parts
+        os.environ["RK_REQUIRE_EXTENSION"] = "1"
+    compiler = _compiler()
+    if wanted != "OFF" and compiler is not None:
+        os.environ["CUDACXX"] = compiler
+    elif _wants_compiler(config_settings):
         _use_compiler()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -538,17 +539,28 @@ def test_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
             rk.use_backend("cuda").__enter__()
 
 
-def test_no_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("driver", "remedy"),
+    [
+        (0, "built with CUDA 13.0, and there is no NVIDIA driver. Install one for CUDA 13 or newer"),
+        (
+            12040,
+            "built with CUDA 13.0, driver for CUDA 12.4. Update the driver, or reinstall robustkern with an older CUDA",
+        ),
+        (13010, "built with CUDA 13.0, driver for CUDA 13.1. See that nvidia-smi lists a GPU"),
+    ],
+)
+def test_no_driver_is_a_reason(monkeypatch: pytest.MonkeyPatch, driver: int, remedy: str) -> None:
     class NoDriver:
         @staticmethod
         def devices() -> None:
             raise RuntimeError("CUDA driver version is insufficient (cudaErrorInsufficientDriver)")
 
         runtime_version = staticmethod(lambda: 13000)
-        driver_version = staticmethod(lambda: 0)
+        driver_version = staticmethod(lambda: driver)
 
     monkeypatch.setitem(__import__("sys").modules, "robustkern._cuda", NoDriver)
     monkeypatch.setattr(rk, "_cuda", NoDriver, raising=False)
-    with pytest.raises(ImportError, match=r"no GPU can be used: CUDA driver version is insufficient .* \(built for "
-                       r"CUDA 13.0, driver for none: there is no driver\)"):  # fmt: skip
+    said = f"no GPU can be used: CUDA driver version is insufficient (cudaErrorInsufficientDriver); {remedy}"
+    with pytest.raises(ImportError, match=re.escape(said)):
         cuda_backend.load()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,7 @@ import zipfile
 from typing import Any
 
 import pytest
+from support import REQUIRED
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -81,6 +84,11 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: pathlib.Path) -> None:
         "csrc/cpu/select.cpp",
         "csrc/cuda/select.cu",
         "csrc/cuda/cuda.cmake",
+        "csrc/cuda/check/CMakeLists.txt",
+        "csrc/cuda/check/check.cu",
+        "csrc/bindings/module_cuda.cpp",
+        "csrc/emulation/emulation.h",  # for the tests, which are here too
+        "tests/test_install.py",
         "packaging/build_backend.py",
         "robustkern/api.py",
         "CMakeLists.txt",
@@ -95,11 +103,12 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_wheel_from_the_sdist(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """Without a CUDA compiler, which is no reason to fail, but one to be told."""
-    wheel = build(tmp_path, sdist, RK_REQUIRE_EXTENSION="1", RK_CUDA="AUTO", CUDACXX="/bin/false")
+    wheel = build(tmp_path, sdist, RK_REQUIRE_EXTENSION="1", RK_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
     site = tmp_path / "site"
     backend, warnings, text = check(wheel, site)
     assert (backend, warnings) == ("cpp", "0")
-    assert text.startswith("not built: there was no CUDA compiler that works (install CUDA 12.8 or newer")
+    assert text.startswith("not built: CUDA did not work: Could not find the compiler specified in the environment variable "
+                           "CUDACXX: /nowhere/nvcc. Install CUDA 12.8 or newer with nvcc on PATH")  # fmt: skip
     assert not list(site.glob("robustkern/_cuda*.so"))
     assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 10e6
     assert not list(site.rglob("*.cpp"))
@@ -113,66 +122,209 @@ def test_install_without_a_compiler(sdist: pathlib.Path, tmp_path: pathlib.Path)
     backend, warnings, text = check(wheel, tmp_path / "with_numba")
     assert (backend, warnings) == ("numba", "1")
     assert "install a C++17 compiler" in text
-    assert "not built: robustkern was installed without its compiled part" in text
+    assert (
+        "not built: robustkern was installed without its compiled part. Install a C++17 compiler with OpenMP and"
+        in text
+    )
     backend, warnings, text = check(wheel, tmp_path / "without_numba", "numba")
     assert (backend, warnings) == ("reference", "1")
     assert "pip install 'robustkern[numba]'" in text
 
 
-def test_cuda_that_is_insisted_on_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("by", ["environment", "setting"])
+def test_cuda_that_is_insisted_on_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path, by: str) -> None:
+    """And does not fall back to pure Python."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist)]
-    environment = {**os.environ, "RK_CUDA": "ON", "CUDACXX": "/bin/false"}
+    environment = {**os.environ, "CUDACXX": "/nowhere/nvcc"}
+    if by == "environment":
+        environment["RK_CUDA"] = "ON"
+    else:
+        command += ["-C", "cmake.define.RK_CUDA=ON"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     said = " ".join((done.stdout + done.stderr).split())
-    assert "RK_CUDA=ON, but: there was no CUDA compiler that works. Install CUDA 12.8 or newer" in said
+    assert (
+        "RK_CUDA=ON, but CUDA did not work: Could not find the compiler specified in the environment variable" in said
+    )
+    assert "Install CUDA 12.8 or newer" in said
+    assert "RK_CUDA=OFF builds without" in said
     assert not list(tmp_path.glob("*.whl"))
 
 
+# ---- CMake: what it says where it does not build the CUDA backend, without building the rest -----------------------
+
+PATH_WITHOUT_NVCC = os.pathsep.join(
+    folder for folder in os.environ["PATH"].split(os.pathsep) if not pathlib.Path(folder, "nvcc").exists()
+)
+NVCC = shutil.which("nvcc")
+OLD_NVCC = f"""#!/bin/sh
+sed -i 's/DEC(__CUDACC_VER_MAJOR__)/DEC(11)/' CMakeCUDACompilerId.cu 2>/dev/null
+exec {NVCC} "$@"
+"""
+NEW_HOST = """#!/bin/sh
+exec c++ -U__GNUC__ -D__GNUC__=99 "$@"
+"""
+
+
+def configure(folder: pathlib.Path, *definitions: str, **environment: str) -> tuple[bool, str]:
+    """Return whether CMake succeeded, and what it said in one line."""
+    tools = pathlib.Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=f"{tools}{os.pathsep}{os.environ['PATH']}")
+    nanobind = pytest.importorskip("nanobind", reason="nanobind is not installed: make test installs it")
+    if cmake is None:
+        pytest.skip("CMake is not installed: make test installs it")
+    unset = ("CUDACXX", "CUDAHOSTCXX", "CUDA_PATH")
+    done = subprocess.run(
+        [cmake, "-S", str(ROOT), "-B", str(folder), "-DSKBUILD_PROJECT_VERSION=0", f"-DPython_EXECUTABLE={sys.executable}",
+         f"-Dnanobind_DIR={nanobind.cmake_dir()}", "-DCMAKE_CUDA_ARCHITECTURES=90", *definitions],
+        env={**{name: value for name, value in os.environ.items() if name not in unset}, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    return done.returncode == 0, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "host", "definition", "reason"),
+    [
+        (None, None, "", "there was no CUDA compiler"),
+        ("#!/bin/sh\nexit 1\n", None, "", "CUDA did not work: "),
+        (OLD_NVCC, None, "", r"CUDA did not work: CUDA 11[0-9.]+ is older than 12.8 \(/.*nvcc\)"),
+        ("", NEW_HOST, "", r"CUDA did not work: error -- unsupported GNU version! .* not supported!"),
+        (
+            "",
+            None,
+            "-DCMAKE_CUDA_ARCHITECTURES=75;52000",
+            "CUDA did not work: Unsupported gpu architecture 'compute_52000'",
+        ),
+    ],
+    ids=["none", "broken", "too old", "unsupported host compiler", "unknown architecture"],
+)
+def test_cuda_that_does_not_work_is_a_reason_or_an_error(
+    tmp_path: pathlib.Path, nvcc: str | None, host: str | None, definition: str, reason: str
+) -> None:
+    environment = {"PATH": PATH_WITHOUT_NVCC} if nvcc is None else {}
+    for name, variable, script in (("nvcc", "CUDACXX", nvcc), ("host", "CUDAHOSTCXX", host)):
+        if script:
+            (tmp_path / name).write_text(script)
+            (tmp_path / name).chmod(0o755)
+            environment[variable] = str(tmp_path / name)
+    if NVCC is None and nvcc in ("", OLD_NVCC):
+        pytest.skip("no CUDA compiler on PATH")
+    if nvcc is None and shutil.which("c++", path=PATH_WITHOUT_NVCC) is None:
+        pytest.skip("the C++ compiler is in the CUDA compiler's folder")
+    remedy = (
+        r"\. Install CUDA 12.8 or newer with nvcc on PATH \(or CUDACXX set to it\) and a host compiler that it supports"
+    )
+    done, said = configure(tmp_path / "auto", "-DRK_CUDA=AUTO", definition, **environment)
+    assert done, said
+    assert re.search(f"CUDA backend: not built: {reason}.*{remedy}", said), said
+    done, said = configure(tmp_path / "on", "-DRK_CUDA=ON", definition, **environment)
+    assert not done
+    assert re.search(f"RK_CUDA=ON, but {reason}.*{remedy}.*RK_CUDA=OFF builds without", said), said
+
+
+def test_cuda_that_is_switched_off(tmp_path: pathlib.Path) -> None:
+    done, said = configure(tmp_path / "off", "-DRK_CUDA=OFF")
+    assert done
+    assert "CUDA backend: not built: switched off by RK_CUDA=OFF. Reinstall robustkern without it" in said
+    done, said = configure(tmp_path / "maybe", "-DRK_CUDA=MAYBE")
+    assert not done
+    assert "RK_CUDA must be AUTO, ON or OFF; got 'MAYBE'" in said
+
+
+def test_the_cuda_module_imports_without_a_driver() -> None:
+    if importlib.util.find_spec("robustkern._cuda") is None:
+        from robustkern._cpu import cuda as reason
+
+        if "cuda-static" in REQUIRED:
+            pytest.fail(f"ROBUSTKERN_REQUIRE=cuda-static, but {reason}")
+        pytest.skip(f"robustkern._cuda is {reason}")
+    source = """
+from robustkern import _cuda
+try:
+    _cuda.devices()
+except RuntimeError as error:
+    print(error)
+import robustkern as rk
+print(rk.info()["backends"]["cuda"], rk.info()["gpus"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # as if there were no GPU where there is one
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    error, said = done.stdout.splitlines()
+    assert re.fullmatch(r"CUDA driver version is insufficient .*|no CUDA-capable device .*", error)
+    assert re.fullmatch(r"no GPU can be used: CUDA driver .* Install one for CUDA \d+ or newer .*\[\]|"
+                        r"no GPU can be used: no CUDA-capable .* that nvidia-smi lists a GPU.*\[\]", said)  # fmt: skip
+
+
+# ---- the build backend ---------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Give the build backend, on a machine that has nothing of CUDA."""
+def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
+    """Give the build backend, on a machine that has nothing of CUDA and an environment that is put back."""
     spec = importlib.util.spec_from_file_location("build_backend", ROOT / "packaging" / "build_backend.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT", "RK_CUDA", "RK_REQUIRE_EXTENSION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(module, "_has_driver", lambda: False)
-    monkeypatch.setattr(module, "_has_compiler", lambda: False)
+    unset = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT", "RK_CUDA", "RK_REQUIRE_EXTENSION")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    monkeypatch.setattr(os, "environ", {**kept, "PATH": str(tmp_path / "empty")})
+    monkeypatch.setattr(module, "DEFAULT_ROOT", str(tmp_path / "cuda"))
+    monkeypatch.setattr(module, "_driver", lambda: 0)
     return module
 
 
 @pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "get_requires_for_build_editable"])
 @pytest.mark.parametrize(
-    ("driver", "compiler", "environment", "settings", "asked"),
+    ("driver", "environment", "settings", "asked"),
     [
-        (True, False, None, None, True),
-        (True, False, "AUTO", {"cmake.define.RK_WERROR": "ON"}, True),
-        (True, True, None, None, False),
-        (False, False, None, None, False),
-        (True, False, "OFF", None, False),
-        (True, False, "ON", None, False),  # then a missing compiler is an error
-        (True, False, None, {"cmake.define.RK_CUDA": "OFF"}, False),
+        (13000, {}, None, True),
+        (13010, {"RK_CUDA": "AUTO"}, {"cmake.define.RK_WERROR": "ON"}, True),
+        (13000, {"RK_CUDA": ""}, None, True),
+        (13000, {"RK_CUDA": "OFF"}, {"cmake.define.RK_CUDA": "AUTO"}, True),
+        (13000, {"CUDACXX": "nvcc"}, None, False),
+        (0, {}, None, False),
+        (12080, {}, None, False),  # too old for what would be built
+        (13000, {"RK_CUDA": "OFF"}, None, False),
+        (13000, {"RK_CUDA": "ON"}, None, False),  # then a missing compiler is an error
+        (13000, {}, {"cmake.define.RK_CUDA": "OFF"}, False),
     ],
 )
 def test_a_compiler_comes_from_pip_where_only_it_is_missing(
     backend: Any,
     monkeypatch: pytest.MonkeyPatch,
     hook: str,
-    driver: bool,
-    compiler: bool,
-    environment: str | None,
+    driver: int,
+    environment: dict[str, str],
     settings: dict[str, str] | None,
     asked: bool,
 ) -> None:
-    monkeypatch.setattr(backend, "_has_driver", lambda: driver)
-    monkeypatch.setattr(backend, "_has_compiler", lambda: compiler)
-    if environment:
-        monkeypatch.setenv("RK_CUDA", environment)
+    monkeypatch.setattr(backend, "_driver", lambda: driver)
+    os.environ.update(environment)
     requires = getattr(backend, hook)(settings)
     assert any(name.startswith("cuda-toolkit[nvcc") for name in requires) == asked
+
+
+@pytest.mark.parametrize("where", ["PATH", "CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT", "DEFAULT_ROOT"])
+def test_a_compiler_is_found(backend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, where: str) -> None:
+    """Also where CMake does not look: that is told by CUDACXX."""
+    monkeypatch.setattr(backend, "_driver", lambda: 13000)
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc" if where == "DEFAULT_ROOT" else tmp_path / "else" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch(mode=0o755)
+    if where != "DEFAULT_ROOT":
+        os.environ[where] = str(nvcc.parent if where == "PATH" else nvcc.parent.parent)
+    assert not backend._wants_compiler(None)
+    backend._prepare(None)
+    assert os.environ["CUDACXX"] == str(nvcc)
 
 
 def test_cmake_is_pointed_at_what_pip_brought(
@@ -185,22 +337,32 @@ def test_cmake_is_pointed_at_what_pip_brought(
     module = types.ModuleType("nvidia")
     module.__path__ = [str(tmp_path / "nvidia")]
     monkeypatch.setitem(sys.modules, "nvidia", module)
-    monkeypatch.setattr(backend, "_has_driver", lambda: True)
-    monkeypatch.setenv("CUDACXX", "")  # so that what is set is taken back
-    monkeypatch.setenv("CUDAToolkit_ROOT", "")
+    monkeypatch.setattr(backend, "_driver", lambda: 13000)
     for _ in range(2):
+        os.environ.pop("CUDACXX", None)
         backend._prepare(None)
     assert os.environ["CUDACXX"] == str(root / "bin" / "nvcc")
     assert os.environ["CUDAToolkit_ROOT"] == str(root)
     assert (root / "lib64" / "libcudart.so").resolve() == root / "lib" / "libcudart.so.13"
 
 
-def test_insisting_on_cuda_insists_on_the_extension(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RK_CUDA", "ON")
-    monkeypatch.setenv("RK_REQUIRE_EXTENSION", "")
-    monkeypatch.delenv("RK_REQUIRE_EXTENSION")
-    backend._prepare(None)
-    assert os.environ.pop("RK_REQUIRE_EXTENSION") == "1"
+@pytest.mark.parametrize("name", ["RK_CUDA", "cmake.define.RK_CUDA", "skbuild.cmake.define.RK_CUDA"])
+def test_insisting_on_cuda_insists_on_the_extension(backend: Any, name: str) -> None:
+    settings = None
+    if name == "RK_CUDA":
+        os.environ[name] = "ON"
+    else:
+        settings = {name: "ON"}
+    backend._prepare(settings)
+    assert os.environ["RK_REQUIRE_EXTENSION"] == "1"
+    assert os.environ["RK_CUDA"] == "ON"
+
+
+def test_another_value_is_refused(backend: Any) -> None:
+    """Not left to CMake, whose failure would leave the pure Python package."""
+    os.environ["RK_CUDA"] = "yes"
+    with pytest.raises(ValueError, match="RK_CUDA must be AUTO, ON or OFF; got 'yes'"):
+        backend.get_requires_for_build_wheel(None)
 
 
 def test_a_required_extension_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:

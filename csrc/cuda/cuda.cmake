@@ -8,8 +8,8 @@ elseif(NOT RK_CUDA MATCHES "^(AUTO|ON)$")
   message(FATAL_ERROR "RK_CUDA must be AUTO, ON or OFF; got '${RK_CUDA}'")
 endif()
 
-# Sets `reason`, empty where check/ can be built. In a project of its own: to enable a language whose compiler is missing, too
-# old or at odds with the host's ends the whole build, and no CUDA is no reason to lose the C++ backend.
+# Sets `reason`, empty where check/ can be built. In a project of its own: to enable a language whose compiler is missing,
+# too old or at odds with the host's ends the build, and to have no CUDA is no reason to lose the C++ backend.
 function(rk_try_cuda)
   set(folder "${CMAKE_BINARY_DIR}/cuda-check")
   file(REMOVE_RECURSE "${folder}")
@@ -41,7 +41,8 @@ function(rk_try_cuda)
     else()
       set(reason "CUDA did not work: ${said}")
     endif()
-    string(REGEX REPLACE " (Call Stack|CMake will not|The nvcc flag|ninja: build|make [0-9]+ :).*" "" reason "${reason}")
+    string(REGEX REPLACE " (Call Stack|-- Config|CMake will not|The nvcc flag|ninja: build|make [0-9]+ :).*" "" reason
+                         "${reason}")
     string(SUBSTRING "${reason}" 0 200 reason)
     string(REGEX REPLACE "[ .]+$" "" reason "${reason}")
   endif()
@@ -56,15 +57,14 @@ if(NOT RK_CUDA_TRIED STREQUAL "works: ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_AR
   message(STATUS "Trying CUDA")
   rk_try_cuda()
   if(reason)
-    string(CONCAT remedy "Install CUDA 12.8 or newer with nvcc on PATH (or CUDACXX set to it) and a host compiler that it "
-                         "supports (or CUDAHOSTCXX set to one), then reinstall robustkern")
+    string(CONCAT remedy "Install CUDA 12.8 or newer with nvcc on PATH (or CUDACXX set to it) and a host compiler that "
+                         "it supports (or CUDAHOSTCXX set to one), then reinstall robustkern")
     set(RK_CUDA_STATE "not built: ${reason}. ${remedy}")
     if(RK_CUDA STREQUAL "ON")
       file(READ "${CMAKE_BINARY_DIR}/cuda-check/said.txt" said)
       message("${said}")
       message(FATAL_ERROR "RK_CUDA=ON, but ${reason}. ${remedy}. RK_CUDA=OFF builds without.")
     endif()
-    message(STATUS "The CUDA backend is ${RK_CUDA_STATE}")
     return()
   endif()
 endif()

@@ -30,18 +30,28 @@ def load() -> Cuda:
         try:
             from robustkern._cpu import cuda as built
         except ImportError:
-            built = "not built: robustkern was installed without its compiled part"
+            built = (
+                "not built: robustkern was installed without its compiled part. Install a C++17 compiler with OpenMP "
+                "and CUDA 12.8 or newer, then reinstall robustkern"
+            )
         raise ImportError(built if built.startswith("not built") else f"{built}, but: {error}") from None
     try:
         devices = _cuda.devices()
     except RuntimeError as error:
-        versions = f"built for CUDA {_version(_cuda.runtime_version())}, driver for {_version(_cuda.driver_version())}"
-        raise ImportError(f"no GPU can be used: {error} ({versions})") from None
+        remedy = _remedy(_cuda.runtime_version(), _cuda.driver_version())
+        raise ImportError(f"no GPU can be used: {error}; {remedy}") from None
     return Cuda(_cuda, devices)
 
 
-def _version(number: int) -> str:
-    return f"{number // 1000}.{number % 1000 // 10}" if number else "none: there is no driver"
+def _remedy(runtime: int, driver: int) -> str:
+    """Say what makes a GPU usable. Versions are CUDA's, 13000 for 13.0; the driver's is 0 where there is none."""
+    built = f"built with CUDA {runtime // 1000}.{runtime % 1000 // 10}"
+    if not driver:
+        return f"{built}, and there is no NVIDIA driver. Install one for CUDA {runtime // 1000} or newer"
+    versions = f"{built}, driver for CUDA {driver // 1000}.{driver % 1000 // 10}"
+    if driver // 1000 < runtime // 1000:
+        return f"{versions}. Update the driver, or reinstall robustkern with an older CUDA (12.8 or newer)"
+    return f"{versions}. See that nvidia-smi lists a GPU, and that CUDA_VISIBLE_DEVICES does not hide it"
 
 
 class Cuda:
