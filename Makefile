@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
 REQUIRE ?= cpp,numba,cuda-emulated$(if $(shell command -v nvcc),$(comma)cuda-static)
 comma := ,
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f -not -path "csrc/emulation/*")
+SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find csrc -type f -not -path "csrc/emulation/*")
 
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)

@@ -16,7 +16,7 @@ function(rk_try_cuda)
   file(WRITE "${folder}/settings.cmake" "set(RK_ARCHITECTURES [==[${CMAKE_CUDA_ARCHITECTURES}]==] CACHE STRING \"\")\n")
   foreach(name CMAKE_MAKE_PROGRAM CMAKE_TOOLCHAIN_FILE CMAKE_CXX_COMPILER CMAKE_CXX_FLAGS CMAKE_CUDA_COMPILER
                CMAKE_CUDA_HOST_COMPILER CMAKE_CUDA_FLAGS CUDAToolkit_ROOT)
-    if(NOT "${${name}}" STREQUAL "")
+    if(NOT "${${name}}" MATCHES "^$|NOTFOUND$")
       file(APPEND "${folder}/settings.cmake" "set(${name} [==[${${name}}]==] CACHE STRING \"\")\n")
     endif()
   endforeach()
