@@ -43,6 +43,15 @@ struct Select {
   std::uint8_t* nonfinite;  // (n) set to 1 for each row in which a NaN or Inf was seen
 };
 
+// What update_momenta does to each row: momentum = gradient_scales[i] * gradient + keep * (momentum - correction), the
+// correction times correction_scales[i]. Where keep is 0, momenta and corrections are never read.
+struct Momenta {
+  const void* const* corrections;   // like the gradients' data, or null: no correction
+  double keep;                      // how much of the old momentum stays
+  const double* gradient_scales;    // (n)
+  const double* correction_scales;  // (n), or null without corrections
+};
+
 struct Kernels {
   const char* isa;
   Status (*select_columns)(const Rows&, const Select&, int threads);
@@ -61,6 +70,9 @@ struct Kernels {
   // out[s * k + j] = segment s of row j of weights (k, n) @ rows, summed in float64 in row order.
   // Rows of weight 0 are never read.
   Status (*weighted_row_sum)(const Rows&, const double* weights, std::int64_t k, void* const* out, int threads);
+  // For training, no primitive: each value of the n momenta (same segments and dtype, contiguous, no overlap with
+  // anything), in place, computed in float64. Three reads and a write of the data.
+  Status (*update_momenta)(const Rows& gradients, const Momenta&, void* const* momenta, int threads);
   // No primitive, but what their speed is measured against: the sum modulo 2^64 of the rows' segments read as
   // little 64-bit words, the last of a segment filled with zero bytes, in one stream per row and thread.
   std::uint64_t (*read_pass)(const Rows&, int threads);

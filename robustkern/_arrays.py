@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from robustkern._devices import DeviceArray, Place, view_of
 from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, addresses_of, one_segment
+from robustkern.errors import BackendUnavailable
 
-__all__ = ["Block", "MemorySource", "Source", "adapt", "name_of"]
+__all__ = ["Block", "MemorySource", "Source", "adapt", "name_of", "view_on_host"]
 
 MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
@@ -292,6 +293,15 @@ def _view(x: Any, what: str) -> View:
         f"{what} is {_describe(x)}; expected a NumPy array, a torch tensor, or an array on a GPU that speaks DLPack "
         "(pass numpy.asarray(x))"
     )
+
+
+def view_on_host(x: Any, what: str) -> NDArray[Any]:
+    """Return an array of rows in the host's memory as a NumPy view; raise where it is no such array."""
+    view = _view(x, what)
+    if isinstance(view, DeviceArray):
+        raise BackendUnavailable(f"{what} are on {view.place}; this runs on arrays in the host's memory only")
+    _check_dtype(view.dtype, what, False)
+    return view
 
 
 @functools.lru_cache(maxsize=256)

@@ -61,4 +61,16 @@ def weighted_row_sum(
     out: NDArray[uint64],
     threads: int,
 ) -> None: ...
+def update_momenta(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    corrections: NDArray[uint64] | None,
+    keep: float,
+    gradient_scales: NDArray[float64],
+    correction_scales: NDArray[float64] | None,
+    momenta: NDArray[uint64],
+    threads: int,
+) -> None: ...
 def read_pass(isa: str, data: NDArray[uint64], offsets: NDArray[int64], dtype: int, threads: int) -> int: ...

@@ -42,6 +42,7 @@ __all__ = [
     "PRIMITIVES",
     "Kernels",
     "Matrix",
+    "MomentumKernels",
     "Rows",
     "Selected",
     "Vector",
@@ -323,4 +324,39 @@ class Kernels(Protocol):
         Summed in float64 in row order, rounded once. One read of the rows that have some weight. Averages of finite
         float64 rows that rounding makes infinite are brought back to the largest number: on a GPU by the kernel, so
         that nobody waits for it, elsewhere by who asked for the average (`robustkern.rules._view.emit`).
+        """
+
+
+class MomentumKernels(Kernels, Protocol):
+    """What the backends on the CPU do besides: the update of all workers' momenta that training needs."""
+
+    def update_momenta(
+        self,
+        momenta: Rows,
+        gradients: Rows,
+        corrections: Rows | None,
+        *,
+        keep: float,
+        gradient_scales: Vector,
+        correction_scales: Vector | None,
+    ) -> None:
+        """Replace each momentum by ``gradient_scale * gradient + keep * (momentum - correction_scale * correction)``.
+
+        Parameters
+        ----------
+        momenta : Rows
+            n rows of d columns, written in place; no row may overlap any other memory given here.
+        gradients, corrections : Rows
+            n rows with the same segments and dtype. Without corrections: ``gradient_scale * gradient + keep *
+            momentum``.
+        keep : float
+            Where it is 0, momenta and corrections are never read: a NaN or Inf in them is forgotten.
+        gradient_scales, correction_scales : (n,) float64
+            One factor for each row (a clipped gradient's).
+
+        Notes
+        -----
+        Each value is computed in float64 and stored in the dtype of the rows; NaN and Inf stay in their row and column.
+        Three reads and one write of n x d (with `keep` 0: one read and one write), no extra memory. Over a split of the
+        columns it concatenates.
         """

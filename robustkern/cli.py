@@ -1,4 +1,4 @@
-"""The command line: ``robustkern aggregate``, ``bench``, ``scaling``, ``demo`` and ``info``.
+"""The command line: ``robustkern aggregate``, ``train``, ``reproduce``, ``bench``, ``scaling``, ``demo`` and ``info``.
 
 Exit codes: 0 done; 1 the updates cannot be aggregated (corrupt or unlike files, too many rows with NaN, an n that the
 rule does not allow); 2 the command was not understood, or an optional package is missing.
@@ -7,6 +7,7 @@ rule does not allow); 2 the command was not understood, or an optional package i
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -16,7 +17,15 @@ from typing import Annotated, Any, NoReturn
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.table import Table
     from rich.text import Text
 except ImportError as missing:
@@ -96,7 +105,7 @@ def bench(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="rules, dtypes, calls, trees, memory, threads, numba or all; may be repeated. Default: rules."
+            help="rules, dtypes, calls, trees, memory, threads, momenta, numba or all; may be repeated. Default: rules."
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of what is measured and what it is compared with.")] = 7,
@@ -108,8 +117,9 @@ def bench(
     That is --suite rules, the default. Other suites measure, beside their goals:
     16-bit and 64-bit rows against float32 (dtypes), small Python calls against
     NumPy and torch (calls), pytrees against one array (trees), memory besides
-    the rows (memory), what threads bring (threads), Numba against compiled code
-    (numba). --rules, --n, --dtype, --against and --plot are for rules alone.
+    the rows (memory), what threads bring (threads), the update of momenta
+    against torch (momenta), Numba against compiled code (numba). --rules, --n,
+    --dtype, --against and --plot are for rules alone.
     """
     _guard(lambda: _bench(rules, n, d, dtype, against or [], suite or ["rules"], rounds, json_file, plot_file))
 
@@ -153,6 +163,105 @@ def scaling(
 
 
 @app.command()
+def train(
+    out: Annotated[
+        Path, typer.Option(help="Folder for log, checkpoint and picture; the same command goes on there.")
+    ] = (Path("train-output")),
+    data: Annotated[str, typer.Option(help="digits (no files needed), mnist or cifar10.")] = "digits",
+    data_dir: Annotated[Path | None, typer.Option(help="Where the files of mnist or cifar10 are.")] = None,
+    model: Annotated[str, typer.Option(help="softmax, mlp, cnn or resnet18.")] = "mlp",
+    workers: Annotated[int, typer.Option(help="Workers, attackers included.")] = 17,
+    byzantine: Annotated[int, typer.Option(help="How many of them attack.")] = 8,
+    f: Annotated[
+        int | None, typer.Option("--f", help="How many the rule tolerates. Default: as many as attack.")
+    ] = None,
+    attack: Annotated[
+        str,
+        typer.Option(
+            help="none, sign_flip, label_flip, ipm, alie, mimic, gaussian, nan, inf, optimised; with parameters such "
+            "as "
+            "'ipm(epsilon=0.1)'."
+        ),
+    ] = "alie",
+    rule: Annotated[str, typer.Option(help="Such as 'ctma(median)' or 'nnm | geometric_median'.")] = "ctma(median)",
+    optimizer: Annotated[str, typer.Option(help="mu2sgd, momentum or sgd.")] = "mu2sgd",
+    schedule: Annotated[str, typer.Option(help="Of mu2sgd: practical or theory.")] = "practical",
+    beta: Annotated[float | None, typer.Option(help="Of mu2sgd, fixed instead of the schedule's.")] = None,
+    gamma: Annotated[float | None, typer.Option(help="Of mu2sgd, fixed instead of the schedule's.")] = None,
+    radius: Annotated[float | None, typer.Option(help="Of mu2sgd: project onto this ball around the start.")] = None,
+    momentum: Annotated[float, typer.Option(help="Of momentum.")] = 0.9,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 0.1,
+    batch: Annotated[int, typer.Option(help="Samples of each worker in a round.")] = 4,
+    clip: Annotated[float, typer.Option(help="Clip gradients to this norm; 0: not.")] = 2.0,
+    rounds: Annotated[int, typer.Option(help="Steps.")] = 500,
+    dirichlet: Annotated[
+        float | None, typer.Option(help="Uneven split of the classes: 0.1 very, 100 hardly. Default: even.")
+    ] = None,
+    crash: Annotated[list[str] | None, typer.Option(help="3@20: worker 3 dies in round 20; may be repeated.")] = None,
+    stall: Annotated[
+        list[str] | None, typer.Option(help="3@20: worker 3 hangs from round 20; may be repeated.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of model, split, batches and attack.")] = 0,
+    evaluate_every: Annotated[int, typer.Option(min=1, help="Rounds between tests.")] = 10,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Rounds between checkpoints.")] = 50,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the folder holds.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that processes have for an answer.")] = 60.0,
+) -> None:
+    """Train with workers of which some attack: all in this process, or one process each under torchrun.
+
+    Log, checkpoint and picture go to a folder. The same command again goes on after a kill, with the same result as
+    without it. With processes: torchrun --nproc-per-node 17 -m robustkern train ...; a worker that crashes or stalls is
+    dropped and counts as one of the f that are tolerated. Exit code 1: training failed; 2: the command is wrong.
+    """
+    _train(
+        {
+            "data": data,
+            "model": model,
+            "workers": workers,
+            "byzantine": byzantine,
+            "f": f,
+            "attack": attack,
+            "rule": rule,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "beta": beta,
+            "gamma": gamma,
+            "radius": radius,
+            "momentum": momentum,
+            "lr": lr,
+            "batch": batch,
+            "clip": clip,
+            "rounds": rounds,
+            "dirichlet": dirichlet,
+            "seed": seed,
+        },
+        [*((text, "crash") for text in crash or []), *((text, "stall") for text in stall or [])],
+        out,
+        data_dir,
+        evaluate_every,
+        checkpoint_every,
+        overwrite,
+        timeout,
+    )
+
+
+@app.command()
+def reproduce(
+    out: Annotated[Path, typer.Option(help="Folder for the runs, the page and its pictures.")] = Path("reproduction"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small plan, in a minute or two: it supports no claim.")
+    ] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time. Default: the number of cores.")] = None,
+) -> None:
+    """Run the paper's comparisons, and write a page that says which of its claims held.
+
+    About 1700 short trainings, less than half an hour on two cores. The same command again goes on where it was
+    stopped.
+    """
+    _guard(lambda: _reproduce(out, quick, jobs))
+
+
+@app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -168,8 +277,11 @@ def _fail(message: str, code: int) -> NoReturn:
 def _guard(run: Any) -> Any:
     try:
         return run()
-    except ModuleNotFoundError as error:
-        _fail(f"{error}; install what the command needs: pip install 'robustkern[demo]'", 2)
+    except ImportError as error:
+        remedy = (
+            "" if "pip install" in str(error) else "; install what the command needs: pip install 'robustkern[demo]'"
+        )
+        _fail(f"{error}{remedy}", 2)
     except MemoryError as error:
         _fail(f"not enough memory for one tensor of all files ({error})", 1)
     except (RobustkernError, ValueError, TypeError, OSError) as error:
@@ -220,6 +332,70 @@ def _aggregate(
         print(json.dumps(facts(info, files, out, seconds)))
     else:
         print_workers(info, files, out, seconds)
+
+
+def _failure(text: str, kind: str) -> tuple[int, int, str]:
+    worker, _, at = text.partition("@")
+    if not (worker.isdecimal() and at.isdecimal()):
+        raise ValueError(f"--{kind} must be worker@round, such as 3@20; got {text!r}")
+    return int(worker), int(at), kind
+
+
+def _train(
+    values: dict[str, Any],
+    failures: list[tuple[str, str]],
+    out: Path,
+    data_dir: Path | None,
+    evaluate_every: int,
+    checkpoint_every: int,
+    overwrite: bool,
+    timeout: float,
+) -> None:
+    from robustkern.supervisor import HEARTBEAT, launched_rank, supervise
+
+    rank = launched_rank()
+    if rank and HEARTBEAT not in os.environ:  # torchrun would end all workers with the first that fails
+        code = supervise(sys.argv[1:], silence_s=2 * timeout + 5)
+        if code:
+            print(f"worker {rank} has ended: {f'signal {-code}' if code < 0 else f'exit code {code}'}", file=sys.stderr)
+        return
+    try:
+        from robustkern.training.settings import Settings
+
+        settings = Settings(**values, failures=tuple(_failure(*failure) for failure in failures))
+    except (ImportError, ValueError, TypeError) as error:
+        _fail(str(error), 2)
+    from robustkern.training.console import train as run
+
+    _guard(lambda: run(settings, out, data_dir, evaluate_every, checkpoint_every, overwrite, rank, timeout))
+
+
+def _reproduce(out: Path, quick: bool, jobs: int | None) -> None:
+    from robustkern.training.reproduce import Plan, measure_times, reproduce
+    from robustkern.training.reproduction_page import write_page
+
+    plan = Plan.quick() if quick else Plan()
+    out.mkdir(parents=True, exist_ok=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
+        task = bar.add_task("training", total=len(plan.runs()))
+        records, facts = reproduce(
+            plan, out, jobs=jobs or _cores(), progress=lambda done, total: bar.update(task, completed=done)
+        )
+        bar.update(task, description="measuring times", completed=len(records))
+        times = measure_times()
+    files = write_page(plan, records, times, facts, out)
+    print(f"{out}: {', '.join(path.name for path in files)}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _bench(

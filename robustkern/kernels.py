@@ -1,4 +1,4 @@
-"""The four primitives on the caller's arrays, for frameworks that build rules of their own.
+"""The four primitives on the caller's arrays, for frameworks that build rules of their own, and the update of momenta.
 
 Each takes updates as `robustkern.aggregate` does; columns are the floating-point coordinates of all leaves.
 """
@@ -6,16 +6,16 @@ Each takes updates as `robustkern.aggregate` does; columns are the floating-poin
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from robustkern._arrays import MemorySource, adapt, name_of
-from robustkern._kernels import Kernels, Matrix, Vector, Window
+from robustkern._arrays import MemorySource, adapt, name_of, view_on_host
+from robustkern._kernels import Kernels, Matrix, MomentumKernels, Rows, Vector, Window
 from robustkern._registry import choose
 
-__all__ = ["gram", "row_sq_distances", "select_columns", "weighted_row_sum"]
+__all__ = ["gram", "row_sq_distances", "select_columns", "update_momenta", "weighted_row_sum"]
 
 
 def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource, Any, Kernels]:
@@ -223,3 +223,100 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
         for rows, target in zip(block.rows, block.out, strict=True):
             kernels.weighted_row_sum(rows, values[None], target)
     return restore()
+
+
+def update_momenta(
+    momenta: Any,
+    gradients: Any,
+    corrections: Any = None,
+    /,
+    *,
+    keep: float,
+    gradient_scales: ArrayLike | None = None,
+    correction_scales: ArrayLike | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update the momenta of n workers in place: ``gradient + keep * (momentum - correction)``, in one pass.
+
+    With ``keep = 1 - beta``, and as correction the gradient on the same sample at the previous point, this is the
+    corrected momentum of mu^2-SGD; without corrections, with ``keep = b`` and gradients scaled by ``1 - b``, it is
+    momentum.
+
+    Parameters
+    ----------
+    momenta : array of shape (n, ...)
+        C-contiguous NumPy array or torch tensor on the CPU, written in place; float16, bfloat16, float32 or float64.
+    gradients, corrections : like momenta
+        Same shape and dtype, C-contiguous. Without `corrections` nothing is subtracted.
+    keep : float
+        How much of the old momentum stays, finite. Where it is 0 neither old momenta nor corrections are read, so that
+        a first step can start from memory that was never set.
+    gradient_scales, correction_scales : array_like of shape (n,), optional
+        Factors of each worker's gradient and correction, such as those that clip them; default 1. A NaN or Inf among
+        them spoils that worker's momentum only.
+    backend : str
+        As for `robustkern.aggregate`, but for "cuda", which has no such kernel.
+
+    Raises
+    ------
+    TypeError, ValueError, BackendUnavailable
+        As `robustkern.aggregate`; if `keep` is not finite, the scales are not n numbers, or an array is not contiguous,
+        differs in shape or dtype from the momenta, or shares memory with them; if momenta are read-only; or if the
+        arrays are on a GPU.
+
+    Notes
+    -----
+    Computed in float64, rounded to the arrays' dtype. A NaN or Inf stays in its own row and coordinate. Three reads and
+    a write of n x d (momentum: two reads), no extra memory.
+
+    References
+    ----------
+    .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
+    """
+    name = "update_momenta"
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not math.isfinite(keep):
+        raise ValueError(f"{name}: keep must be a finite number; got {keep!r}")
+    target = _in_place(name, "momenta", momenta, None)
+    if not target.flags.writeable:
+        raise ValueError(f"{name}: momenta are read-only, and the update is in place (pass a copy)")
+    added = _in_place(name, "gradients", gradients, target)
+    removed = None if corrections is None else _in_place(name, "corrections", corrections, target)
+    n = len(target)
+    scales = []
+    for what, given in (("gradient_scales", gradient_scales), ("correction_scales", correction_scales)):
+        values = np.ones(n) if given is None else np.array(given, dtype=np.float64)
+        if values.shape != (n,):
+            raise ValueError(f"{name}: {what} must be {n} numbers, one for each row; got shape {values.shape}")
+        scales.append(values)
+    kernels = cast(MomentumKernels, choose(backend, {target.dtype}))
+    if not target.size:
+        return
+    kernels.update_momenta(
+        Rows.of(target),
+        Rows.of(added),
+        None if removed is None else Rows.of(removed),
+        keep=float(keep),
+        gradient_scales=scales[0],
+        correction_scales=None if removed is None else scales[1],
+    )
+
+
+def _in_place(name: str, what: str, x: Any, momenta: NDArray[Any] | None) -> NDArray[Any]:
+    """Return a contiguous array in the host's memory as a NumPy view, checked against the momenta."""
+    array = view_on_host(x, f"{name}: {what}")
+    if array.ndim < 2 or len(array) < 1 or not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name}: {what} must be a C-contiguous array of shape (n, ...) with n >= 1; got shape {array.shape} and "
+            f"strides {array.strides} (pass a contiguous copy)"
+        )
+    if momenta is None:
+        return array
+    if array.shape != momenta.shape or array.dtype != momenta.dtype:
+        raise ValueError(
+            f"{name}: {what} must have the momenta's shape {momenta.shape} and dtype {momenta.dtype}; got "
+            f"{array.shape} "
+            f"and {array.dtype}"
+        )
+    if np.may_share_memory(array, momenta):
+        raise ValueError(f"{name}: {what} share memory with the momenta, which are written (pass a copy)")
+    return array

@@ -1,4 +1,4 @@
-"""What counts besides read passes: dtypes, small calls, pytrees, memory, threads, Numba; each figure beside its goal.
+"""What counts besides read passes: dtypes, small calls, pytrees, memory, threads, Numba, momenta; figures beside goals.
 
 A suite is a function that measures one case and the tuple of its cases. Every case compares what it timed with another
 result, and a ratio is the median over calls made in turn. Where something cannot be measured, its line says why.
@@ -22,6 +22,7 @@ from robustkern._threads import requested_threads, set_num_threads
 from robustkern.api import aggregate
 from robustkern.benchmark import CASES, VALUES, Array, Line, _dtype, _time, job, machine, make_rows, read_pass
 from robustkern.errors import BackendUnavailable
+from robustkern.kernels import update_momenta
 from robustkern.peers import load
 from robustkern.rules import available_rules, parse_rule
 
@@ -318,6 +319,49 @@ def numba(n: int, rounds: int, d: int | None) -> Iterator[Line]:
         yield Line("numba", f"{rule}, n={n}", _ratio(call, compiled, rounds), "x the compiled time", 4.0)
 
 
+# ---- momenta ---------------------------------------------------------------------------------------------------
+
+
+def momenta(kind: str, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare the update of 17 workers' momenta with a torch expression for each worker; Numba with compiled code."""
+    try:
+        import torch
+    except ImportError as error:
+        yield Line("momenta", kind, None, f"not measured: {error}")
+        return
+    n, d = 17, d or 1_000_000
+    what, corrected = f"{kind}, n={n}, d={d}", kind == "mu2sgd"
+    start, gradients, corrections = (make_rows(n, d) + np.float32(k) for k in range(3))
+    options: dict[str, Any] = {"keep": 0.9} if corrected else {"keep": 0.9, "gradient_scales": np.full(n, 0.1)}
+    last = corrections if corrected else None
+    held = {backend: start.copy() for backend in ("cpp", "numba")}
+    plain, g, h = ([torch.from_numpy(row) for row in rows] for rows in (start.copy(), gradients, corrections))
+
+    def naive() -> None:
+        for i in range(n):
+            plain[i] = g[i] + 0.9 * (plain[i] - h[i]) if corrected else 0.9 * plain[i] + 0.1 * g[i]
+
+    ours: dict[str, Call] = {}
+    for backend, rows in held.items():
+        try:
+            load_backend(backend)
+        except BackendUnavailable as error:
+            yield Line("momenta", f"{what}, {backend}", None, f"not measured: {error}")
+            continue
+        ours[backend] = lambda rows=rows, backend=backend: update_momenta(  # type: ignore[misc]
+            rows, gradients, last, backend=backend, **options
+        )
+    naive()
+    for backend, call in ours.items():
+        call()
+        check_close(f"{what}, {backend}", held[backend], np.stack(plain), atol=1e-5)
+    if "cpp" in ours:
+        ratio = 1 / _ratio(ours["cpp"], naive, rounds)
+        yield Line("momenta", f"{what}, against naive torch", ratio, "x as fast", 3.0 if corrected else 2.0, floor=True)
+    if len(ours) == 2:
+        yield Line("momenta", f"{what}, numba", _ratio(ours["numba"], ours["cpp"], rounds), "x the compiled time", 4.0)
+
+
 # ---- all -------------------------------------------------------------------------------------------------------
 
 #: Each suite: what measures one case (called with it, the rounds, and the columns or None), and its cases.
@@ -330,5 +374,6 @@ SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ..
     "trees": (trees, (("median",), ("geometric_median",))),
     "memory": (memory, tuple(itertools.product(("mean", *CASES), (16, 128)))),
     "threads": (threads, (("speed-up",), ("two calls at once",), ("after other pools",), ("two threads a core",))),
+    "momenta": (momenta, (("mu2sgd",), ("momentum",))),
     "numba": (numba, ((8,), (16,), (32,), (64,))),
 }

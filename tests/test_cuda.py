@@ -138,6 +138,10 @@ def test_the_primitives_take_arrays_on_a_device(device: Device) -> None:
     assert np.array_equal(
         device.take(rk.kernels.weighted_row_sum(on_device, weights)), rk.kernels.weighted_row_sum(x, weights)
     )
+    with pytest.raises(
+        rk.BackendUnavailable, match=r"momenta are on .*; this runs on arrays in the host's memory only"
+    ):
+        rk.kernels.update_momenta(on_device, on_device, keep=0.5)
 
 
 def test_rows_of_the_host_are_taken_there_and_back(emulation: Any) -> None:

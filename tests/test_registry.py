@@ -342,7 +342,7 @@ LAYERS = {
     "errors": set(),
     "_threads": set(),
     "_devices": set(),
-    "_arrays": {"_devices", "_kernels"},
+    "_arrays": {"_devices", "_kernels", "errors"},
     "backends": {"_devices", "_kernels", "_threads", "backends", "_cpu", "_cuda"},
     "_registry": {"_kernels", "_threads", "errors"},
     "rules": {"_kernels", "_arrays", "errors", "rules"},

@@ -92,6 +92,27 @@ void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtyp
   check(status);
 }
 
+void update_momenta(const char* isa, Addresses data, Offsets offsets, int dtype, std::optional<Addresses> corrections,
+                    double keep, Array<const double, 1> gradient_scales,
+                    std::optional<Array<const double, 1>> correction_scales, Addresses momenta, int threads) {
+  const rk::Kernels& table = kernels(isa);
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  const std::size_t n = data.shape(1);
+  const auto fits = [&](const Addresses& other) { return other.shape(0) == data.shape(0) && other.shape(1) == n; };
+  require(fits(momenta) && (!corrections || fits(*corrections)),
+          "momenta and corrections must have the rows' segments");
+  require(gradient_scales.shape(0) == n, "one scale for each gradient");
+  require(!corrections || (correction_scales && correction_scales->shape(0) == n), "one scale for each correction");
+  const rk::Momenta how{corrections ? targets(*corrections) : nullptr, keep, gradient_scales.data(),
+                        correction_scales ? correction_scales->data() : nullptr};
+  rk::Status status;
+  {
+    nb::gil_scoped_release release;
+    status = table.update_momenta(rows, how, targets(momenta), threads_for(rows, threads));
+  }
+  check(status);
+}
+
 std::uint64_t read_pass(const char* isa, Addresses data, Offsets offsets, int dtype, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = rows_of(data, offsets, dtype);
@@ -160,5 +181,7 @@ NB_MODULE(_cpu, m) {
         "out"_a, "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a, "out"_a,
         "threads"_a);
+  m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,
+        "gradient_scales"_a, "correction_scales"_a.none(), "momenta"_a, "threads"_a);
   m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);
 }

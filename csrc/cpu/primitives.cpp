@@ -482,6 +482,72 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
   return Status::ok;
 }
 
+// ---- update_momenta ------------------------------------------------------------------------------------
+
+constexpr int64_t kMomentumColumns = 2048;  // of a row at a time: three streams that the hardware follows
+
+template <class S>
+Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const* momenta, int threads) {
+  using C = ComputeOf<S>;
+  const int64_t n = gradients.n;
+  const Grid grid =
+      make_grid(gradients.columns(), max64((int64_t{1} << 18) / n / kMomentumColumns, 1) * kMomentumColumns);
+  Workspace space;
+  const int64_t at_tail = space.reserve<S>(3 * kDoubles), at_rounded = space.reserve<C>(kMomentumColumns);
+  const int64_t at_stored = space.reserve<S>(kDoubles);
+  if (!space.allocate(threads)) return Status::out_of_memory;
+  const bool keeps = how.keep != 0, corrects = keeps && how.corrections;
+  const F64 keep = splat<F64>(how.keep);
+
+  int64_t next_task = 0;
+  in_threads(threads, [&](int thread) {
+    S* tail = space.part<S>(thread, at_tail);
+    C* rounded = space.part<C>(thread, at_rounded);
+    S* stored = space.part<S>(thread, at_stored);
+    // The new values of some columns of a row, a multiple of the vector.
+    const auto compute = [&](int64_t i, const S* gradient, const S* correction, const S* old, int64_t columns, C* to) {
+      const F64 gradient_scale = splat<F64>(how.gradient_scales[i]);
+      const F64 minus = splat<F64>(corrects ? -how.correction_scales[i] : 0.0);
+      for (int64_t j = 0; j < columns; j += kDoubles) {
+        F64 value = gradient_scale * load_double(gradient + j);
+        if (keeps) {
+          const F64 before = load_double(old + j);
+          value = fmadd(keep, corrects ? fmadd(minus, load_double(correction + j), before) : before, value);
+        }
+        store_rounded(to + j, value);
+      }
+    };
+    for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
+      for_task_pieces(gradients, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
+        const int64_t whole = count / kDoubles * kDoubles;
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t at = segment * n + i;
+          const S* gradient = static_cast<const S*>(gradients.data[at]) + first;
+          const S* correction = corrects ? static_cast<const S*>(how.corrections[at]) + first : gradient;
+          S* momentum = static_cast<S*>(momenta[at]) + first;
+          for (int64_t j = 0; j < whole; j += kMomentumColumns) {
+            const int64_t columns = min64(kMomentumColumns, whole - j);
+            if constexpr (sizeof(S) == sizeof(C)) {
+              compute(i, gradient + j, correction + j, momentum + j, columns, momentum + j);
+            } else {
+              compute(i, gradient + j, correction + j, momentum + j, columns, rounded);
+              narrow_run(rounded, columns, momentum + j);
+            }
+          }
+          if (whole == count) continue;
+          const S* sources[] = {gradient, correction, momentum};
+          memset(tail, 0, sizeof(S) * 3 * kDoubles);
+          for (int64_t p = 0; p < (keeps ? 3 : 1); ++p)
+            memcpy(tail + p * kDoubles, sources[p] + whole, sizeof(S) * static_cast<size_t>(count - whole));
+          compute(i, tail, tail + kDoubles, tail + 2 * kDoubles, kDoubles, rounded);
+          narrow_run(rounded, count - whole, stored);
+          memcpy(momentum + whole, stored, sizeof(S) * static_cast<size_t>(count - whole));
+        }
+      });
+  });
+  return Status::ok;
+}
+
 // ---- storage types -------------------------------------------------------------------------------------
 
 Status select_columns(const Rows& rows, const Select& select, int threads) {
@@ -494,6 +560,10 @@ Status row_sq_distances(const Rows& rows, const void* const* centre, double scal
 Status weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
   return by_dtype(rows.dtype, [&](auto s) { return weighted_row_sum_of<decltype(s)>(rows, weights, k, out, threads); });
 }
+Status update_momenta(const Rows& gradients, const Momenta& how, void* const* momenta, int threads) {
+  return by_dtype(gradients.dtype,
+                  [&](auto s) { return update_momenta_of<decltype(s)>(gradients, how, momenta, threads); });
+}
 
 }  // namespace
 
@@ -502,7 +572,7 @@ Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double
 uint64_t read_pass(const Rows& rows, int threads);  // read_pass.cpp
 
 extern const Kernels table;
-const Kernels table{RK_ISA_NAME, select_columns, gram, row_sq_distances, weighted_row_sum, read_pass};
+const Kernels table{RK_ISA_NAME, select_columns, gram, row_sq_distances, weighted_row_sum, update_momenta, read_pass};
 
 }  // namespace RK_ISA
 }  // namespace rk

@@ -127,6 +127,30 @@ class Cpp:
             self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], weights, out.addresses, requested_threads()
         )
 
+    def update_momenta(
+        self,
+        momenta: Rows,
+        gradients: Rows,
+        corrections: Rows | None,
+        *,
+        keep: float,
+        gradient_scales: Vector,
+        correction_scales: Vector | None,
+    ) -> None:
+        """See the contract."""
+        self._cpu.update_momenta(
+            self.isa,
+            gradients.addresses,
+            gradients.offsets,
+            _CODES[gradients.dtype],
+            None if corrections is None else corrections.addresses,
+            keep,
+            gradient_scales,
+            correction_scales,
+            momenta.addresses,
+            requested_threads(),
+        )
+
     def read_pass(self, rows: Rows) -> int:
         """Sum the rows as 64-bit words: one read of the data, which the benchmarks measure in."""
         return int(self._cpu.read_pass(self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], requested_threads()))

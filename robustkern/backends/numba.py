@@ -426,6 +426,36 @@ def _weighted_piece(addresses, first, count, like, table, weights, out):  # type
                 out[r, begin + j] = total[r, j]
 
 
+@njit(nogil=True, cache=True)
+def _momenta_piece(  # type: ignore[no-untyped-def]
+    momenta, gradients, corrections, first, count, like, table, keep, gradient_scales, correction_scales, out
+):
+    """Compute a piece of all rows into `out`, or where that is empty in place, by way of a tile that allows vectors."""
+    tile = np.empty(TILE)
+    for i in range(len(gradients)):
+        for begin in range(0, count, TILE):
+            width = min(TILE, count - begin)
+            start = np.uint64((first + begin) * like.itemsize)
+            gradient, scale = carray(_pointer(gradients[i] + start, like), (width,)), gradient_scales[i]
+            for j in range(width):
+                tile[j] = scale * np.float64(_widen(gradient[j], table))
+            momentum = carray(_pointer(momenta[i] + start, like), (width,))
+            if keep != 0 and len(corrections) == 0:
+                for j in range(width):
+                    tile[j] += keep * np.float64(_widen(momentum[j], table))
+            elif keep != 0:
+                correction, factor = carray(_pointer(corrections[i] + start, like), (width,)), correction_scales[i]
+                for j in range(width):
+                    rest = np.float64(_widen(momentum[j], table)) - factor * np.float64(_widen(correction[j], table))
+                    tile[j] += keep * rest
+            if len(out) == 0:
+                for j in range(width):
+                    momentum[j] = tile[j]
+            else:
+                for j in range(width):
+                    out[i, begin + j] = tile[j]
+
+
 # ---- the grid --------------------------------------------------------------------------------------------------
 
 
@@ -658,6 +688,46 @@ class Numba:
                 with np.errstate(all="ignore"):
                     for r, row in enumerate(values.astype(out.dtype, copy=False)):
                         out.array(s, r)[first : first + count] = row
+
+        _run(n_tasks, run)
+
+    def update_momenta(
+        self,
+        momenta: Rows,
+        gradients: Rows,
+        corrections: Rows | None,
+        *,
+        keep: float,
+        gradient_scales: Vector,
+        correction_scales: Vector | None,
+    ) -> None:
+        """See the contract."""
+        like, empty, table, _ = _storage(momenta.dtype)
+        n_tasks, pieces = _tasks(momenta, _task_columns(momenta))
+        nothing = np.empty(0, dtype=np.uint64)
+        factors = gradient_scales if correction_scales is None else correction_scales
+        narrow = momenta.dtype.itemsize < 4  # rounded by NumPy, not in place
+
+        def run(task: int) -> None:
+            for s, first, count in pieces(task):
+                values = np.empty((momenta.n if narrow else 0, count), dtype=empty.dtype)
+                removed = nothing if corrections is None else corrections.addresses[s]
+                _momenta_piece(
+                    momenta.addresses[s],
+                    gradients.addresses[s],
+                    removed,
+                    first,
+                    count,
+                    like,
+                    table,
+                    keep,
+                    gradient_scales,
+                    factors,
+                    values,
+                )
+                with np.errstate(all="ignore"):
+                    for i, row in enumerate(values.astype(momenta.dtype)):
+                        momenta.array(s, i)[first : first + count] = row
 
         _run(n_tasks, run)
 

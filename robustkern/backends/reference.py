@@ -112,6 +112,32 @@ class Reference:
                 for j, row in enumerate(_mixed(weights, _stack(block))):
                     target.array(0, j)[:] = row.astype(_compute_dtype(rows.dtype)).astype(rows.dtype)
 
+    def update_momenta(
+        self,
+        momenta: Rows,
+        gradients: Rows,
+        corrections: Rows | None,
+        *,
+        keep: float,
+        gradient_scales: Vector,
+        correction_scales: Vector | None,
+    ) -> None:
+        """See the contract."""
+        columns = max(BLOCK_VALUES // momenta.n, 1)
+        corrected = iter(()) if corrections is None else corrections.blocks(columns)
+        with np.errstate(all="ignore"):
+            for momentum, gradient in zip(momenta.blocks(columns), gradients.blocks(columns), strict=True):
+                correction = next(corrected, None)
+                new = gradient_scales[:, None] * _stack(gradient)
+                if keep != 0:
+                    old = _stack(momentum)
+                    if correction is not None:
+                        assert correction_scales is not None
+                        old -= correction_scales[:, None] * _stack(correction)
+                    new += keep * old
+                for i, row in enumerate(new.astype(_compute_dtype(momenta.dtype)).astype(momenta.dtype)):
+                    momentum.array(0, i)[:] = row
+
 
 def _compute_dtype(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
     return np.float64 if dtype == np.float64 else np.float32

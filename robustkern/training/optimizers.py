@@ -1,0 +1,266 @@
+"""mu^2-SGD as a pair of torch optimizers, and momentum, its baseline: a worker's estimate and the server's step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from robustkern.training.schedules import Schedule
+
+__all__ = ["MomentumWorker", "Mu2Server", "Mu2Worker"]
+
+
+def _check(name: str, value: float | None, what: str) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name}: {what} must be a finite number above 0; got {value!r}")
+
+
+class _Worker(torch.optim.Optimizer):
+    """Replaces gradients by what a worker sends; never moves the parameters."""
+
+    def __init__(self, params: Iterable[Any], clip: float | None, **options: Any) -> None:
+        _check(type(self).__name__, clip, "clip")
+        super().__init__(params, {"clip": clip, "steps": 0, **options})
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _gradients(self) -> list[torch.Tensor]:
+        """Return copies of the gradients, clipped to the norm of all of them; zeros where a parameter has none."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self._parameters()]
+        clip = self.param_groups[0]["clip"]
+        if clip is not None:
+            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            scale = torch.clamp(clip / norm, max=1.0)  # a NaN stays one
+            for gradient in gradients:
+                gradient.mul_(scale)
+        return gradients
+
+    def _publish(self, estimates: list[torch.Tensor]) -> None:
+        for p, estimate in zip(self._parameters(), estimates, strict=True):
+            self.state[p]["estimate"] = estimate
+            p.grad = estimate.clone()
+        for group in self.param_groups:
+            group["steps"] += 1
+
+
+class Mu2Worker(_Worker):
+    """A worker's corrected momentum: ``d_t = g_t + (1 - beta_t) (d_{t-1} - h_t)``, two gradients on one sample.
+
+    ``g_t`` is the gradient at the parameters, ``h_t`` the gradient on the same sample where the parameters were at the
+    step before.
+
+    Parameters
+    ----------
+    params : iterable of torch.Tensor or of parameter groups
+        The model's parameters; not moved (the server moves them).
+    schedule : str
+        "practical" or "theory", see `Schedule`.
+    beta : float, optional
+        A fixed value in (0, 1] instead of the schedule's.
+    clip : float, optional
+        Clip each gradient to this norm, of all parameters together, before it is used.
+
+    Notes
+    -----
+    After ``step(closure)`` each ``p.grad`` holds the estimate, which the worker sends, or for a single worker
+    `Mu2Server` uses as it is. The closure is called twice a step (once at the first), with the same state of torch's
+    random numbers, so that dropout sees the same mask; what it does besides (BatchNorm's averages) it does twice.
+    Memory: two copies of the parameters. ``state_dict`` resumes bit for bit.
+
+    References
+    ----------
+    .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
+
+    Examples
+    --------
+    >>> model = torch.nn.Linear(3, 1)
+    >>> worker, server = Mu2Worker(model.parameters()), Mu2Server(model.parameters(), lr=0.1)
+    >>> images, labels = torch.ones(4, 3), torch.zeros(4, 1)
+    >>> def closure():
+    ...     worker.zero_grad()
+    ...     loss = torch.nn.functional.mse_loss(model(images), labels)
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(2):
+    ...     loss = worker.step(closure)  # p.grad: what this worker sends
+    ...     server.step()  # with p.grad: what the workers' estimates were combined to
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        schedule: str = "practical",
+        beta: float | None = None,
+        clip: float | None = None,
+    ) -> None:
+        Schedule(schedule, beta=beta)
+        super().__init__(params, clip, schedule=schedule, beta=beta)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Replace the gradients by the estimate; return the loss at the parameters.
+
+        Parameters
+        ----------
+        closure : callable
+            Clears the gradients, computes the loss of this step's sample and calls ``backward``; returns the loss.
+        """
+        if closure is None:
+            raise ValueError("Mu2Worker: step needs a closure, because it takes two gradients on one sample; got None")
+        group = self.param_groups[0]
+        t = group["steps"] + 1
+        keep = 1 - Schedule(group["schedule"], beta=group["beta"]).beta_at(t)
+        parameters = self._parameters()
+        before: list[torch.Tensor] | None = None
+        here = [p.detach().clone() for p in parameters]
+        evaluate = torch.enable_grad()(closure)
+        if t > 1:
+            random = _random_state()
+            self._move(parameters, [self.state[p]["previous"] for p in parameters])
+            try:
+                evaluate()
+                before = self._gradients()
+            finally:
+                self._move(parameters, here)
+            _restore_random_state(random)
+        loss = evaluate()
+        estimates = self._gradients()
+        if before is not None:
+            for p, estimate, correction in zip(parameters, estimates, before, strict=True):
+                estimate.add_(self.state[p]["estimate"] - correction, alpha=keep)
+        for p, point in zip(parameters, here, strict=True):
+            self.state[p]["previous"] = point
+        self._publish(estimates)
+        return loss
+
+    @staticmethod
+    def _move(parameters: list[torch.Tensor], points: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for p, point in zip(parameters, points, strict=True):
+                p.copy_(point)
+
+
+def _random_state() -> list[torch.Tensor]:
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if in_use else [])]
+
+
+def _restore_random_state(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if states[1:]:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
+class MomentumWorker(_Worker):
+    """A worker's momentum ``m_t = b m_{t-1} + (1 - b) g_t``, started at the first gradient; b = 0 is SGD.
+
+    Parameters
+    ----------
+    params : iterable of torch.Tensor or of parameter groups
+        The model's parameters; not moved.
+    momentum : float
+        b, in [0, 1).
+    clip : float, optional
+        Clip each gradient to this norm, of all parameters together.
+
+    Notes
+    -----
+    After ``backward`` and ``step`` each ``p.grad`` holds the momentum; the server's step is ``torch.optim.SGD``.
+    """
+
+    def __init__(self, params: Iterable[Any], *, momentum: float = 0.9, clip: float | None = None) -> None:
+        if not (isinstance(momentum, (int, float)) and 0 <= momentum < 1):
+            raise ValueError(f"MomentumWorker: momentum must be in [0, 1); got {momentum!r}")
+        super().__init__(params, clip, momentum=momentum)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Replace the gradients by the momentum; with a closure call it first, and return its loss."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        b = self.param_groups[0]["momentum"]
+        estimates = self._gradients()
+        if self.param_groups[0]["steps"]:
+            for p, estimate in zip(self._parameters(), estimates, strict=True):
+                estimate.mul_(1 - b).add_(self.state[p]["estimate"], alpha=b)
+        self._publish(estimates)
+        return loss
+
+
+class Mu2Server(torch.optim.Optimizer):
+    """The server's step: iterates w move along the aggregate, and the parameters are their weighted average x.
+
+    ``w_{t+1} = proj(w_t - lr alpha_t d_t)`` and ``x_{t+1} = (1 - gamma_t) x_t + gamma_t w_{t+1}``, from w_1 = x_1.
+
+    Parameters
+    ----------
+    params : iterable of torch.Tensor or of parameter groups
+        The model's parameters, which hold x: where gradients are taken, and the result.
+    lr : float
+        Learning rate; with ``schedule="theory"`` it is multiplied with t.
+    schedule : str
+        "practical" or "theory", see `Schedule`.
+    gamma : float, optional
+        A fixed value in (0, 1] instead of the schedule's.
+    radius : float, optional
+        Project w onto the ball of this radius around the start (all parameters together).
+
+    Notes
+    -----
+    ``step`` takes the aggregate from ``p.grad``; parameters whose gradient is None stay where they are. Memory: a copy
+    of the parameters, two with `radius`. ``state_dict`` resumes bit for bit.
+
+    References
+    ----------
+    .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        schedule: str = "practical",
+        gamma: float | None = None,
+        radius: float | None = None,
+    ) -> None:
+        Schedule(schedule, gamma=gamma)
+        _check("Mu2Server", lr, "lr")
+        _check("Mu2Server", radius, "radius")
+        super().__init__(params, {"lr": lr, "schedule": schedule, "gamma": gamma, "radius": radius, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step along the aggregate in ``p.grad``; with a closure call it first, and return its loss."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        moved = []
+        for group in self.param_groups:
+            schedule = Schedule(group["schedule"], gamma=group["gamma"])
+            group["steps"] += 1
+            t = group["steps"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["iterate"] = p.detach().clone()
+                    if group["radius"] is not None:
+                        state["start"] = p.detach().clone()
+                state["iterate"].add_(p.grad, alpha=-group["lr"] * schedule.alpha_at(t))
+                moved.append((p, state, schedule.gamma_at(t)))
+        radius = self.param_groups[0]["radius"]
+        if radius is not None and moved:
+            self._project([state for _, state, _ in moved], radius)
+        for p, state, gamma in moved:
+            p.mul_(1 - gamma).add_(state["iterate"], alpha=gamma)
+        return loss
+
+    @staticmethod
+    def _project(states: list[dict[str, torch.Tensor]], radius: float) -> None:
+        away = [state["iterate"] - state["start"] for state in states]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in away]))
+        if norm > radius:
+            for state, a in zip(states, away, strict=True):
+                torch.add(state["start"], a * (radius / norm), out=state["iterate"])

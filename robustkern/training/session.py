@@ -1,0 +1,227 @@
+"""A training run in a folder: log, checkpoints, resuming after a kill, picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern.training.settings import Settings
+from robustkern.training.simulation import Server, Times
+
+__all__ = ["Runner", "draw", "last_checkpoint", "run"]
+
+LOG, CHECKPOINT, PICTURE = "log.jsonl", "checkpoint.safetensors", "accuracy.png"
+
+State = dict[str, NDArray[Any]]
+Line = dict[str, Any]
+
+
+class Runner(Protocol):
+    """What trains: a `Simulation`, or the server of real processes."""
+
+    settings: Settings
+    server: Server
+    times: Times
+    t: int
+
+    def round(self) -> None:
+        """Train for one round."""
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return accuracy and loss on the test images."""
+
+    def state(self) -> State:
+        """Return everything that the coming rounds depend on."""
+
+    def restore(self, state: State, t: int, lost: dict[int, str]) -> None:
+        """Go on as after round t."""
+
+
+def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int, str]] | None:
+    """Return state, round and lost workers of the last checkpoint of these settings; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a run with other settings, or its checkpoint cannot be read; the message says what to do.
+    """
+    path = out / CHECKPOINT
+    if not path.exists():
+        if (out / LOG).exists():
+            _check_settings(settings, out, _read_log(out / LOG)[:1])
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        theirs, t = json.loads(facts["settings"]), int(facts["round"])
+        lost = {int(worker): str(reason) for worker, reason in json.loads(facts["lost"]).items()}
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error} (start again with --overwrite)") from None
+    _check_settings(settings, out, [{"settings": theirs}])
+    if t > settings.rounds:
+        raise ValueError(
+            f"{out} holds {t} rounds, more than the {settings.rounds} that are asked for (ask for more, choose "
+            f"another --out, "
+            "or start again with --overwrite)"
+        )
+    return state, t, lost
+
+
+def _check_settings(settings: Settings, out: Path, lines: list[Line]) -> None:
+    for line in lines:
+        different = settings.differences(line.get("settings", {}))
+        if different:
+            raise ValueError(
+                f"{out} holds a run with other settings ({different}); choose another --out, or start again with "
+                f"--overwrite"
+            )
+
+
+def _save_checkpoint(runner: Runner, out: Path) -> None:
+    """Write it complete or not at all, and to the disk before the old one goes."""
+    from safetensors.numpy import save
+
+    facts = {
+        "settings": json.dumps(runner.settings.as_dict()),
+        "round": str(runner.t),
+        "lost": json.dumps(runner.server.lost),
+    }
+    state = {name: np.ascontiguousarray(values) for name, values in runner.state().items()}
+    path, fresh = out / CHECKPOINT, out / (CHECKPOINT + ".new")
+    with fresh.open("wb") as file:
+        file.write(save(state, metadata=facts))
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _read_log(path: Path) -> list[Line]:
+    """Return the lines that are complete; a kill may have cut the last one."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no NaN
+
+
+def run(
+    runner: Runner,
+    out: Path,
+    *,
+    evaluate_every: int,
+    checkpoint_every: int,
+    found: tuple[State, int, dict[int, str]] | None = None,
+    progress: Callable[[int, Line], None] | None = None,
+) -> list[Line]:
+    """Train to the end, and keep log and checkpoints in a folder.
+
+    Parameters
+    ----------
+    runner : Runner
+        What trains.
+    out : path
+        The folder, which exists.
+    evaluate_every, checkpoint_every : int
+        In rounds; both happen at the end too.
+    found : optional
+        What `last_checkpoint` returned: go on from there.
+    progress : callable, optional
+        Called after each round with the round and the last line of the log.
+
+    Returns
+    -------
+    list of dict
+        The log: settings first, then ``round``, ``accuracy``, ``loss`` (None where not finite), ``lost`` and
+        ``seconds``.
+    """
+    rounds = runner.settings.rounds
+    lines: list[Line] = [{"settings": runner.settings.as_dict()}]
+    if found is not None:
+        state, t, lost = found
+        if t:
+            runner.restore(state, t, lost)
+        if (out / LOG).exists():
+            lines += [
+                line for line in _read_log(out / LOG) if isinstance(line.get("round"), int) and line["round"] <= t
+            ]
+    began, before = time.perf_counter(), lines[-1].get("seconds", {}).get("total", 0.0)
+    parts = {name: lines[-1].get("seconds", {}).get(name, 0.0) for name in asdict(runner.times)}
+    with (out / LOG).open("w") as log:
+
+        def note(line: Line) -> None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
+        for line in lines:
+            note(line)
+        if found is None:
+            _save_checkpoint(runner, out)
+        while runner.t < rounds:
+            runner.round()
+            if runner.t % evaluate_every == 0 or runner.t == rounds:
+                accuracy, loss = runner.evaluate()
+                spent = {name: parts[name] + value for name, value in asdict(runner.times).items()}
+                lines.append(
+                    {
+                        "round": runner.t,
+                        "accuracy": accuracy,
+                        "loss": _number(loss),
+                        "lost": {str(worker): reason for worker, reason in runner.server.lost.items()},
+                        "seconds": {
+                            "total": round(before + time.perf_counter() - began, 3),
+                            **{name: round(value, 3) for name, value in spent.items()},
+                        },
+                    }
+                )
+                note(lines[-1])
+            if runner.t % checkpoint_every == 0 or runner.t == rounds:
+                _save_checkpoint(runner, out)
+            if progress is not None:
+                progress(runner.t, lines[-1])
+    return lines
+
+
+def draw(lines: list[Line], path: Path) -> None:
+    """Draw accuracy and loss over the rounds."""
+    from matplotlib.figure import Figure
+
+    settings, points = lines[0]["settings"], lines[1:]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    rounds = [line["round"] for line in points]
+    axes.plot(rounds, [line["accuracy"] for line in points], color="C0", linewidth=2, label="test accuracy")
+    axes.set(
+        xlabel="round",
+        ylabel="test accuracy",
+        ylim=(0, 1),
+        title=f"{settings['data']}, {settings['model']}, {settings['optimizer']}: {settings['byzantine']} of "
+        f"{settings['workers']} workers attack ({settings['attack']}), {settings['rule']}",
+    )
+    axes.title.set_fontsize(10)
+    axes.grid(alpha=0.3)
+    losses = axes.twinx()
+    values = [math.nan if line["loss"] is None else line["loss"] for line in points]
+    losses.plot(rounds, values, color="0.6", linewidth=1, label="test loss")
+    losses.set_ylabel("test loss")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,867 @@
+"""Double momentum, attacks and the simulation: against float64 references, the authors' outputs, and the theory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+torch = pytest.importorskip("torch")
+
+import robustkern as rk  # noqa: E402
+from robustkern import training  # noqa: E402
+from robustkern.training import attacks, data, session, simulation  # noqa: E402
+from robustkern.training.settings import Settings  # noqa: E402
+
+Array = NDArray[Any]
+GOLDEN: dict[str, Array] = dict(np.load(Path(__file__).parent / "data" / "authors_outputs.npz"))
+DIGITS = data.load_data("digits")
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------
+
+
+def test_schedules_are_the_papers() -> None:
+    theory = training.Schedule("theory")
+    alphas = [theory.alpha_at(t) for t in range(1, 60)]
+    assert alphas == list(range(1, 60))
+    for t in range(1, 58):
+        assert math.isclose(theory.gamma_at(t), alphas[t] / sum(alphas[: t + 1]), rel_tol=1e-15)
+        assert math.isclose(theory.beta_at(t), 1 / alphas[t - 1], rel_tol=1e-15)
+
+
+def test_the_practical_schedule_is_the_authors() -> None:
+    practical = training.Schedule()
+    steps = range(1, 251)
+    assert [practical.gamma_at(t) for t in steps] == GOLDEN["ANY/sync_gammas_alpha_t"].tolist()
+    assert [practical.beta_at(t) for t in steps] == GOLDEN["EST/storm_sync_beta_t/betas"].tolist()
+    fixed = training.Schedule(beta=0.25, gamma=0.1)
+    assert [fixed.beta_at(t) for t in (1, 2, 300)] == [1, 0.25, 0.25]
+    assert [fixed.gamma_at(t) for t in (1, 2, 300)] == [0.1] * 3
+    assert practical.alpha_at(7) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "fast"}, "schedule must be one of theory, practical; got 'fast'"),
+        ({"beta": 0}, r"beta must be in \(0, 1\].*got 0"),
+        ({"gamma": 1.5}, r"gamma must be in \(0, 1\].*got 1.5"),
+        ({"gamma": math.nan}, r"gamma must be in \(0, 1\].*got nan"),
+    ],
+)
+def test_errors_of_schedules(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.Schedule(**values)
+
+
+# ---- the torch optimizers --------------------------------------------------------------------------------------
+
+
+def traced_worker(worker_of: Any, pairs: Array) -> Array:
+    """What a worker sends for given gradients; on two parameters, to see that they are one vector."""
+    parameters = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), torch.nn.Parameter(torch.zeros(3).double())]
+    worker = worker_of(parameters)
+    sent = []
+    for gradient, before in pairs:
+        calls: list[int] = []
+
+        def closure(gradient: Array = gradient, before: Array = before, calls: list[int] = calls) -> float:
+            two = len(sent) > 0 and isinstance(worker, training.Mu2Worker)
+            values = torch.from_numpy(before if two and not calls else gradient)  # at the previous point first
+            calls.append(1)
+            parameters[0].grad, parameters[1].grad = values[:1].clone(), values[1:].clone()
+            return 0.0
+
+        worker.step(closure)
+        sent.append(torch.cat([p.grad for p in parameters]).numpy().copy())
+    return np.array(sent)
+
+
+@pytest.mark.parametrize(("key", "beta"), [("beta_t", None), ("b0.9", 0.9), ("b0.1", 0.1)])
+def test_estimates_are_the_authors(key: str, beta: float | None) -> None:
+    pairs = np.stack([GOLDEN["EST/G"], GOLDEN["EST/Gtilde"]], axis=1)
+    got = traced_worker(lambda p: training.Mu2Worker(p, beta=beta), pairs)
+    np.testing.assert_allclose(got, GOLDEN[f"EST/storm_sync_{key}"], rtol=1e-12, atol=1e-12)
+    # The fused update gives the same.
+    momenta = np.full((1, 4), np.nan)
+    schedule = training.Schedule(beta=beta)
+    for t, (g, h) in enumerate(pairs, start=1):
+        rk.kernels.update_momenta(momenta, g[None].copy(), h[None].copy(), keep=1 - schedule.beta_at(t))
+        np.testing.assert_allclose(momenta[0], GOLDEN[f"EST/storm_sync_{key}"][t - 1], rtol=1e-12, atol=1e-12)
+
+
+def test_momentum_is_the_authors() -> None:
+    pairs = np.stack([GOLDEN["EST/G"], GOLDEN["EST/G"]], axis=1)
+    got = traced_worker(lambda p: training.MomentumWorker(p, momentum=0.9), pairs)
+    np.testing.assert_allclose(got, GOLDEN["EST/momentum_b0.9"], rtol=1e-12, atol=1e-12)
+    assert np.array_equal(traced_worker(lambda p: training.MomentumWorker(p, momentum=0), pairs), GOLDEN["EST/G"])
+
+
+@pytest.mark.parametrize(("key", "gamma"), [("alpha_t", None), ("g0.1", 0.1)])
+def test_averaging_is_the_authors(key: str, gamma: float | None) -> None:
+    x = torch.nn.Parameter(torch.tensor([1, -2, 0.5, 3], dtype=torch.float64))
+    server = training.Mu2Server([x], lr=0.1, gamma=gamma)
+    for t, gradient in enumerate(GOLDEN["EST/G"]):
+        x.grad = torch.from_numpy(gradient)
+        server.step()
+        np.testing.assert_allclose(x.detach(), GOLDEN[f"ANY/sync_{key}/x"][t], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(server.state[x]["iterate"], GOLDEN[f"ANY/sync_{key}/w"][t], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("radius", [None, 0.3])
+def test_theory_against_a_float64_reference(radius: float | None) -> None:
+    """alpha_t, gamma_t and the projection, written down once more in NumPy, on two parameters that are one vector."""
+    rng = np.random.default_rng(0)
+    start, gradients = rng.standard_normal(5), rng.standard_normal((80, 5))
+    parts = [
+        torch.nn.Parameter(torch.from_numpy(start[:2].copy())),
+        torch.nn.Parameter(torch.from_numpy(start[2:].copy())),
+    ]
+    server = training.Mu2Server(parts, lr=0.01, schedule="theory", radius=radius)
+    w, x, total = start.copy(), start.copy(), 1.0
+    for t, gradient in enumerate(gradients, start=1):
+        w = w - 0.01 * t * gradient
+        away = np.linalg.norm(w - start)
+        if radius is not None and away > radius:
+            w = start + (w - start) * radius / away
+        total += t + 1
+        x = (1 - (t + 1) / total) * x + (t + 1) / total * w
+        for p, piece in zip(parts, (gradient[:2], gradient[2:]), strict=True):
+            p.grad = torch.from_numpy(piece.copy())
+        server.step()
+        np.testing.assert_allclose(np.concatenate([p.detach() for p in parts]), x, rtol=1e-11, atol=1e-12)
+    assert (radius is not None) == (np.linalg.norm(w - start) <= 0.3 + 1e-12)
+
+
+def small_problem(seed: int = 0) -> tuple[Any, Any]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    return model, torch.randn(60, 16, 4)
+
+
+@pytest.mark.parametrize("schedule", ["practical", "theory"])
+def test_state_dicts_resume_bit_for_bit(schedule: str, tmp_path: Path) -> None:
+    def optimizers(model: Any) -> tuple[Any, Any]:
+        lr = 0.1 if schedule == "practical" else 0.002
+        worker = training.Mu2Worker(model.parameters(), schedule=schedule, clip=1.0)
+        return worker, training.Mu2Server(model.parameters(), lr=lr, schedule=schedule, radius=2.0)
+
+    def train(model: Any, worker: Any, server: Any, batches: Any) -> None:
+        for batch in batches:
+
+            def closure(batch: Any = batch) -> Any:
+                worker.zero_grad()
+                loss = (model(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
+                loss.backward()
+                return loss
+
+            worker.step(closure)
+            server.step()
+
+    model, batches = small_problem()
+    pair = optimizers(model)
+    train(model, *pair, batches[:30])
+    torch.save([model.state_dict(), *(o.state_dict() for o in pair), torch.get_rng_state()], tmp_path / "state.pt")
+    train(model, *pair, batches[30:])
+    again, _ = small_problem(1)
+    resumed = optimizers(again)
+    saved = torch.load(tmp_path / "state.pt")
+    for what, state in zip((again, *resumed), saved, strict=False):
+        what.load_state_dict(state)
+    torch.set_rng_state(saved[-1])
+    train(again, *resumed, batches[30:])
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_both_gradients_see_the_same_dropout() -> None:
+    """At equal points the correction is then exact: the estimate is the mean of nothing but the new gradient's past."""
+    model, batches = small_problem()
+    worker = training.Mu2Worker(model.parameters(), beta=0.5)
+    seen = []
+
+    def closure() -> Any:
+        worker.zero_grad()
+        loss = model(batches[0]).square().mean()
+        loss.backward()
+        seen.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+        return loss
+
+    worker.step(closure)
+    assert len(seen) == 1
+    worker.step(closure)  # nobody moved the parameters
+    assert len(seen) == 3
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_the_worker_leaves_parameters_where_they_are() -> None:
+    model, batches = small_problem()
+    before = [p.detach().clone() for p in model.parameters()]
+    worker = training.Mu2Worker(model.parameters())
+    for _ in range(3):
+        worker.step(lambda: model(batches[0]).sum().backward())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def fails() -> None:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        worker.step(fails)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_parameters_without_gradients() -> None:
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3))
+    worker, server = training.Mu2Worker([used, unused]), training.Mu2Server([used, unused], lr=0.1)
+
+    def closure() -> Any:
+        worker.zero_grad()
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        assert worker.step(closure).item() > 0
+        server.step()
+    assert torch.equal(unused, torch.ones(3))
+    assert (used < 1).all()
+    assert server.step(lambda: 5) == 5
+    plain = training.MomentumWorker([used])
+    assert plain.step(closure).item() > 0
+
+
+def test_clipping_is_of_the_whole_gradient() -> None:
+    parts = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
+    worker = training.MomentumWorker(parts, clip=1.0)
+    for values, want in (((3.0, 4.0), (0.6, 0.8)), ((0.3, 0.4), (0.9 * 0.6 + 0.1 * 0.3, 0.9 * 0.8 + 0.1 * 0.4))):
+        for p, value in zip(parts, values, strict=True):
+            p.grad = torch.tensor([value])
+        worker.step()
+        np.testing.assert_allclose([float(p.grad) for p in parts], want, rtol=1e-6)
+    parts[0].grad = torch.tensor([math.nan])
+    worker.step()
+    assert math.isnan(float(parts[1].grad))  # a norm that is not known cannot be kept to
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: training.Mu2Worker(p, clip=0), "Mu2Worker: clip must be a finite number above 0; got 0"),
+        (lambda p: training.Mu2Worker(p, schedule="x"), "schedule must be one of"),
+        (lambda p: training.Mu2Worker(p).step(), "step needs a closure"),
+        (lambda p: training.MomentumWorker(p, momentum=1), r"momentum must be in \[0, 1\); got 1"),
+        (lambda p: training.Mu2Server(p, lr=-1), "Mu2Server: lr must be a finite number above 0; got -1"),
+        (lambda p: training.Mu2Server(p, lr=math.inf), "lr must be a finite number above 0; got inf"),
+        (lambda p: training.Mu2Server(p, lr=1, radius=0), "radius must be a finite number above 0; got 0"),
+        (lambda p: training.Mu2Server(p, lr=1, gamma=2), "gamma must be in"),
+    ],
+)
+def test_errors_of_optimizers(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make([torch.nn.Parameter(torch.zeros(2))])
+
+
+def test_examples_in_docstrings() -> None:
+    import doctest
+
+    from robustkern.training import optimizers
+
+    result = doctest.testmod(optimizers)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+# ---- theory ----------------------------------------------------------------------------------------------------
+
+
+def noisy_quadratic(steps: int, *, correct: bool, seeds: int = 40, d: int = 10) -> tuple[float, float]:
+    """Mean squared error of the estimate d_T and mean excess loss of x_T on f(x) = |x|^2 / 2 with noise.
+
+    The gradient of a sample (A, b) is ``A x + b``, where A has mean 1 and b mean 0, so that the noise at two near points is
+    nearly the same: what the correction lives on. One worker, theory's schedule, all seeds at once.
+    """
+    rng = np.random.default_rng(5)
+    schedule, lr = training.Schedule("theory"), 1 / (4 * 2 * steps)
+    x = np.ones((seeds, d))
+    w, previous, momenta = x.copy(), x.copy(), np.zeros((seeds, d))
+    for t in range(1, steps + 1):
+        a, b = 1 + 0.5 * rng.standard_normal((seeds, d)), rng.standard_normal((seeds, d))
+        rk.kernels.update_momenta(
+            momenta, a * x + b, a * previous + b if correct else None, keep=1 - schedule.beta_at(t)
+        )
+        if not correct:
+            momenta /= 2 - schedule.beta_at(t) if t > 1 else 1
+        error = ((momenta - x) ** 2).sum(axis=1).mean()
+        previous = x.copy()
+        w = w - lr * schedule.alpha_at(t) * momenta
+        x = (1 - schedule.gamma_at(t)) * x + schedule.gamma_at(t) * w
+    return float(error), float((x**2).sum(axis=1).mean() / 2)
+
+
+def test_the_estimate_gets_better_as_the_theory_says() -> None:
+    """E|d_t - grad f(x_t)|^2 = O(1/t); four times the steps: a quarter of the error. Without correction it stays."""
+    errors = [noisy_quadratic(steps, correct=True)[0] for steps in (50, 200, 800)]
+    assert errors[0] / errors[1] > 2.5
+    assert errors[1] / errors[2] > 2.5
+    assert errors[2] < 10 * 1.25 / 800 * 5  # of the order of the variance of a mean of t samples
+    losses = [noisy_quadratic(steps, correct=True)[1] for steps in (50, 200, 800)]
+    assert losses[0] > losses[1] > losses[2]
+    # d_t = g_t + (1 - beta_t) d_{t-1}, brought to the scale of a gradient: what is left when the correction is dropped.
+    without = [noisy_quadratic(steps, correct=False)[0] for steps in (50, 800)]
+    assert without[1] > 20 * errors[2]
+    assert without[0] / without[1] < 2.5
+
+
+@pytest.mark.parametrize("schedule", ["practical", "theory"])
+def test_the_optimizers_converge_on_the_quadratic(schedule: str) -> None:
+    """The same through the torch pair, where a dropped correction would show too."""
+    torch.manual_seed(0)
+    x = torch.nn.Parameter(torch.ones(10, dtype=torch.float64))
+    lr = 0.1 if schedule == "practical" else 1 / (4 * 2 * 400)
+    worker, server = training.Mu2Worker([x], schedule=schedule), training.Mu2Server([x], lr=lr, schedule=schedule)
+    errors = []
+    for _ in range(400):
+        a, b = 1 + 0.5 * torch.randn(10).double(), torch.randn(10).double()
+
+        def closure(a: Any = a, b: Any = b) -> None:
+            x.grad = a * x.detach() + b
+
+        worker.step(closure)
+        errors.append(float((x.grad - x.detach()).square().sum()))
+        server.step()
+    assert np.mean(errors[300:]) < np.mean(errors[:10]) / 10  # a single sample's noise stays at 10
+    assert float(x.detach().square().sum()) < 1.5
+
+
+# ---- attacks ---------------------------------------------------------------------------------------------------
+
+
+def situation(n: int, f: int, workers: tuple[int, ...] = (0,), aggregate: Any = None) -> attacks.Situation:
+    return attacks.Situation(n, f, f, workers, (1, 2), aggregate or (lambda rows: rows.mean(axis=0)))
+
+
+HONEST = GOLDEN["ATK/honest"]
+OWN = np.arange(40.0).reshape(2, 20)
+
+
+def test_attacks_are_the_authors() -> None:
+    for epsilon in (0.1, 0.5, 2):
+        got = attacks.parse_attack(f"ipm(epsilon={epsilon})").send(OWN, HONEST, situation(17, 8, (9, 10)))
+        np.testing.assert_allclose(got, np.repeat(GOLDEN[f"ATK/ipm_eps{epsilon:g}"][None], 2, axis=0), rtol=1e-13)
+    got = attacks.parse_attack("alie").send(OWN, HONEST, situation(17, 8))
+    np.testing.assert_allclose(got, GOLDEN["ATK/alie_17_8"][None], rtol=1e-12)
+
+
+def test_alie_z() -> None:
+    for m, b, z in GOLDEN["ATK/alie_zmax_table_m_b_z"]:
+        if b >= 1:
+            assert math.isclose(training.alie_z(int(m), int(b)), z, rel_tol=1e-12, abs_tol=1e-12)
+    assert round(training.alie_z(17, 8), 4) == 1.2206
+    assert round(training.alie_z(17, 4), 4) == 0.2934
+    for n, f in ((17, 0), (16, 8)):
+        with pytest.raises(ValueError, match=f"f must be at least 1 and 2\\*f below n; got f={f} with n={n}"):
+            training.alie_z(n, f)
+
+
+def test_formulas() -> None:
+    here = situation(12, 3, (9, 11))
+    mean = HONEST.mean(axis=0)
+    parse = training.parse_attack
+    assert np.array_equal(parse("none").send(OWN, HONEST, here), OWN)
+    assert np.array_equal(parse("label_flip").send(OWN, HONEST, here), OWN)
+    assert np.array_equal(parse("sign_flip").send(OWN, HONEST, here), -OWN)
+    assert np.array_equal(parse("sign_flip(scale=3)").send(OWN, HONEST, here), -3 * OWN)
+    assert np.array_equal(parse("mimic").send(OWN, HONEST, here), HONEST[[0, 0]])
+    assert np.array_equal(parse("mimic(worker=99)").send(OWN, HONEST, here), HONEST[[8, 8]])
+    np.testing.assert_allclose(parse("alie(z=2)").send(OWN, HONEST, here)[1], mean - 2 * HONEST.std(axis=0, ddof=1))
+    assert np.isnan(parse("nan").send(OWN, HONEST, here)).all()
+    assert np.isposinf(parse("inf").send(OWN, HONEST, here)).all()
+    bomb = parse("bomb(value='-inf', share=0.1)").send(OWN, HONEST, here)
+    assert np.isneginf(bomb[:, :2]).all()
+    np.testing.assert_allclose(bomb[:, 2:], np.repeat(mean[None, 2:], 2, axis=0))
+    noise = parse("gaussian(sigma=4)").send(OWN, np.zeros((9, 50_000), dtype=np.float32), here)
+    assert noise.shape == (2, 50_000)
+    assert noise.dtype == np.float32
+    np.testing.assert_allclose(noise.std(axis=1), 4, rtol=0.02)
+    assert abs(np.corrcoef(noise)[0, 1]) < 0.02
+    alone = parse("gaussian(sigma=4)").send(OWN[:1], HONEST, situation(12, 3, (11,)))
+    both = parse("gaussian(sigma=4)").send(OWN, HONEST, here)
+    assert np.array_equal(alone[0], both[1])  # each worker its own, wherever it runs
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "ctma(geometric_median)"])
+@pytest.mark.parametrize("direction", ["alie", "ipm", "both"])
+def test_the_optimised_attack_is_worse_than_any_fixed_strength(rule: str, direction: str) -> None:
+    f = 4
+
+    def aggregate(rows: Array) -> Array:
+        assert len(rows) == len(HONEST) + f
+        return rk.aggregate(rows, rule, f=f)
+
+    def harm(sent: Array) -> float:
+        return float(np.linalg.norm(aggregate(np.concatenate([HONEST, np.repeat(sent[:1], f, axis=0)])) - mean))
+
+    here, mean = situation(13, f, (9, 10, 11, 12), aggregate), HONEST.mean(axis=0)
+    sent = training.parse_attack(f"optimised(direction={direction!r})").send(OWN, HONEST, here)
+    assert sent.shape == (4, 20)
+    fixed = {
+        "alie": [f"alie(z={z})" for z in (0.25, 0.5, 1.0, 1.22, 2.0, 4.0, 16.0)],
+        "ipm": [f"ipm(epsilon={2.0**k - 1})" for k in range(-2, 6)],
+    }
+    for text in [t for kind, texts in fixed.items() if direction in (kind, "both") for t in texts]:
+        other = training.parse_attack(text).send(OWN, HONEST, here)
+        assert harm(sent) >= 0.9 * harm(other)
+
+
+@pytest.mark.parametrize("name", training.available_attacks())
+def test_attacks_keep_shape_and_dtype_and_write_nothing(name: str) -> None:
+    own, honest = OWN.astype(np.float32), HONEST.astype(np.float32)
+    before = own.copy(), honest.copy()
+    sent = training.parse_attack(name).send(own, honest, situation(11, 2, (9, 10)))
+    assert sent.shape == own.shape
+    assert sent.dtype == np.float32
+    assert np.array_equal(own, before[0])
+    assert np.array_equal(honest, before[1])
+    one = training.parse_attack(name).send(own[:1], honest[:1], situation(3, 1, (2,)))  # a single honest worker
+    assert one.shape == (1, 20)
+
+
+@pytest.mark.parametrize("text", ["alie", "alie(z=2.5)", "ipm(epsilon=0.1)", "bomb(value='inf', share=0.5)", "none"])
+def test_text_of_attacks(text: str) -> None:
+    attack = training.parse_attack(f" {text} ")
+    assert str(attack) == text
+    assert training.parse_attack(str(attack)) == attack
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alei", "'alei' is not known; did you mean 'alie'.*known: alie, bomb"),
+        ("", "not in Python call syntax"),
+        ("ipm(", "not in Python call syntax"),
+        ("ipm | alie", "neither a name nor a call"),
+        ("ipm(__import__('os'))", "not in Python call syntax"),
+        ("ipm(strength=1)", r"ipm: .*unexpected keyword argument 'strength' \(its parameters: epsilon\)"),
+        ("label_flip(1)", "label_flip: .*its parameters: none"),
+        ("nan(1)", "'nan' is not known"),
+        ("ipm(epsilon='a')", "ipm: epsilon must be a finite number; got 'a'"),
+        ("sign_flip(scale=1e999)", "sign_flip: scale must be a finite number; got inf"),
+        ("alie(z=True)", "alie: z must be a finite number; got True"),
+        ("gaussian(sigma=-1)", "sigma must be a finite number of at least 0; got -1"),
+        ("mimic(worker=-1)", "worker must be an integer of at least 0; got -1"),
+        ("bomb(value='x')", "value must be 'nan', 'inf' or '-inf'; got 'x'"),
+        ("bomb(share=0)", r"share must be in \(0, 1\]; got 0"),
+        ("optimised(direction='up')", "direction must be 'alie', 'ipm' or 'both'; got 'up'"),
+        ("optimised(steps=1.5)", "steps must be an integer of at least 0; got 1.5"),
+        ("(" * 300 + "ipm" + ")" * 300, "not in Python call syntax"),
+    ],
+)
+def test_texts_that_are_no_attack(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training.parse_attack(text)
+
+
+# ---- the simulation --------------------------------------------------------------------------------------------
+
+
+BASES = {"avg": "mean", "cwmed": "median(even='low')", "cwtm": "trimmed_mean", "rfa": "rfa"}
+FORMS = {"None": "{}", "ctma": "ctma({})", "nnm": "nnm | {}", "nnm+ctma": "ctma(nnm | {})"}
+ATTACKS = {"None": "none", "lf": "label_flip", "sf": "sign_flip", "empire": "ipm", "little": "alie"}
+
+
+class AuthorsTask(simulation.Task):
+    """The authors' data, order of samples and start, in place of ours."""
+
+    def start(self) -> Any:
+        return torch.from_numpy(np.concatenate([GOLDEN["E2E/W0"].ravel(), GOLDEN["E2E/b0"]])).float()
+
+    def samples(self, t: int) -> NDArray[np.intp]:
+        # Their workers draw a new sample after they have used the last one at the new point: mu^2-SGD sees the first twice.
+        batch = max(t - 1, 1) if self.settings.optimizer == "mu2sgd" else t
+        return ((batch - 1) * 12 + np.arange(12).reshape(6, 2)) % 120
+
+
+@pytest.mark.parametrize("key", sorted(k for k in GOLDEN if k.startswith("E2E/sync")))
+def test_whole_runs_are_the_authors(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimators, attacks, rules, averaging and clipping together; they train in float64, and clip to 2 / (norm + 1e-6)."""
+    _, _, optimizer, attack, rule, size = key.split("/")
+    form, _, base = rule.rpartition("+")
+    fixed = "fixed" in optimizer
+    f = int(size[-1])
+    settings = Settings(
+        workers=6,
+        byzantine=f,
+        attack=ATTACKS[attack],
+        rule=FORMS[form].format(BASES[base]),
+        optimizer="mu2sgd" if fixed else optimizer,
+        beta=0.25 if fixed else None,
+        gamma=0.1 if fixed else None,
+        batch=2,
+        rounds=20,
+    )
+    images = GOLDEN["E2E/X"].astype(np.float32)[:, None, None]
+    labels = GOLDEN["E2E/Y"].astype(np.int64)
+    monkeypatch.setattr(simulation, "Task", AuthorsTask)
+    monkeypatch.setattr(
+        simulation, "make_model", lambda *_: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(6, 10))
+    )
+    run = simulation.Simulation(settings, data.DataSet("theirs", images, labels, images, labels))
+    for want in GOLDEN[key][1:]:
+        run.round()
+        np.testing.assert_allclose(run.server.x.detach(), want, rtol=1e-4, atol=3e-6)
+
+
+def settings_of(**changes: Any) -> Settings:
+    return dataclasses.replace(Settings(model="softmax", workers=7, byzantine=2, rounds=40), **changes)
+
+
+def trained_on(run: simulation.Simulation, rounds: int) -> None:
+    for _ in range(rounds):
+        run.round()
+
+
+def trained(settings: Settings) -> simulation.Simulation:
+    run = simulation.Simulation(settings, DIGITS)
+    trained_on(run, settings.rounds)
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["mu2sgd", "momentum", "sgd"])
+@pytest.mark.parametrize("attack", [name for name in training.available_attacks() if name != "optimised"])
+def test_training_survives(optimizer: str, attack: str) -> None:
+    run = trained(settings_of(optimizer=optimizer, attack=attack, rounds=80, rule="ctma(geometric_median)"))
+    assert run.evaluate()[0] > 0.75
+
+
+def test_the_mean_does_not() -> None:
+    for attack in ("nan", "gaussian", "sign_flip(scale=10)", "optimised"):
+        assert trained(settings_of(attack=attack, rule="mean")).evaluate()[0] < 0.6
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_gradients_are_those_of_one_worker_at_a_time(model: str) -> None:
+    task = simulation.Task(settings_of(model=model), DIGITS)
+    x, samples = task.start(), task.samples(3)
+    flipped = np.array([False] * 5 + [True] * 2)
+    got = task.gradients(x, samples, flipped)
+    module = training.make_model(model, (1, 8, 8), 10, 0)
+    for i in range(7):
+        module.zero_grad()
+        labels = torch.from_numpy(DIGITS.labels[samples[i]])
+        labels = 9 - labels if flipped[i] else labels
+        torch.nn.functional.cross_entropy(module(torch.from_numpy(DIGITS.images[samples[i]])), labels).backward()
+        want = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
+        np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-6)
+    assert task.d == got.shape[1] == sum(p.numel() for p in module.parameters())
+
+
+def test_resnet18_takes_gradients_too() -> None:
+    few = data.DataSet("few", DIGITS.images[:40], DIGITS.labels[:40], DIGITS.images[:40], DIGITS.labels[:40])
+    run = simulation.Simulation(settings_of(model="resnet18", workers=3, byzantine=1, batch=1, rounds=1), few)
+    run.round()
+    assert run.task.d > 11_000_000
+    assert np.isfinite(run.evaluate()[1])
+
+
+def test_the_same_settings_give_the_same_bits() -> None:
+    for attack in ("alie", "gaussian", "label_flip"):
+        runs = [trained(settings_of(attack=attack, rule="bucketing | median", dirichlet=0.3)) for _ in range(2)]
+        assert torch.equal(runs[0].server.x, runs[1].server.x)
+        other = trained(settings_of(attack=attack, rule="bucketing | median", dirichlet=0.3, seed=1))
+        assert not torch.equal(runs[0].server.x, other.server.x)
+
+
+def test_buckets_are_fresh_each_round() -> None:
+    rule = rk.parse_rule("ctma(bucketing(size=2) | median)")
+    fresh = simulation._fresh_buckets(rule, 5)
+    assert str(fresh) == "ctma(bucketing(size=2, seed=5) | median)"
+    seen = []
+    run = simulation.Simulation(settings_of(rule="bucketing(size=2) | mean"), DIGITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "aggregate", lambda rows, rule, f: seen.append(str(rule)) or rows[0])
+        run.round()
+        run.round()
+    assert len(set(seen)) == 2
+
+
+def test_unequal_workers_draw_from_their_own_shares() -> None:
+    task = simulation.Task(settings_of(dirichlet=0.1), DIGITS)
+    for t in (1, 2):
+        for shard, drawn in zip(task.shards, task.samples(t), strict=True):
+            assert np.isin(drawn, shard).all()
+    assert not np.array_equal(task.samples(1), task.samples(2))
+
+
+def test_lost_workers_count_as_faulty() -> None:
+    run = simulation.Simulation(settings_of(failures=((1, 3, "crash"), (6, 5, "stall"), (2, 9, "crash"))), DIGITS)
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "aggregate", lambda rows, rule, f: sizes.append((len(rows), f)) or rk.median(rows))
+        with pytest.raises(training.TooManyLost, match="3 workers are lost, more than the f=2 that are tolerated"):
+            trained_on(run, 10)
+    assert sizes == [(7, 2)] * 2 + [(6, 1)] * 2 + [(5, 0)] * 4
+    assert run.server.lost[1] == "crash in round 3"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": "svhn"}, "data must be one of digits, mnist, cifar10; got 'svhn'"),
+        ({"model": "vgg"}, "model must be one of softmax, mlp, cnn, resnet18; got 'vgg'"),
+        ({"optimizer": "adam"}, "optimizer must be one of mu2sgd, momentum, sgd; got 'adam'"),
+        ({"workers": 0}, "workers must be an integer of at least 1; got 0"),
+        ({"batch": 1.5}, "batch must be an integer of at least 1; got 1.5"),
+        ({"rounds": True}, "rounds must be an integer of at least 1; got True"),
+        ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
+        ({"byzantine": 4}, r"2\*byzantine must be below workers; got byzantine=4 with workers=7"),
+        ({"f": 4}, r"f must satisfy 0 <= 2\*f < workers; got f=4 with workers=7"),
+        ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"clip": -1}, "clip must be a finite number of at least 0; got -1"),
+        ({"radius": math.nan}, "radius must be a finite number above 0; got nan"),
+        ({"dirichlet": 0}, "dirichlet must be a finite number above 0; got 0"),
+        ({"momentum": 1}, r"momentum must be in \[0, 1\); got 1"),
+        ({"beta": 2}, "beta must be in"),
+        ({"attack": "x"}, "attack: 'x' is not known"),
+        ({"rule": "x"}, "rule: 'x' is not known"),
+        ({"failures": ((0, 1, "crash"),)}, r"failures must be .*worker 0 lives with the server.*got \(0, 1, 'crash'\)"),
+    ],
+)
+def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings_of(**values)
+
+
+# ---- runs in folders -------------------------------------------------------------------------------------------
+
+
+def run_in(out: Path, settings: Settings, stop_after: int | None = None) -> list[dict[str, Any]]:
+    out.mkdir(exist_ok=True)
+
+    class Stopped(Exception):
+        pass
+
+    def progress(t: int, line: Any) -> None:
+        if t == stop_after:
+            raise Stopped
+
+    found = session.last_checkpoint(settings, out)
+    try:
+        return session.run(
+            simulation.Simulation(settings, DIGITS),
+            out,
+            evaluate_every=5,
+            checkpoint_every=8,
+            found=found,
+            progress=progress,
+        )
+    except Stopped:
+        return []
+
+
+def facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("optimizer", ["mu2sgd", "momentum"])
+@pytest.mark.parametrize("stop_after", [3, 8, 22])
+def test_resuming_gives_the_same_run(tmp_path: Path, optimizer: str, stop_after: int) -> None:
+    settings = settings_of(optimizer=optimizer, attack="label_flip", failures=((2, 6, "crash"),), radius=3.0)
+    whole = run_in(tmp_path / "whole", settings)
+    assert run_in(tmp_path / "cut", settings, stop_after) == []
+    with (tmp_path / "cut" / "log.jsonl").open("a") as log:
+        log.write('{"round": 39, "accu')  # what a kill leaves
+    again = run_in(tmp_path / "cut", settings)
+    assert facts(again) == facts(whole)
+    assert [line["round"] for line in again[1:]] == list(range(5, 41, 5))
+    logged = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert facts(logged) == facts(whole)
+    a, b = (session.last_checkpoint(settings, tmp_path / name) for name in ("whole", "cut"))
+    assert a is not None
+    assert b is not None
+    assert a[1:] == b[1:] == (40, {2: "crash in round 6"})
+    assert all(np.array_equal(a[0][name], b[0][name]) for name in a[0])
+    assert facts(run_in(tmp_path / "cut", settings)) == facts(whole)  # nothing left to do
+    longer = dataclasses.replace(settings, rounds=50)
+    more = run_in(tmp_path / "cut", longer)
+    assert [line["round"] for line in more[1:]] == list(range(5, 51, 5))
+    assert facts(more[1:]) == facts(run_in(tmp_path / "longer", longer)[1:])
+    with pytest.raises(ValueError, match="holds 50 rounds, more than the 40 that are asked for"):
+        run_in(tmp_path / "cut", settings)
+
+
+def test_a_folder_with_another_run(tmp_path: Path) -> None:
+    run_in(tmp_path, settings_of())
+    with pytest.raises(ValueError, match=r"run with other settings \(lr: 0.1 there, 0.2 here\); choose another --out"):
+        run_in(tmp_path, settings_of(lr=0.2))
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0garbage!")
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors: cannot be read: .*start again with --overwrite"):
+        run_in(tmp_path, settings_of())
+    (tmp_path / "checkpoint.safetensors").unlink()
+    with pytest.raises(ValueError, match="run with other settings"):
+        run_in(tmp_path, settings_of(lr=0.2))
+
+
+def test_a_checkpoint_of_other_workers(tmp_path: Path) -> None:
+    settings = settings_of()
+    run_in(tmp_path, settings)
+    found = session.last_checkpoint(settings, tmp_path)
+    assert found is not None
+    found[0]["ids"][0] = 5
+    with pytest.raises(ValueError, match=r"checkpoint: holds workers \[5, 1, 2, 3, 4\]; expected \[0, 1, 2, 3, 4\]"):
+        simulation.Simulation(settings, DIGITS).restore(*found)
+
+
+def test_a_log_of_a_diverged_run_is_json(tmp_path: Path) -> None:
+    lines = run_in(tmp_path, settings_of(rule="mean", attack="nan"))
+    assert lines[-1]["loss"] is None
+    for text in (tmp_path / "log.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+# ---- the command line ------------------------------------------------------------------------------------------
+
+
+def robustkern(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "robustkern", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=cwd,
+        check=False,
+        env={**os.environ, "COLUMNS": "150", **options},
+    )
+
+
+SHORT = ("--model", "softmax", "--workers", "7", "--byzantine", "2", "--rounds", "600")
+
+
+def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
+    whole = robustkern("train", *SHORT, "--out", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    for text in ("2 of 7 workers, alie", "ctma(median), f = 2", "test accuracy", "accuracy.png"):
+        assert text in whole.stdout
+    assert (tmp_path / "whole" / "accuracy.png").stat().st_size > 10_000
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "robustkern", "train", *SHORT, "--out", "cut", "--checkpoint-every", "10"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    log = tmp_path / "cut" / "log.jsonl"
+    while not (log.exists() and '"round": 50,' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    again = robustkern("train", *SHORT, "--out", "cut", "--checkpoint-every", "10", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"going on after round \d+ of 600", again.stderr)
+    logs = [[json.loads(t) for t in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
+    assert facts(logs[0]) == facts(logs[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--attack", "x"), 2, "attack: 'x' is not known"),
+        (("--rule", "x"), 2, "rule: 'x' is not known"),
+        (("--crash", "x"), 2, "--crash must be worker@round, such as 3@20; got 'x'"),
+        (("--data", "mnist"), 1, "mnist needs the files train-images-idx3-ubyte.*no folder was given"),
+        (("--data", "cifar10", "--data-dir", "."), 1, "cifar10 needs cifar-10-batches-py.*looked in"),
+        (("--crash", "1@1", "--crash", "2@1", "--crash", "3@1"), 1, "3 workers are lost, more than the f=2"),
+    ],
+)
+def test_errors_of_the_command(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    done = robustkern("train", *SHORT, *arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_without_torch_says_what_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('No module named torch')")
+    done = robustkern("train", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "pip install 'robustkern[train]'" in done.stderr
+
+
+# ---- real processes --------------------------------------------------------------------------------------------
+
+
+def launch(tmp_path: Path, out: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "5", "-m", "robustkern", "train"),
+            *("--workers", "5", "--byzantine", "2", "--rounds", "40", "--checkpoint-every", "16", "--out", out),
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        cwd=tmp_path,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"},
+    )
+
+
+def compare_with_simulation(tmp_path: Path, out: str, settings: Settings) -> None:
+    found = session.last_checkpoint(settings, tmp_path / out)
+    assert found is not None
+    state, t, _ = found
+    run = trained(settings)
+    assert t == run.t
+    want = run.state()
+    assert set(state) == set(want)
+    for name, values in want.items():
+        np.testing.assert_allclose(state[name], values, rtol=1e-3, atol=1e-5)
+
+
+def test_processes_give_the_simulations_result(tmp_path: Path) -> None:
+    done = launch(tmp_path, "run", "--attack", "alie", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    compare_with_simulation(tmp_path, "run", Settings(workers=5, byzantine=2, rounds=40, seed=3))
+
+
+def test_processes_go_on_without_workers_that_crash_or_stall(tmp_path: Path) -> None:
+    """Worker 1 is killed, worker 4 (an attacker) stops without a word; both count against f. Then all are resumed."""
+    faults = ("--crash", "1@10", "--stall", "4@20", "--attack", "label_flip", "--timeout", "4")
+    done = launch(tmp_path, "run", *faults)
+    assert done.returncode == 0, done.stderr
+    assert "worker 1 has ended: signal 9" in done.stderr
+    assert "worker 1 is lost: the connection was lost in round 10" in done.stderr
+    assert "worker 4 is lost: no answer within 4 s in round 20" in done.stderr
+    failures = ((1, 10, "crash"), (4, 20, "stall"))
+    settings = Settings(workers=5, byzantine=2, rounds=40, attack="label_flip", failures=failures)
+    compare_with_simulation(tmp_path, "run", settings)
+    more = launch(tmp_path, "run", *faults, "--rounds", "60")
+    assert more.returncode == 0, more.stderr
+    assert "going on after round 40 of 60" in more.stderr
+    compare_with_simulation(tmp_path, "run", dataclasses.replace(settings, rounds=60))
+
+
+def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
+    done = launch(tmp_path, "run", *("--crash", "1@3", "--crash", "2@3", "--crash", "3@4"))
+    assert done.returncode == 1
+    assert "3 workers are lost, more than the f=2 that are tolerated" in done.stderr
+
+
+def test_as_many_processes_as_workers(tmp_path: Path) -> None:
+    done = launch(tmp_path, "run", "--workers", "6")
+    assert done.returncode == 1
+    assert "workers must be the number of processes; got workers=6 with 5 processes" in done.stderr
