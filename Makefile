@@ -13,7 +13,7 @@ SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 
-.PHONY: demo test lint format bench check-speed emulation gpu-report clean
+.PHONY: demo test lint format bench check-speed reproduction emulation gpu-report clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
@@ -37,6 +37,11 @@ bench: $(VENV)/dev.stamp
 
 check-speed: $(VENV)/dev.stamp
 	$(BIN)/python bench/check.py
+
+# The paper's comparisons, and the page about them; goes on where it was stopped.
+reproduction: $(VENV)/dev.stamp
+	$(BIN)/robustkern reproduce --out build/reproduction
+	cp build/reproduction/reproduction.md build/reproduction/reproduction-*.png docs/
 
 # The CUDA kernels for this processor: as they are, and with the address and the thread sanitizer.
 emulation: $(EMULATIONS)
@@ -68,4 +73,4 @@ $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/demo.stamp
 
 clean:
-	rm -rf $(VENV) build demo-output
+	rm -rf $(VENV) build demo-output train-output reproduction

@@ -349,6 +349,8 @@ LAYERS = {
     "kernels": {"_kernels", "_arrays", "_registry"},
     "api": {"_kernels", "_arrays", "_registry", "errors", "rules"},
     "files": {"_kernels", "_arrays", "_registry", "errors", "rules", "api"},
+    "supervisor": set(),
+    "training": {"api", "errors", "kernels", "peers", "rules", "supervisor", "training"},
     "study": {"_kernels", "benchmark", "peers", "suites", "study"},
 }
 

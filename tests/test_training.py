@@ -252,6 +252,11 @@ def test_clipping_is_of_the_whole_gradient() -> None:
             p.grad = torch.tensor([value])
         worker.step()
         np.testing.assert_allclose([float(p.grad) for p in parts], want, rtol=1e-6)
+    for p, value in zip(parts, (3e30, 4e30), strict=True):  # whose squares float32 does not hold
+        p.grad = torch.tensor([value])
+    alone = training.MomentumWorker(parts, clip=1.0)
+    alone.step()
+    np.testing.assert_allclose([float(p.grad) for p in parts], (0.6, 0.8), rtol=1e-6)
     parts[0].grad = torch.tensor([math.nan])
     worker.step()
     assert math.isnan(float(parts[1].grad))  # a norm that is not known cannot be kept to
@@ -723,6 +728,28 @@ def test_a_checkpoint_of_other_workers(tmp_path: Path) -> None:
     found[0]["ids"][0] = 5
     with pytest.raises(ValueError, match=r"checkpoint: holds workers \[5, 1, 2, 3, 4\]; expected \[0, 1, 2, 3, 4\]"):
         simulation.Simulation(settings, DIGITS).restore(*found)
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    settings = settings_of()
+    run_in(tmp_path, settings)
+    for name, values, message in (
+        ("x", np.zeros(9, np.float32), r"x must be float32 with rows of 650; got float32 of shape \(9,\)"),
+        ("previous", np.zeros(650), r"previous must be float32 with rows of 650; got float64 of shape \(650,\)"),
+        ("momenta", np.zeros((4, 650), np.float32), "expected 5 momenta; got 4"),
+        ("server.iterate", np.zeros((0,), np.float32), "server.iterate must be float32 with rows of 650"),
+    ):
+        found = session.last_checkpoint(settings, tmp_path)
+        assert found is not None
+        found[0][name] = values
+        with pytest.raises(ValueError, match=message):
+            simulation.Simulation(settings, DIGITS).restore(*found)
+    facts = {"settings": json.dumps(settings.as_dict()), "round": "40", "lost": "{}"}
+    save_file({"x": np.zeros(650, np.float32)}, tmp_path / "checkpoint.safetensors", metadata=facts)
+    with pytest.raises(ValueError, match="cannot be read: it lacks ids, momenta, previous"):
+        session.last_checkpoint(settings, tmp_path)
 
 
 def test_a_log_of_a_diverged_run_is_json(tmp_path: Path) -> None:

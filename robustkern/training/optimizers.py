@@ -18,6 +18,11 @@ def _check(name: str, value: float | None, what: str) -> None:
         raise ValueError(f"{name}: {what} must be a finite number above 0; got {value!r}")
 
 
+def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the length of all tensors together, in float64, where squares of float32 cannot overflow."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]))
+
+
 class _Worker(torch.optim.Optimizer):
     """Replaces gradients by what a worker sends; never moves the parameters."""
 
@@ -33,10 +38,10 @@ class _Worker(torch.optim.Optimizer):
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in self._parameters()]
         clip = self.param_groups[0]["clip"]
         if clip is not None:
-            norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+            norm = _norm(gradients)
             scale = torch.clamp(clip / norm, max=1.0)  # a NaN stays one
             for gradient in gradients:
-                gradient.mul_(scale)
+                gradient.mul_(scale.to(gradient.dtype))
         return gradients
 
     def _publish(self, estimates: list[torch.Tensor]) -> None:
@@ -260,7 +265,7 @@ class Mu2Server(torch.optim.Optimizer):
     @staticmethod
     def _project(states: list[dict[str, torch.Tensor]], radius: float) -> None:
         away = [state["iterate"] - state["start"] for state in states]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(a) for a in away]))
+        norm = _norm(away)
         if norm > radius:
             for state, a in zip(states, away, strict=True):
-                torch.add(state["start"], a * (radius / norm), out=state["iterate"])
+                torch.add(state["start"], a * (radius / norm).to(a.dtype), out=state["iterate"])

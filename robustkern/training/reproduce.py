@@ -37,7 +37,7 @@ FORMS = {
     "NNM+CTMA": "ctma(nnm | {})",
 }
 WORKERS = 17
-RESULTS = "runs.jsonl"
+RESULTS, SESSIONS = "runs.jsonl", "sessions.jsonl"
 
 Record = dict[str, Any]
 
@@ -64,11 +64,11 @@ class Plan:
         Learning rates, for `rate_rules` and all optimizers.
     """
 
-    rounds: int = 300
+    rounds: int = 750
     seeds: int = 3
-    model: str = "mlp"
+    model: str = "softmax"
     byzantine: tuple[int, ...] = (3, 8)
-    attacks: tuple[str, ...] = ("sign_flip", "label_flip", "ipm(epsilon=0.1)", "ipm", "alie")
+    attacks: tuple[str, ...] = ("sign_flip", "label_flip", "ipm(epsilon=0.1)", "alie")
     optimizers: tuple[str, ...] = ("mu2sgd", "momentum", "sgd")
     grid_optimizers: tuple[str, ...] = ("mu2sgd", "momentum")
     lr: float = 0.1
@@ -205,7 +205,8 @@ def reproduce(
     plan : Plan
         What to run.
     out : path
-        Folder, which exists; receives ``runs.jsonl``, a line for each run. Runs that are there are not made again.
+        Folder, which exists; receives ``runs.jsonl``, a line for each run, and ``sessions.jsonl``, a line for each
+        time that runs were made. Runs that are there are not made again.
     jobs : int
         Runs at a time, each on one thread.
     progress : callable, optional
@@ -216,7 +217,7 @@ def reproduce(
     records : list of dict
         See `train_once`, in the order of the plan.
     facts : dict
-        Machine, versions, runs made now and the seconds they took.
+        Machine, versions, and ``sessions``: runs made, seconds and runs at a time, now and before.
     """
     runs = plan.runs()
     found = _recorded(out / RESULTS, runs)
@@ -234,10 +235,11 @@ def reproduce(
                 log.flush()
                 if progress is not None:
                     progress(len(found), len(runs))
+        session = {"made": len(missing), "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
+        with (out / SESSIONS).open("a") as log:
+            log.write(json.dumps(session) + "\n")
     facts = {
-        "seconds": time.perf_counter() - started,
-        "made": len(missing),
-        "jobs": jobs,
+        "sessions": [json.loads(text) for text in (out / SESSIONS).read_text().splitlines()],
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),

@@ -65,6 +65,9 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
         with safe_open(path, framework="numpy") as file:
             facts = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        missing = {"x", "momenta", "ids", "previous"} - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         theirs, t = json.loads(facts["settings"]), int(facts["round"])
         lost = {int(worker): str(reason) for worker, reason in json.loads(facts["lost"]).items()}
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:

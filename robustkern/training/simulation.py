@@ -176,7 +176,8 @@ class Workers:
         clip = self.task.settings.clip
         if not clip:
             return np.ones(len(gradients))
-        norms = np.linalg.norm(gradients, axis=1).astype(np.float64)
+        # In float64, where squares of float32 cannot overflow.
+        norms = torch.linalg.vector_norm(torch.from_numpy(gradients), dim=1, dtype=torch.float64).numpy()
         scales: NDArray[np.float64] = np.minimum(clip / np.maximum(norms, 1e-30), 1.0)  # a NaN stays one
         return scales
 
@@ -282,6 +283,18 @@ class Server:
 
     def restore(self, state: dict[str, NDArray[Any]], t: int) -> None:
         """Go on as after round t."""
+        for name in state.keys() - {"ids"}:
+            d, shape = self.task.d, state[name].shape
+            if state[name].dtype != np.float32 or not (shape[-1:] == (d,) or (name == "previous" and shape == (0,))):
+                raise ValueError(
+                    f"checkpoint: {name} must be float32 with rows of {d}; got {state[name].dtype} of shape {shape} "
+                    "(start again with --overwrite)"
+                )
+        if state["momenta"].shape != (len(state["ids"]), self.task.d):
+            raise ValueError(
+                f"checkpoint: expected {len(state['ids'])} momenta; got {len(state['momenta'])} (start again with "
+                f"--overwrite)"
+            )
         with torch.no_grad():
             self.x.copy_(torch.from_numpy(state["x"]))
         kept = {k.removeprefix("server."): torch.from_numpy(v) for k, v in state.items() if k.startswith("server.")}
