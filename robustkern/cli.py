@@ -207,11 +207,13 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, whatever the folder holds.")] = False,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that processes have for an answer.")] = 60.0,
 ) -> None:
-    """Train with workers of which some attack: all in this process, or one process each under torchrun.
+    """Train with workers of which some attack: all in this process, or one process each.
 
-    Log, checkpoint and picture go to a folder. The same command again goes on after a kill, with the same result as
-    without it. With processes: torchrun --nproc-per-node 17 -m robustkern train ...; a worker that crashes or stalls is
-    dropped and counts as one of the f that are tolerated. Exit code 1: training failed; 2: the command is wrong.
+    Log, checkpoint and picture go to a folder. The same command again goes on
+    after a kill, with the same result as without it. For one process each:
+    torchrun --nproc-per-node 17 -m robustkern train; a worker that crashes or
+    stalls is dropped and counts as one of the f that are tolerated. Exit code 1:
+    training failed; 2: the command is wrong.
     """
     _train(
         {
@@ -255,8 +257,8 @@ def reproduce(
 ) -> None:
     """Run the paper's comparisons, and write a page that says which of its claims held.
 
-    About 1700 short trainings, less than half an hour on two cores. The same command again goes on where it was
-    stopped.
+    About 1400 short trainings, less than half an hour on two cores. The same
+    command again goes on where it was stopped.
     """
     _guard(lambda: _reproduce(out, quick, jobs))
 

@@ -197,12 +197,13 @@ def test_the_page_in_the_docs_is_of_the_full_plan() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_quick_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "robustkern", "reproduce", "--quick", "--out", "out"],
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=850,
         cwd=tmp_path,
         check=False,
         env={**os.environ, "COLUMNS": "150"},

@@ -20,7 +20,9 @@ def _check(name: str, value: float | None, what: str) -> None:
 
 def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Return the length of all tensors together, in float64, where squares of float32 cannot overflow."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]))
+    parts = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors]
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return norm
 
 
 class _Worker(torch.optim.Optimizer):
