@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,31 @@ def test_the_page_in_the_docs_is_of_the_full_plan() -> None:
     assert len(claims(text)) == 16
     for name in re.findall(r"\((reproduction-[a-z]+\.png)\)", text):
         assert (docs / name).stat().st_size > 10_000
+
+
+def lives(process: str) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+
+
+def test_a_kill_leaves_nobody_behind(tmp_path: Path) -> None:
+    """The processes of the pool end with the one that started them, and the same command goes on."""
+    command = [sys.executable, "-m", "robustkern", "reproduce", "--quick", "--jobs", "2"]
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    runs = tmp_path / "reproduction" / "runs.jsonl"
+    deadline = time.monotonic() + 200
+    while not (runs.exists() and runs.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    assert len(children) >= 2
+    started.kill()
+    started.wait()
+    while any(map(lives, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(lives, children))
+    assert runs.read_text()
 
 
 @pytest.mark.slow

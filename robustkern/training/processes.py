@@ -234,11 +234,11 @@ def _beat(finished_host: str, port: int) -> None:
     store = TCPStore(finished_host, port, is_master=False)
     left = GRACE_S
     while True:
-        if pipe is not None:
-            os.write(int(pipe), b".")
         try:
+            if pipe is not None:
+                os.write(int(pipe), b".")
             over = store.check([FINISHED])
-        except RuntimeError:  # torchrun itself has ended
+        except (RuntimeError, OSError):  # torchrun itself, or the supervisor, has ended
             over = True
         if over:
             left -= 1

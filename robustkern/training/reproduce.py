@@ -7,11 +7,12 @@ import json
 import os
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,19 @@ def train_once(settings: Settings) -> Record:
     }
 
 
-def _one_thread() -> None:
-    """Let each of the parallel runs have one thread."""
+def _start_worker() -> None:
+    """Give each of the parallel runs one thread, and let it end with the process that started it."""
     torch.set_num_threads(1)
     robustkern.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End where the parent was killed, which leaves a pool's processes waiting for ever."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _recorded(path: Path, wanted: list[Settings]) -> dict[str, Record]:
@@ -226,7 +236,7 @@ def reproduce(
     if missing:
         with (
             (out / RESULTS).open("w") as log,
-            ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool,
+            ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
         ):
             log.writelines(json.dumps(record) + "\n" for record in found.values())
             for record in _completed(pool, missing):
