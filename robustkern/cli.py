@@ -250,9 +250,7 @@ def train(
 @app.command()
 def reproduce(
     out: Annotated[Path, typer.Option(help="Folder for the runs, the page and its pictures.")] = Path("reproduction"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A small plan, in a minute or two: it supports no claim.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small plan, some minutes: it supports no claim.")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Trainings at a time. Default: the number of cores.")] = None,
 ) -> None:
     """Run the paper's comparisons, and write a page that says which of its claims held.
@@ -260,7 +258,7 @@ def reproduce(
     About 1400 short trainings, less than half an hour on two cores. The same
     command again goes on where it was stopped.
     """
-    _guard(lambda: _reproduce(out, quick, jobs))
+    _guard(lambda: _reproduce(out, quick, jobs), "train", "the gradients of all workers")
 
 
 @app.command()
@@ -276,16 +274,15 @@ def _fail(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-def _guard(run: Any) -> Any:
+def _guard(run: Any, extra: str = "demo", much: str = "one tensor of all files") -> Any:
+    """Run a command; turn what users can do something about into a message and an exit code."""
     try:
         return run()
     except ImportError as error:
-        remedy = (
-            "" if "pip install" in str(error) else "; install what the command needs: pip install 'robustkern[demo]'"
-        )
+        remedy = "" if "pip install" in str(error) else f"; install what it needs: pip install 'robustkern[{extra}]'"
         _fail(f"{error}{remedy}", 2)
     except MemoryError as error:
-        _fail(f"not enough memory for one tensor of all files ({error})", 1)
+        _fail(f"not enough memory for {much} ({error})", 1)
     except (RobustkernError, ValueError, TypeError, OSError) as error:
         _fail(str(error), 1)
 
@@ -357,9 +354,11 @@ def _train(
 
     rank = launched_rank()
     if rank and HEARTBEAT not in os.environ:  # torchrun would end all workers with the first that fails
-        code = supervise(sys.argv[1:], silence_s=2 * timeout + 5)
+        code, began = supervise(sys.argv[1:], silence_s=2 * timeout + 5)
         if code:
             print(f"worker {rank} has ended: {f'signal {-code}' if code < 0 else f'exit code {code}'}", file=sys.stderr)
+        if code and not began:  # the others would wait for it
+            raise SystemExit(1)
         return
     try:
         from robustkern.training.settings import Settings
@@ -369,30 +368,28 @@ def _train(
         _fail(str(error), 2)
     from robustkern.training.console import train as run
 
-    _guard(lambda: run(settings, out, data_dir, evaluate_every, checkpoint_every, overwrite, rank, timeout))
+    _guard(
+        lambda: run(settings, out, data_dir, evaluate_every, checkpoint_every, overwrite, rank, timeout),
+        "train",
+        "the gradients of all workers",
+    )
 
 
 def _reproduce(out: Path, quick: bool, jobs: int | None) -> None:
     from robustkern.training.reproduce import Plan, measure_times, reproduce
     from robustkern.training.reproduction_page import write_page
+    from robustkern.training.session import alone_in
 
     plan = Plan.quick() if quick else Plan()
     out.mkdir(parents=True, exist_ok=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with alone_in(out), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("training", total=len(plan.runs()))
         records, facts = reproduce(
             plan, out, jobs=jobs or _cores(), progress=lambda done, total: bar.update(task, completed=done)
         )
         bar.update(task, description="measuring times", completed=len(records))
-        times = measure_times()
-    files = write_page(plan, records, times, facts, out)
+        files = write_page(plan, records, measure_times(), facts, out)
     print(f"{out}: {', '.join(path.name for path in files)}")
 
 

@@ -6,6 +6,7 @@ Each takes updates as `robustkern.aggregate` does; columns are the floating-poin
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, cast
 
 import numpy as np
@@ -274,7 +275,7 @@ def update_momenta(
     .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     """
     name = "update_momenta"
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not math.isfinite(keep):
+    if isinstance(keep, bool) or not isinstance(keep, (int, float, np.floating)) or not abs(keep) <= sys.float_info.max:
         raise ValueError(f"{name}: keep must be a finite number; got {keep!r}")
     target = _in_place(name, "momenta", momenta, None)
     if not target.flags.writeable:

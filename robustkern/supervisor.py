@@ -24,7 +24,7 @@ def launched_rank() -> int | None:
     return int(os.environ["RANK"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
-def supervise(arguments: list[str], silence_s: float) -> int:
+def supervise(arguments: list[str], silence_s: float) -> tuple[int, bool]:
     """Run a worker, wait for its end, and kill it where nothing is heard of it any more.
 
     Parameters
@@ -36,8 +36,10 @@ def supervise(arguments: list[str], silence_s: float) -> int:
 
     Returns
     -------
-    int
+    code : int
         How it ended: its exit code, negative for a signal.
+    began : bool
+        Whether it had begun to send heartbeats, so that the others can do without it.
     """
     read, write = os.pipe()
     child = subprocess.Popen(
@@ -56,7 +58,7 @@ def supervise(arguments: list[str], silence_s: float) -> int:
     patience = STARTUP_S
     while select.select([read], [], [], patience)[0]:
         if not os.read(read, 1024):  # closed: it has ended
-            return child.wait()
+            return child.wait(), patience == silence_s
         patience = silence_s
     child.kill()  # also where it is only stopped
-    return child.wait()
+    return child.wait(), patience == silence_s

@@ -64,8 +64,13 @@ def test_runs_are_made_once_and_a_cut_file_is_mended(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:-2], '{"other": 1}', lines[-2][:30]]))
+    (tmp_path / "sessions.jsonl").write_text((tmp_path / "sessions.jsonl").read_text() + '{"made": 7, "sec')
     again, facts = reproduce(TINY, tmp_path, jobs=1)
     assert [s["made"] for s in facts["sessions"]] == [len(runs), 2]
+    other = dataclasses.replace(TINY, seeds=1, rounds=7, attacks=("alie",), byzantine=(3,), rates=(0.1,))
+    reproduce(other, tmp_path, jobs=1)
+    (tmp_path / "sessions.jsonl").unlink()
+    assert reproduce(TINY, tmp_path, jobs=1)[1]["sessions"] == []  # nothing was lost, and nothing is made
     for a, b in zip(records, again, strict=True):
         assert (a["settings"], a["accuracy"]) == (b["settings"], b["accuracy"])  # also in another process
     pages = write_page(TINY, again, fake_times(), facts, tmp_path)

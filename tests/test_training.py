@@ -244,6 +244,16 @@ def test_parameters_without_gradients() -> None:
     assert plain.step(closure).item() > 0
 
 
+def test_groups_of_parameters() -> None:
+    fast, slow = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    server = training.Mu2Server([{"params": [fast]}, {"params": [slow], "lr": 0.1}], lr=1.0)
+    fast.grad = slow.grad = torch.ones(1)
+    server.step()
+    assert (fast.item(), slow.item()) == (-1.0, pytest.approx(-0.1))
+    with pytest.raises(ValueError, match="Mu2Server: parameters must be added before the first step; 1 are done"):
+        server.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+
 def test_clipping_is_of_the_whole_gradient() -> None:
     parts = [torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))]
     worker = training.MomentumWorker(parts, clip=1.0)
@@ -273,6 +283,13 @@ def test_clipping_is_of_the_whole_gradient() -> None:
         (lambda p: training.Mu2Server(p, lr=math.inf), "lr must be a finite number above 0; got inf"),
         (lambda p: training.Mu2Server(p, lr=1, radius=0), "radius must be a finite number above 0; got 0"),
         (lambda p: training.Mu2Server(p, lr=1, gamma=2), "gamma must be in"),
+        (lambda p: training.Mu2Server(p, lr=None), "lr must be a finite number above 0; got None"),
+        (
+            lambda p: training.Mu2Worker(
+                [{"params": p}, {"params": [torch.nn.Parameter(torch.zeros(1))], "clip": 1.0}]
+            ),
+            "Mu2Worker: clip must be the same for all groups of parameters; got None and 1.0",
+        ),
     ],
 )
 def test_errors_of_optimizers(make: Any, message: str) -> None:
@@ -465,6 +482,7 @@ def test_text_of_attacks(text: str) -> None:
         ("nan(1)", "'nan' is not known"),
         ("ipm(epsilon='a')", "ipm: epsilon must be a finite number; got 'a'"),
         ("sign_flip(scale=1e999)", "sign_flip: scale must be a finite number; got inf"),
+        ("ipm(epsilon=1" + "0" * 400 + ")", "ipm: epsilon must be a finite number; got 1000"),
         ("alie(z=True)", "alie: z must be a finite number; got True"),
         ("gaussian(sigma=-1)", "sigma must be a finite number of at least 0; got -1"),
         ("mimic(worker=-1)", "worker must be an integer of at least 0; got -1"),
@@ -632,6 +650,8 @@ def test_lost_workers_count_as_faulty() -> None:
         ({"batch": 1.5}, "batch must be an integer of at least 1; got 1.5"),
         ({"rounds": True}, "rounds must be an integer of at least 1; got True"),
         ({"seed": -1}, "seed must be an integer of at least 0; got -1"),
+        ({"seed": 2**63}, r"seed must be below 2\*\*63; got 9223372036854775808"),
+        ({"lr": 10**400}, "lr must be a finite number above 0; got 1000"),
         ({"byzantine": 4}, r"2\*byzantine must be below workers; got byzantine=4 with workers=7"),
         ({"f": 4}, r"f must satisfy 0 <= 2\*f < workers; got f=4 with workers=7"),
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
@@ -720,36 +740,90 @@ def test_a_folder_with_another_run(tmp_path: Path) -> None:
         run_in(tmp_path, settings_of(lr=0.2))
 
 
-def test_a_checkpoint_of_other_workers(tmp_path: Path) -> None:
-    settings = settings_of()
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": np.zeros(9, np.float32)}, r"expected float32 of .*'x': \(650,\).*got .*\(\(9,\), 'float32'\)"),
+        ({"x": np.zeros((2, 650), np.float32)}, "checkpoint: expected float32"),
+        ({"previous": np.zeros(650)}, "'previous': .*'float64'"),
+        ({"previous": np.zeros(0, np.float32)}, "checkpoint: expected float32"),
+        ({"momenta": np.zeros((4, 650), np.float32)}, "checkpoint: expected float32"),
+        ({"server.iterate": None}, "checkpoint: expected float32"),
+        ({"server.more": np.zeros(650, np.float32)}, "checkpoint: expected float32"),
+        ({"ids": np.arange(1, 6)}, r"checkpoint: holds workers \[1, 2, 3, 4, 5\]; expected \[0, 1, 2, 3, 4\]"),
+        ({"ids": None}, "cannot be read: it lacks ids"),
+        ({"metadata": {"round": "-3"}}, r"cannot be read: round -3 and lost workers \[\] cannot be"),
+        ({"metadata": {"round": "x"}}, "cannot be read: invalid literal"),
+        ({"metadata": {"lost": '{"-1": "x"}'}}, r"lost workers \[-1\] cannot be"),
+        ({"metadata": {"lost": '{"99": "x"}'}}, r"lost workers \[99\] cannot be"),
+        ({"metadata": {"lost": "[]"}}, "cannot be read"),
+        ({"metadata": {"settings": "[1]"}}, r"run with other settings \(\[1\] there\)"),
+        ({"metadata": {"settings": "{"}}, "cannot be read"),
+    ],
+)
+def test_checkpoints_that_do_not_fit(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    settings, path = settings_of(), tmp_path / "checkpoint.safetensors"
     run_in(tmp_path, settings)
-    found = session.last_checkpoint(settings, tmp_path)
-    assert found is not None
-    found[0]["ids"][0] = 5
-    with pytest.raises(ValueError, match=r"checkpoint: holds workers \[5, 1, 2, 3, 4\]; expected \[0, 1, 2, 3, 4\]"):
-        simulation.Simulation(settings, DIGITS).restore(*found)
+    facts = {"settings": json.dumps(settings.as_dict()), "round": "40", "lost": "{}"} | change.pop("metadata", {})
+    state = {name: values for name, values in (load_file(path) | change).items() if values is not None}
+    save_file(state, path, metadata=facts)
+    with pytest.raises(ValueError, match=message):
+        run_in(tmp_path, dataclasses.replace(settings, rounds=50))
 
 
-def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
+def test_a_log_that_is_gone_or_mangled(tmp_path: Path) -> None:
     settings = settings_of()
-    run_in(tmp_path, settings)
-    for name, values, message in (
-        ("x", np.zeros(9, np.float32), r"x must be float32 with rows of 650; got float32 of shape \(9,\)"),
-        ("previous", np.zeros(650), r"previous must be float32 with rows of 650; got float64 of shape \(650,\)"),
-        ("momenta", np.zeros((4, 650), np.float32), "expected 5 momenta; got 4"),
-        ("server.iterate", np.zeros((0,), np.float32), "server.iterate must be float32 with rows of 650"),
-    ):
-        found = session.last_checkpoint(settings, tmp_path)
-        assert found is not None
-        found[0][name] = values
-        with pytest.raises(ValueError, match=message):
-            simulation.Simulation(settings, DIGITS).restore(*found)
-    facts = {"settings": json.dumps(settings.as_dict()), "round": "40", "lost": "{}"}
-    save_file({"x": np.zeros(650, np.float32)}, tmp_path / "checkpoint.safetensors", metadata=facts)
-    with pytest.raises(ValueError, match="cannot be read: it lacks ids, momenta, previous"):
-        session.last_checkpoint(settings, tmp_path)
+    whole = run_in(tmp_path, settings)
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + '{"round": 1}\n{"round": 2, "seconds": 3}\n[]\nx\n')
+    assert facts(run_in(tmp_path, settings)) == facts(whole)
+    log.unlink()
+    again = run_in(tmp_path, settings)
+    assert facts(again) == [*facts(whole[:1]), *facts(whole[-1:])]
+    (tmp_path / "checkpoint.safetensors").unlink()
+    log.write_text("my notes")
+    with pytest.raises(ValueError, match=r"log.jsonl is no log of a training \(choose another --out"):
+        run_in(tmp_path, settings)
+    assert log.read_text() == "my notes"
+
+
+def test_the_log_survives_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of()
+    whole = run_in(tmp_path, settings)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_in(tmp_path, dataclasses.replace(settings, rounds=50))
+    assert facts(run_in(tmp_path, settings)) == facts(whole)
+
+
+def test_one_process_in_a_folder(tmp_path: Path) -> None:
+    with session.alone_in(tmp_path):
+        busy = robustkern("train", *SHORT, "--out", str(tmp_path), cwd=tmp_path)
+        assert busy.returncode == 1
+        assert "another process is writing there (wait for it, or choose another --out)" in busy.stderr
+        assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_overwriting_begins_when_the_new_run_is_possible(tmp_path: Path) -> None:
+    out = str(tmp_path / "[/x]")  # no markup
+    short = ("train", "--model", "softmax", "--rounds", "20", "--out", out)
+    assert robustkern(*short, cwd=tmp_path).returncode == 0
+    failed = robustkern(*short, "--overwrite", "--workers", "5000", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert "workers must be between 1 and the 1400 training samples; got 5000" in failed.stderr
+    again = robustkern(*short, cwd=tmp_path)
+    assert again.returncode == 0
+    assert "going on after round 20 of 20" in again.stderr
+    fresh = robustkern(*short, "--overwrite", "--seed", "1", cwd=tmp_path)
+    assert fresh.returncode == 0
+    assert "going on" not in fresh.stderr
 
 
 def test_a_log_of_a_diverged_run_is_json(tmp_path: Path) -> None:
@@ -797,7 +871,9 @@ def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
     killed.wait()
     again = robustkern("train", *SHORT, "--out", "cut", "--checkpoint-every", "10", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert re.search(r"going on after round \d+ of 600", again.stderr)
+    went_on = re.search(r"going on after round (\d+) of 600", again.stderr)
+    assert went_on
+    assert 40 <= int(went_on[1]) < 600
     logs = [[json.loads(t) for t in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "cut")]
     assert facts(logs[0]) == facts(logs[1])
 
@@ -882,6 +958,14 @@ def test_processes_go_on_without_workers_that_crash_or_stall(tmp_path: Path) -> 
     compare_with_simulation(tmp_path, "run", dataclasses.replace(settings, rounds=60))
 
 
+def test_processes_without_an_attacker_that_searches(tmp_path: Path) -> None:
+    """The others plan their attack as the simulation does, without the one that is gone."""
+    done = launch(tmp_path, "run", "--attack", "optimised", "--crash", "4@30", "--rounds", "32")
+    assert done.returncode == 0, done.stderr
+    settings = Settings(workers=5, byzantine=2, rounds=32, attack="optimised", failures=((4, 30, "crash"),))
+    compare_with_simulation(tmp_path, "run", settings)
+
+
 def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", *("--crash", "1@3", "--crash", "2@3", "--crash", "3@4"))
     assert done.returncode == 1
@@ -891,4 +975,5 @@ def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
 def test_as_many_processes_as_workers(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", "--workers", "6")
     assert done.returncode == 1
+    assert 'Traceback (most recent call last):\n  File "<frozen runpy>' not in done.stderr
     assert "workers must be the number of processes; got workers=6 with 5 processes" in done.stderr

@@ -99,6 +99,31 @@ def test_a_broken_archive_of_mnist(tmp_path: Path) -> None:
         data.load_data("mnist", tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["mnist", "cifar10"])
+def test_a_flipped_byte_in_an_archive(tmp_path: Path, kind: str) -> None:
+    """Whatever byte it is: an error that names the file, but for bytes of the header that mean nothing."""
+    if kind == "mnist":
+        mnist(tmp_path, zipped=True)
+        path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    else:
+        path = tmp_path / "cifar-10-binary.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            for name, (images, labels) in batches().items():
+                content = binary(images, labels)
+                member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}.bin")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    good = path.read_bytes()
+    for at in [*range(20, len(good), max(len(good) // 40, 1)), len(good) - 1]:
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x15]) + good[at + 1 :])
+        try:
+            data.load_data(kind, tmp_path)
+        except ValueError as error:
+            assert path.name in str(error)  # noqa: PT017  (a name in the header may be what was flipped)
+        else:
+            assert at < 40
+
+
 # ---- CIFAR-10 --------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +184,33 @@ def test_cifar10_as_python_2_pickled_it(tmp_path: Path) -> None:
     check_cifar(tmp_path, made)
 
 
+class Forged:
+    """An array of pointers: pickled bytes that NumPy's own unpickling would follow."""
+
+    def __init__(self, code: str, shape: tuple[int, ...], content: Any) -> None:
+        self.code, self.shape, self.content = code, shape, content
+
+    def __reduce__(self) -> Any:
+        return (
+            np.zeros(1).__reduce__()[0],
+            (np.ndarray, (0,), b"b"),
+            (1, self.shape, ForgedType(self.code), False, self.content),
+        )
+
+
+class ForgedType:
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+    def __reduce__(self) -> Any:
+        return (np.dtype, (self.code, False, True), (3, "<", None, None, None, -1, -1, 0))
+
+
+def forged(code: str, shape: tuple[int, ...], content: Any) -> bytes:
+    """A batch whose labels are such an array."""
+    return pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"labels": Forged(code, shape, content)}, protocol=2)
+
+
 class Harmful:
     def __reduce__(self) -> Any:
         return (os.system, ("touch harm-was-done",))
@@ -170,6 +222,10 @@ class Harmful:
         (pickle.dumps(Harmful()), "not a batch of CIFAR-10: it asks for .*system, which no data set needs"),
         (b"", "data_batch_1: not a batch of CIFAR-10"),
         (b"garbage", "not a batch of CIFAR-10"),
+        (forged("O8", (4,), b"A" * 32), "something else than lists and arrays of numbers"),
+        (forged("i8", (4,), None), "an array has no content"),
+        (forged("i8", (4,), b"A" * 31), "not a batch of CIFAR-10"),
+        (forged("i8", (1 << 40, 1 << 40), b"A" * 32), "not a batch of CIFAR-10"),
         (pickle.dumps({b"data": 1}), "not a batch of CIFAR-10"),
         (pickle.dumps([1, 2]), "not a batch of CIFAR-10"),
         (pickled(np.zeros((4, 3071), np.uint8), [0] * 4), r"expected data of shape \(m, 3072\).*got \(4, 3071\)"),

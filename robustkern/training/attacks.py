@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -88,7 +89,7 @@ class Attack:
 
 def _finite(attack: Attack, name: str, least: float | None = None) -> None:
     value = getattr(attack, name)
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if not good or (least is not None and value < least):
         wanted = "a finite number" if least is None else f"a finite number of at least {least:g}"
         raise ValueError(f"{attack.name}: {name} must be {wanted}; got {value!r}")

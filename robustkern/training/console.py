@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkern.training import session
-from robustkern.training.data import load_data
+from robustkern.training.data import DataSet, load_data
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Simulation
 
@@ -56,10 +56,23 @@ def train(
             print(f"worker {rank} has ended: {reason}", file=sys.stderr)
         _leave()
     out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        for name in (session.LOG, session.CHECKPOINT, session.PICTURE):
-            (out / name).unlink(missing_ok=True)
-    found = session.last_checkpoint(settings, out)
+    with session.alone_in(out):
+        _train_alone(settings, data, out, evaluate_every, checkpoint_every, overwrite, rank, timeout_s)
+    if rank is not None:
+        _leave()
+
+
+def _train_alone(
+    settings: Settings,
+    data: DataSet,
+    out: Path,
+    evaluate_every: int,
+    checkpoint_every: int,
+    overwrite: bool,
+    rank: int | None,
+    timeout_s: float,
+) -> None:
+    found = None if overwrite else session.last_checkpoint(settings, out)
     runner: session.Runner
     if rank is None:
         runner = Simulation(settings, data)
@@ -67,9 +80,12 @@ def train(
         from robustkern.training.processes import ProcessServer
 
         runner = server = ProcessServer(settings, data, timeout_s=timeout_s, checkpoint_every=checkpoint_every)
+    if overwrite:  # only now that the new run is known to be possible
+        for name in (session.LOG, session.CHECKPOINT, session.PICTURE):
+            (out / name).unlink(missing_ok=True)
     errors = Console(stderr=True, soft_wrap=True)
     if found is not None and found[1]:
-        errors.print(f"going on after round {found[1]} of {settings.rounds} ({out / session.CHECKPOINT})")
+        errors.print(Text(f"going on after round {found[1]} of {settings.rounds} ({out / session.CHECKPOINT})"))
     try:
         with Progress(
             TextColumn("training"),
@@ -104,8 +120,6 @@ def train(
             server.finish()
     _print_summary(settings, lines)
     _print_files(lines, out, errors)
-    if rank is not None:
-        _leave()
 
 
 def _leave() -> None:

@@ -6,6 +6,7 @@ import gzip
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def split(
     seed : int
         Of the shuffle.
     dirichlet : float, optional
-        Each worker's mixture of classes is drawn from a Dirichlet distribution with this parameter: 0.1 is very
+        The shares of the workers in each class are drawn from a Dirichlet distribution with this parameter: 0.1 is very
         uneven, 100 nearly even. Default: shuffled and cut into equal parts.
 
     Returns
@@ -152,7 +153,7 @@ def _read_idx(path: Path, axes: int) -> NDArray[np.uint8]:
     """Read an IDX file: two zeros, 8 (for bytes), the number of axes, their sizes as big-endian 32-bit integers."""
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error} (get the file again)") from None
     head = 4 + 4 * axes
     if len(content) < head or content[:4] != bytes([0, 0, 8, axes]):
@@ -211,13 +212,14 @@ def _contents(folder: Path, directory: str, archive: str, names: list[str]) -> d
         return None
     contents = {}
     try:
-        with tarfile.open(path) as tar:
+        whole = gzip.decompress(path.read_bytes())  # at once, because that checks the sum at its end
+        with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
             for name in names:
                 member = tar.extractfile(f"{directory}/{name}")
                 if member is None:
                     raise ValueError(f"{path}: {directory}/{name} is not a file")
                 contents[name] = member.read()
-    except (tarfile.TarError, KeyError, OSError, EOFError) as error:
+    except (tarfile.TarError, KeyError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read: {error} (get the file again)") from None
     return contents
 
@@ -232,30 +234,61 @@ def _read_records(name: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads pickled dicts of arrays, and nothing that could run code."""
+class _Dtype:
+    """Stands for a dtype in a pickle: its code, and nothing that NumPy would act on."""
+
+    def __init__(self, code: Any = "", *_: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore byte order, fields and flags, which could make NumPy read bytes as pointers."""
+
+
+class _Array:
+    """Stands for an array in a pickle: what `_values` makes one of, after it has looked at it."""
+
+    shape: Any = None
+    dtype: Any = None
+    content: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.dtype, _, self.content = state
+
+
+class _Inert(pickle.Unpickler):
+    """Reads pickled dicts of arrays without NumPy's own unpickling, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.removeprefix("numpy.").removeprefix("_"), name) in (
-            ("core.multiarray", "_reconstruct"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-        ):
-            return {"_reconstruct": _reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}[name]
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode("latin1")
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+        known = {
+            ("core.multiarray", "_reconstruct"): lambda *_: _Array(),
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+            ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),
+        }
+        key = (module.removeprefix("numpy.").removeprefix("_"), name)
+        if module == "_codecs":
+            key = (module, name)
+        if key not in known:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data set needs")
+        return known[key]
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> NDArray[Any]:
-    return np.ndarray.__new__(np.ndarray, (0,), dtype=np.uint8)
+def _values(x: Any) -> NDArray[Any]:
+    """Return a list of numbers, or what stands for an array, as an array of its own."""
+    if isinstance(x, list):
+        return np.asarray(x)
+    if not isinstance(x, _Array) or not isinstance(x.dtype, _Dtype) or x.dtype.code not in ("u1", "i4", "i8", "f8"):
+        raise ValueError("it holds something else than lists and arrays of numbers")
+    if not isinstance(x.content, bytes):
+        raise ValueError("an array has no content")
+    return np.frombuffer(x.content, dtype=f"<{x.dtype.code}").reshape(x.shape)
 
 
 def _read_pickled(name: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Read a batch as Python's pickle has it, without running what else could be in there."""
     try:
-        batch = _ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-        data, labels = np.asarray(batch[b"data"]), np.asarray(batch[b"labels"])
+        batch = _Inert(io.BytesIO(content), encoding="bytes").load()
+        data, labels = _values(batch[b"data"]), _values(batch[b"labels"])
     except Exception as error:  # a broken pickle can raise anything
         raise ValueError(f"{name}: not a batch of CIFAR-10: {error} (get the file again)") from None
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != CIFAR_RECORD - 1 or labels.ndim != 1:

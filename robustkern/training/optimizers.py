@@ -13,8 +13,10 @@ from robustkern.training.schedules import Schedule
 __all__ = ["MomentumWorker", "Mu2Server", "Mu2Worker"]
 
 
-def _check(name: str, value: float | None, what: str) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+def _check(name: str, value: float | None, what: str, *, optional: bool = True) -> None:
+    if optional and value is None:
+        return
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name}: {what} must be a finite number above 0; got {value!r}")
 
 
@@ -25,7 +27,27 @@ def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     return norm
 
 
-class _Worker(torch.optim.Optimizer):
+class _Together(torch.optim.Optimizer):
+    """Its groups of parameters are one vector: what is not in `OWN` is the same for all of them."""
+
+    OWN: tuple[str, ...] = ()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, before the first step, with the options of the others."""
+        super().add_param_group(param_group)
+        first, last = self.param_groups[0], self.param_groups[-1]
+        name = type(self).__name__
+        if first["steps"]:
+            raise ValueError(f"{name}: parameters must be added before the first step; {first['steps']} are done")
+        for option in first.keys() - {"params", *self.OWN}:
+            if last[option] != first[option]:
+                raise ValueError(
+                    f"{name}: {option} must be the same for all groups of parameters; got {first[option]!r} and "
+                    f"{last[option]!r}"
+                )
+
+
+class _Worker(_Together):
     """Replaces gradients by what a worker sends; never moves the parameters."""
 
     def __init__(self, params: Iterable[Any], clip: float | None, **options: Any) -> None:
@@ -196,7 +218,7 @@ class MomentumWorker(_Worker):
         return loss
 
 
-class Mu2Server(torch.optim.Optimizer):
+class Mu2Server(_Together):
     """The server's step: iterates w move along the aggregate, and the parameters are their weighted average x.
 
     ``w_{t+1} = proj(w_t - lr alpha_t d_t)`` and ``x_{t+1} = (1 - gamma_t) x_t + gamma_t w_{t+1}``, from w_1 = x_1.
@@ -224,6 +246,8 @@ class Mu2Server(torch.optim.Optimizer):
     .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     """
 
+    OWN = ("lr",)
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -234,7 +258,7 @@ class Mu2Server(torch.optim.Optimizer):
         radius: float | None = None,
     ) -> None:
         Schedule(schedule, gamma=gamma)
-        _check("Mu2Server", lr, "lr")
+        _check("Mu2Server", lr, "lr", optional=False)
         _check("Mu2Server", radius, "radius")
         super().__init__(params, {"lr": lr, "schedule": schedule, "gamma": gamma, "radius": radius, "steps": 0})
 

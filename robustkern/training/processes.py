@@ -21,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from robustkern.errors import RobustkernError
 from robustkern.supervisor import HEARTBEAT
 from robustkern.training.attacks import parse_attack
 from robustkern.training.data import DataSet
@@ -30,12 +31,18 @@ from robustkern.training.simulation import Floats, Server, Task, Times, Workers,
 __all__ = ["ProcessServer", "work"]
 
 STARTUP = timedelta(seconds=600)
-FINISHED = "robustkern/finished"
 FIRST_ROUND_S = 60.0  # more, while everybody compiles and loads what later rounds find there
 GRACE_S = 10.0  # between the end of training and that of workers that have not noticed
 STOP = -1
 
 Group = Any
+
+
+def _finished() -> str:
+    """Return the key that says that training has ended, another one after each restart of all processes."""
+    return (
+        f"robustkern/finished/{os.environ['TORCHELASTIC_RUN_ID']}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    )
 
 
 def _connect(settings: Settings, timeout_s: float) -> list[Group]:
@@ -46,9 +53,12 @@ def _connect(settings: Settings, timeout_s: float) -> list[Group]:
             f"workers must be the number of processes; got workers={settings.workers} with {world} processes "
             "(torchrun --nproc-per-node)"
         )
-    dist.init_process_group("gloo", timeout=STARTUP)
     wait = timedelta(seconds=timeout_s)
-    return [None, *(dist.new_group([0, worker], timeout=wait) for worker in range(1, world))]
+    try:
+        dist.init_process_group("gloo", timeout=STARTUP)
+        return [None, *(dist.new_group([0, worker], timeout=wait) for worker in range(1, world))]
+    except RuntimeError as error:
+        raise RobustkernError(f"the {world} processes did not come together: {str(error).splitlines()[0]}") from None
 
 
 def _wait(work: Any, limit: timedelta) -> None:
@@ -166,12 +176,14 @@ class ProcessServer:
         at_once = [worker for worker in self.peers if worker not in later]
         self._each(list(self.peers), lambda peer: peer.send(_header(self.t, report), x))
         self._each(at_once, lambda peer: peer.expect(1 + report, d))
+        self._each(later, lambda peer: peer.expect(1, 1))  # that it is there, before the attack is planned
         own = self.workers.estimate(x, self.t)
         deadline = time.monotonic() + self._timeout_s + (FIRST_ROUND_S if first else 0)
         arrived = self._each(at_once, lambda peer: peer.receive(deadline))
         rows = {0: own[0], **{worker: vectors[0] for worker, vectors in arrived.items()}}
         if report:
             self._momenta = {0: own[0].copy(), **{worker: vectors[1] for worker, vectors in arrived.items()}}
+        self._each(later, lambda peer: peer.receive(deadline))
         attackers = [worker for worker in later if worker in self.peers]
         if attackers:
             started = time.perf_counter()
@@ -213,7 +225,7 @@ class ProcessServer:
     def finish(self) -> None:
         """Let the workers go, also those that do not listen."""
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store.set(FINISHED, "1")
+        store.set(_finished(), "1")
         if not self._told:
             self._tell_start()
         for peer in self.peers.values():
@@ -237,7 +249,7 @@ def _beat(finished_host: str, port: int) -> None:
         try:
             if pipe is not None:
                 os.write(int(pipe), b".")
-            over = store.check([FINISHED])
+            over = store.check([_finished()])
         except (RuntimeError, OSError):  # torchrun itself, or the supervisor, has ended
             over = True
         if over:
@@ -257,9 +269,9 @@ def work(settings: Settings, data: DataSet, *, timeout_s: float) -> str:
     """
     rank = int(os.environ["RANK"])
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    threading.Thread(target=_beat, args=address, daemon=True).start()
     task = Task(settings, data)
     group = _connect(settings, timeout_s)[rank]
+    threading.Thread(target=_beat, args=address, daemon=True).start()
     honest = settings.workers - settings.byzantine
     attack = parse_attack(settings.attack)
     attacks = rank >= honest
@@ -293,6 +305,7 @@ def work(settings: Settings, data: DataSet, *, timeout_s: float) -> str:
             else:
                 seen, alive, f = np.empty((0, task.d), dtype=np.float32), settings.byzantine, settings.tolerated
                 if attack.looks:
+                    send(np.zeros(1, dtype=np.float32))
                     count, alive, f, _ = receive(_header()).tolist()
                     seen = receive(torch.empty(count, task.d)).numpy()
                 send(byzantine_rows(settings, own, seen, [rank], alive, f, t)[0])

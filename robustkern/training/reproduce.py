@@ -23,6 +23,7 @@ import robustkern
 from robustkern.errors import RobustkernError
 from robustkern.peers import naive_rules
 from robustkern.training.data import DataSet, load_data
+from robustkern.training.session import read_lines, replace_lines
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Simulation, Task, Workers
 
@@ -186,19 +187,13 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _recorded(path: Path, wanted: list[Settings]) -> dict[str, Record]:
-    """Return the wanted runs that were made before, by settings; a kill may have cut the last line."""
-    keys = {_key(settings) for settings in wanted}
-    found = {}
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(text)
-            key = json.dumps(record["settings"], sort_keys=True)
-        except (ValueError, KeyError, TypeError):
-            continue
-        if key in keys:
-            found[key] = record
-    return found
+def _recorded(lines: list[Record]) -> dict[str, Record]:
+    """Return the runs among the lines of a file, by settings."""
+    return {
+        json.dumps(line["settings"], sort_keys=True): line
+        for line in lines
+        if isinstance(line.get("settings"), dict) and isinstance(line.get("accuracy"), float)
+    }
 
 
 def _key(settings: Settings) -> str:
@@ -230,26 +225,31 @@ def reproduce(
         Machine, versions, and ``sessions``: runs made, seconds and runs at a time, now and before.
     """
     runs = plan.runs()
-    found = _recorded(out / RESULTS, runs)
+    found = _recorded(read_lines(out / RESULTS))  # those of other plans stay where they are
     missing = [settings for settings in runs if _key(settings) not in found]
-    started = time.perf_counter()
+    held = len(runs) - len(missing)
     if missing:
-        with (
-            (out / RESULTS).open("w") as log,
-            ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
-        ):
-            log.writelines(json.dumps(record) + "\n" for record in found.values())
-            for record in _completed(pool, missing):
-                found[json.dumps(record["settings"], sort_keys=True)] = record
-                log.write(json.dumps(record) + "\n")
-                log.flush()
-                if progress is not None:
-                    progress(len(found), len(runs))
-        session = {"made": len(missing), "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
-        with (out / SESSIONS).open("a") as log:
-            log.write(json.dumps(session) + "\n")
+        replace_lines(out / RESULTS, list(found.values()))
+        replace_lines(out / SESSIONS, read_lines(out / SESSIONS))
+        made, started = 0, time.perf_counter()
+        try:
+            with (
+                (out / RESULTS).open("a") as log,
+                ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
+            ):
+                for record in _completed(pool, missing):
+                    found[json.dumps(record["settings"], sort_keys=True)] = record
+                    log.write(json.dumps(record) + "\n")
+                    log.flush()
+                    made += 1
+                    if progress is not None:
+                        progress(held + made, len(runs))
+        finally:
+            session = {"made": made, "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
+            with (out / SESSIONS).open("a") as log:
+                log.write(json.dumps(session) + "\n")
     facts = {
-        "sessions": [json.loads(text) for text in (out / SESSIONS).read_text().splitlines()],
+        "sessions": [line for line in read_lines(out / SESSIONS) if {"made", "seconds", "jobs"} <= line.keys()],
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "python": platform.python_version(),

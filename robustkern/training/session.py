@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +19,9 @@ from numpy.typing import NDArray
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Server, Times
 
-__all__ = ["Runner", "draw", "last_checkpoint", "run"]
+__all__ = ["Runner", "alone_in", "draw", "last_checkpoint", "read_lines", "replace_lines", "run"]
 
-LOG, CHECKPOINT, PICTURE = "log.jsonl", "checkpoint.safetensors", "accuracy.png"
+LOG, CHECKPOINT, PICTURE, LOCK = "log.jsonl", "checkpoint.safetensors", "accuracy.png", ".lock"
 
 State = dict[str, NDArray[Any]]
 Line = dict[str, Any]
@@ -57,7 +59,12 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
     path = out / CHECKPOINT
     if not path.exists():
         if (out / LOG).exists():
-            _check_settings(settings, out, _read_log(out / LOG)[:1])
+            lines = _read_log(out / LOG)
+            if not lines or "settings" not in lines[0]:
+                raise ValueError(
+                    f"{out / LOG} is no log of a training (choose another --out, or start again with --overwrite)"
+                )
+            _check_settings(settings, lines[0]["settings"], out)
         return None
     from safetensors import SafetensorError, safe_open
 
@@ -70,9 +77,11 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         theirs, t = json.loads(facts["settings"]), int(facts["round"])
         lost = {int(worker): str(reason) for worker, reason in json.loads(facts["lost"]).items()}
+        if t < 0 or not all(1 <= worker < settings.workers for worker in lost):
+            raise ValueError(f"round {t} and lost workers {sorted(lost)} cannot be")
     except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read: {error} (start again with --overwrite)") from None
-    _check_settings(settings, out, [{"settings": theirs}])
+    _check_settings(settings, theirs, out)
     if t > settings.rounds:
         raise ValueError(
             f"{out} holds {t} rounds, more than the {settings.rounds} that are asked for (ask for more, choose "
@@ -82,14 +91,35 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
     return state, t, lost
 
 
-def _check_settings(settings: Settings, out: Path, lines: list[Line]) -> None:
-    for line in lines:
-        different = settings.differences(line.get("settings", {}))
-        if different:
-            raise ValueError(
-                f"{out} holds a run with other settings ({different}); choose another --out, or start again with "
-                f"--overwrite"
-            )
+def _check_settings(settings: Settings, theirs: Any, out: Path) -> None:
+    different = settings.differences(theirs) if isinstance(theirs, dict) else f"{theirs!r} there"
+    if different:
+        raise ValueError(
+            f"{out} holds a run with other settings ({different}); choose another --out, or start again with "
+            "--overwrite"
+        )
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep others out of a folder that this process writes to; raise where another one is there."""
+    with (out / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            where = f"{out}: another process is writing there"
+            raise ValueError(f"{where} (wait for it, or choose another --out)") from None
+        yield
+
+
+def replace_lines(path: Path, lines: list[Line]) -> None:
+    """Write lines of JSON, complete or not at all."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
 
 
 def _save_checkpoint(runner: Runner, out: Path) -> None:
@@ -110,10 +140,10 @@ def _save_checkpoint(runner: Runner, out: Path) -> None:
     fresh.replace(path)
 
 
-def _read_log(path: Path) -> list[Line]:
-    """Return the lines that are complete; a kill may have cut the last one."""
+def read_lines(path: Path) -> list[Line]:
+    """Return the lines that hold a JSON object; a kill may have cut the last one."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
         except ValueError:
@@ -121,6 +151,23 @@ def _read_log(path: Path) -> list[Line]:
         if isinstance(line, dict):
             lines.append(line)
     return lines
+
+
+def _read_log(path: Path) -> list[Line]:
+    """Return the settings, and the tests that are complete."""
+    return [
+        line
+        for line in read_lines(path)
+        if "settings" in line
+        or (
+            isinstance(line.get("round"), int)
+            and isinstance(line.get("accuracy"), float)
+            and isinstance(line.get("lost"), dict)
+            and isinstance(line.get("seconds"), dict)
+            and "loss" in line
+            and "total" in line["seconds"]
+        )
+    ]
 
 
 def _number(value: float) -> float | None:
@@ -164,43 +211,42 @@ def run(
         if t:
             runner.restore(state, t, lost)
         if (out / LOG).exists():
-            lines += [
-                line for line in _read_log(out / LOG) if isinstance(line.get("round"), int) and line["round"] <= t
-            ]
+            lines += [line for line in _read_log(out / LOG) if "round" in line and line["round"] <= t]
     began, before = time.perf_counter(), lines[-1].get("seconds", {}).get("total", 0.0)
     parts = {name: lines[-1].get("seconds", {}).get(name, 0.0) for name in asdict(runner.times)}
-    with (out / LOG).open("w") as log:
 
-        def note(line: Line) -> None:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+    def test() -> None:
+        accuracy, loss = runner.evaluate()
+        spent = {name: parts[name] + value for name, value in asdict(runner.times).items()}
+        lines.append(
+            {
+                "round": runner.t,
+                "accuracy": accuracy,
+                "loss": _number(loss),
+                "lost": {str(worker): reason for worker, reason in runner.server.lost.items()},
+                "seconds": {
+                    "total": round(before + time.perf_counter() - began, 3),
+                    **{name: round(value, 3) for name, value in spent.items()},
+                },
+            }
+        )
+        log.write(json.dumps(lines[-1]) + "\n")
+        log.flush()
 
-        for line in lines:
-            note(line)
+    replace_lines(out / LOG, lines)
+    with (out / LOG).open("a") as log:
         if found is None:
             _save_checkpoint(runner, out)
         while runner.t < rounds:
             runner.round()
             if runner.t % evaluate_every == 0 or runner.t == rounds:
-                accuracy, loss = runner.evaluate()
-                spent = {name: parts[name] + value for name, value in asdict(runner.times).items()}
-                lines.append(
-                    {
-                        "round": runner.t,
-                        "accuracy": accuracy,
-                        "loss": _number(loss),
-                        "lost": {str(worker): reason for worker, reason in runner.server.lost.items()},
-                        "seconds": {
-                            "total": round(before + time.perf_counter() - began, 3),
-                            **{name: round(value, 3) for name, value in spent.items()},
-                        },
-                    }
-                )
-                note(lines[-1])
+                test()
             if runner.t % checkpoint_every == 0 or runner.t == rounds:
                 _save_checkpoint(runner, out)
             if progress is not None:
                 progress(runner.t, lines[-1])
+        if lines[-1].get("round") != rounds:  # there was nothing left to do, and the log was gone
+            test()
     return lines
 
 

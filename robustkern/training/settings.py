@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,8 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63; got {self.seed}")
         if 2 * self.byzantine >= self.workers:
             raise ValueError(
                 f"2*byzantine must be below workers; got byzantine={self.byzantine} with workers={self.workers} "
@@ -102,7 +104,7 @@ class Settings:
             value = getattr(self, name)
             if value is None and name in ("radius", "dirichlet"):
                 continue
-            good = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+            good = isinstance(value, (int, float)) and (0 if zero else 5e-324) <= value <= sys.float_info.max
             if not good:
                 raise ValueError(
                     f"{name} must be a finite number {'of at least' if zero else 'above'} 0; got {value!r}"

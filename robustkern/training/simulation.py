@@ -283,17 +283,20 @@ class Server:
 
     def restore(self, state: dict[str, NDArray[Any]], t: int) -> None:
         """Go on as after round t."""
-        for name in state.keys() - {"ids"}:
-            d, shape = self.task.d, state[name].shape
-            if state[name].dtype != np.float32 or not (shape[-1:] == (d,) or (name == "previous" and shape == (0,))):
-                raise ValueError(
-                    f"checkpoint: {name} must be float32 with rows of {d}; got {state[name].dtype} of shape {shape} "
-                    "(start again with --overwrite)"
-                )
-        if state["momenta"].shape != (len(state["ids"]), self.task.d):
+        settings, d = self.task.settings, self.task.d
+        double = settings.optimizer == "mu2sgd"
+        expected: dict[str, tuple[int, ...]] = {
+            "x": (d,),
+            "previous": (d if double else 0,),
+            "momenta": (*state["ids"].shape, d),
+            **({"server.iterate": (d,)} if double else {}),
+            **({"server.start": (d,)} if double and settings.radius is not None else {}),
+        }
+        found = {name: values.shape for name, values in state.items() if name != "ids" and values.dtype == np.float32}
+        if found != expected or set(state) != {"ids", *expected}:
+            given = {name: (values.shape, values.dtype.name) for name, values in state.items()}
             raise ValueError(
-                f"checkpoint: expected {len(state['ids'])} momenta; got {len(state['momenta'])} (start again with "
-                f"--overwrite)"
+                f"checkpoint: expected float32 of {expected} and ids; got {given} (start again with --overwrite)"
             )
         with torch.no_grad():
             self.x.copy_(torch.from_numpy(state["x"]))
