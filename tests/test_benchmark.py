@@ -238,7 +238,7 @@ def test_each_suite_yields_figures_and_goals(suite: str) -> None:
             assert line.figure >= 0 if suite == "memory" else line.figure > 0
             assert line.unit
             assert line.goal is not None or line.what.startswith(("read pass", "trimmed_mean, n=10, d=1000"))
-            assert line.floor == line.what.endswith(("all threads", "naive torch"))
+            assert line.floor == line.what.endswith(("all threads", "torch"))
 
 
 def test_a_floor_is_missed_from_below() -> None:

@@ -484,7 +484,31 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
 
 // ---- update_momenta ------------------------------------------------------------------------------------
 
-constexpr int64_t kMomentumColumns = 2048;  // of a row at a time: three streams that the hardware follows
+constexpr int64_t kMomentumColumns = 2048;  // of a row at a time
+// Bytes ahead of three streams that the hardware could follow by itself, but not as fast: 9.3 ms without, 8.7 so (17
+// rows of 1e6 float32); 4 KiB ahead are alike.
+constexpr int64_t kMomentumAhead = 1024;
+
+// The new values of some columns of a row, a multiple of the vector.
+template <bool kKeeps, bool kCorrects, class S, class C>
+RK_INLINE void momentum_run(const S* gradient, const S* correction, const S* old, F64 scale, F64 minus, F64 keep,
+                            int64_t columns, C* to) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
+  for (int64_t j = 0; j < columns; j += kDoubles) {
+    if (j % line == 0) {
+      __builtin_prefetch(reinterpret_cast<const char*>(gradient + j) + kMomentumAhead, 0, 3);
+      if (kKeeps) __builtin_prefetch(reinterpret_cast<const char*>(old + j) + kMomentumAhead, 0, 3);
+      if (kCorrects) __builtin_prefetch(reinterpret_cast<const char*>(correction + j) + kMomentumAhead, 0, 3);
+    }
+    F64 value = scale * load_double(gradient + j);
+    if (kKeeps) {
+      F64 before = load_double(old + j);
+      if (kCorrects) before = fmadd(minus, load_double(correction + j), before);
+      value = fmadd(keep, before, value);
+    }
+    store_rounded(to + j, value);
+  }
+}
 
 template <class S>
 Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const* momenta, int threads) {
@@ -504,18 +528,15 @@ Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const*
     S* tail = space.part<S>(thread, at_tail);
     C* rounded = space.part<C>(thread, at_rounded);
     S* stored = space.part<S>(thread, at_stored);
-    // The new values of some columns of a row, a multiple of the vector.
     const auto compute = [&](int64_t i, const S* gradient, const S* correction, const S* old, int64_t columns, C* to) {
-      const F64 gradient_scale = splat<F64>(how.gradient_scales[i]);
+      const F64 scale = splat<F64>(how.gradient_scales[i]);
       const F64 minus = splat<F64>(corrects ? -how.correction_scales[i] : 0.0);
-      for (int64_t j = 0; j < columns; j += kDoubles) {
-        F64 value = gradient_scale * load_double(gradient + j);
-        if (keeps) {
-          const F64 before = load_double(old + j);
-          value = fmadd(keep, corrects ? fmadd(minus, load_double(correction + j), before) : before, value);
-        }
-        store_rounded(to + j, value);
-      }
+      if (corrects)
+        momentum_run<true, true>(gradient, correction, old, scale, minus, keep, columns, to);
+      else if (keeps)
+        momentum_run<true, false>(gradient, correction, old, scale, minus, keep, columns, to);
+      else
+        momentum_run<false, false>(gradient, correction, old, scale, minus, keep, columns, to);
     };
     for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
       for_task_pieces(gradients, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
