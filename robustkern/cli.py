@@ -179,8 +179,7 @@ def train(
         str,
         typer.Option(
             help="none, sign_flip, label_flip, ipm, alie, mimic, gaussian, nan, inf, optimised; with parameters such "
-            "as "
-            "'ipm(epsilon=0.1)'."
+            "as 'ipm(epsilon=0.1)'."
         ),
     ] = "alie",
     rule: Annotated[str, typer.Option(help="Such as 'ctma(median)' or 'nnm | geometric_median'.")] = "ctma(median)",

@@ -340,17 +340,18 @@ def test_importing_is_quick_and_loads_no_framework() -> None:
 LAYERS = {
     "_kernels": {"_cpu"},  # address_of, addresses_of
     "errors": set(),
+    "_text": set(),
     "_threads": set(),
     "_devices": set(),
     "_arrays": {"_devices", "_kernels", "errors"},
     "backends": {"_devices", "_kernels", "_threads", "backends", "_cpu", "_cuda"},
     "_registry": {"_kernels", "_threads", "errors"},
-    "rules": {"_kernels", "_arrays", "errors", "rules"},
+    "rules": {"_kernels", "_arrays", "_text", "errors", "rules"},
     "kernels": {"_kernels", "_arrays", "_registry"},
     "api": {"_kernels", "_arrays", "_registry", "errors", "rules"},
     "files": {"_kernels", "_arrays", "_registry", "errors", "rules", "api"},
     "supervisor": set(),
-    "training": {"api", "errors", "kernels", "peers", "rules", "supervisor", "training"},
+    "training": {"_text", "api", "errors", "kernels", "peers", "rules", "supervisor", "training"},
     "study": {"_kernels", "benchmark", "peers", "suites", "study"},
 }
 

@@ -373,7 +373,7 @@ def test_the_optimizers_converge_on_the_quadratic(schedule: str) -> None:
 
 
 def situation(n: int, f: int, workers: tuple[int, ...] = (0,), aggregate: Any = None) -> attacks.Situation:
-    return attacks.Situation(n, f, f, workers, (1, 2), aggregate or (lambda rows: rows.mean(axis=0)))
+    return attacks.Situation(n, f, f, workers, (1, 2), aggregate or (lambda rows: np.mean(rows, axis=0)))
 
 
 HONEST = GOLDEN["ATK/honest"]
@@ -619,6 +619,18 @@ def test_buckets_are_fresh_each_round() -> None:
         run.round()
         run.round()
     assert len(set(seen)) == 2
+
+
+def test_no_vector_is_copied_on_its_way_to_the_rule() -> None:
+    seen: list[Any] = []
+    run = simulation.Simulation(settings_of(attack="ipm", failures=((3, 1, "crash"),)), DIGITS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulation, "aggregate", lambda rows, rule, f: seen.extend(rows) or rows[0])
+        run.round()
+    momenta = run.workers.momenta
+    assert len(seen) == 6
+    assert [row.ctypes.data for row in seen[:4]] == [row.ctypes.data for row in momenta]
+    assert seen[4].ctypes.data == seen[5].ctypes.data  # all attackers send one vector
 
 
 def test_unequal_workers_draw_from_their_own_shares() -> None:

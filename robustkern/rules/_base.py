@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from robustkern._kernels import Matrix, Vector
+from robustkern._text import make
 from robustkern.rules._view import Solution, View
 
 __all__ = ["Aggregator", "Chain", "Mixer", "Rule", "available_rules", "parse_rule", "register"]
@@ -256,12 +256,4 @@ def _make(name: str, arguments: list[Any], options: dict[str, Any]) -> Rule:
         return _PRESETS[name]
     if name in _PRESETS:
         raise ValueError(f"rule: {name!r} takes no parameters; write {_PRESETS[name]} with others")
-    if name not in _RULES:
-        close = difflib.get_close_matches(name, available_rules(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"rule: {name!r} is not known{hint} (known: {', '.join(available_rules())})")
-    try:
-        return _RULES[name](*arguments, **options)
-    except TypeError as error:
-        fields = ", ".join(spec.name for spec in dataclasses.fields(_RULES[name])) or "none"
-        raise ValueError(f"rule: {name}: {error} (its parameters: {fields})") from None
+    return make("rule", available_rules(), _RULES, name, arguments, options)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import math
 import sys
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from robustkern._text import make
 
 __all__ = ["ATTACKS", "Attack", "Situation", "alie_z", "available_attacks", "parse_attack"]
 
@@ -44,11 +46,11 @@ class Situation:
     alive: int
     workers: tuple[int, ...]
     seed: tuple[int, ...]
-    aggregate: Callable[[Rows], Vector]
+    aggregate: Callable[[Sequence[Vector]], Vector]
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(ABC):
     """A frozen description of an attack; ``str`` of it is its text form."""
 
     name: ClassVar[str]
@@ -65,6 +67,7 @@ class Attack:
         inside = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in changed)
         return self.name + (f"({inside})" if inside else "")
 
+    @abstractmethod
     def send(self, own: Rows, honest: Rows, situation: Situation) -> Rows:
         """Return what the situation's workers send.
 
@@ -80,11 +83,11 @@ class Attack:
         Returns
         -------
         (k, d) array
+            May be read-only, and one vector k times over.
         """
-        raise NotImplementedError  # pragma: no cover
 
     def _same(self, vector: Vector, honest: Rows, situation: Situation) -> Rows:
-        return np.repeat(vector[None].astype(honest.dtype), len(situation.workers), axis=0)
+        return np.broadcast_to(vector.astype(honest.dtype), (len(situation.workers), len(vector)))
 
 
 def _finite(attack: Attack, name: str, least: float | None = None) -> None:
@@ -321,12 +324,9 @@ class Optimised(Attack):
         return self._same(best[1], honest, situation)
 
     def _search(self, mean: Vector, direction: Vector, honest: Rows, situation: Situation) -> tuple[float, Vector]:
-        rows = np.empty((len(honest) + situation.alive, honest.shape[1]), dtype=honest.dtype)
-        rows[: len(honest)] = honest
-
         def harm(strength: float) -> float:
-            rows[len(honest) :] = mean + strength * direction
-            moved = float(np.linalg.norm(situation.aggregate(rows) - mean))
+            sent = (mean + strength * direction).astype(honest.dtype)
+            moved = float(np.linalg.norm(situation.aggregate([*honest, *[sent] * situation.alive]) - mean))
             return moved if math.isfinite(moved) else -1.0
 
         found = {strength: harm(strength) for strength in (2.0**k for k in range(-4, 8))}
@@ -377,12 +377,4 @@ def parse_attack(text: str, /) -> Attack:
         ) from None
     if name in _SHORT and not arguments and not options:
         return _SHORT[name]
-    if name not in ATTACKS:
-        close = difflib.get_close_matches(name, available_attacks(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"attack: {name!r} is not known{hint} (known: {', '.join(available_attacks())})")
-    try:
-        return ATTACKS[name](*arguments, **options)
-    except TypeError as error:
-        fields = ", ".join(f.name for f in dataclasses.fields(ATTACKS[name])) or "none"
-        raise ValueError(f"attack: {name}: {error} (its parameters: {fields})") from None
+    return make("attack", available_attacks(), ATTACKS, name, arguments, options)

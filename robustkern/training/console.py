@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkern.training import session
-from robustkern.training.data import DataSet, load_data
+from robustkern.training.data import load_data
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Simulation
 
@@ -56,70 +58,56 @@ def train(
             print(f"worker {rank} has ended: {reason}", file=sys.stderr)
         _leave()
     out.mkdir(parents=True, exist_ok=True)
+    errors = Console(stderr=True, soft_wrap=True)
     with session.alone_in(out):
-        _train_alone(settings, data, out, evaluate_every, checkpoint_every, overwrite, rank, timeout_s)
+        found = None if overwrite else session.last_checkpoint(settings, out)
+        runner: session.Runner
+        if rank is None:
+            runner = Simulation(settings, data)
+        else:
+            from robustkern.training.processes import ProcessServer
+
+            runner = ProcessServer(settings, data, timeout_s=timeout_s, checkpoint_every=checkpoint_every)
+        if overwrite:  # only now that the new run is known to be possible
+            for name in (session.LOG, session.CHECKPOINT, session.PICTURE):
+                (out / name).unlink(missing_ok=True)
+        if found is not None and found[1]:
+            errors.print(Text(f"going on after round {found[1]} of {settings.rounds} ({out / session.CHECKPOINT})"))
+        try:
+            with _progress(settings.rounds, errors) as progress:
+                lines = session.run(
+                    runner,
+                    out,
+                    evaluate_every=evaluate_every,
+                    checkpoint_every=checkpoint_every,
+                    found=found,
+                    progress=progress,
+                )
+        finally:
+            runner.finish()
+        _print_summary(settings, lines)
+        _print_files(lines, out, errors)
     if rank is not None:
         _leave()
 
 
-def _train_alone(
-    settings: Settings,
-    data: DataSet,
-    out: Path,
-    evaluate_every: int,
-    checkpoint_every: int,
-    overwrite: bool,
-    rank: int | None,
-    timeout_s: float,
-) -> None:
-    found = None if overwrite else session.last_checkpoint(settings, out)
-    runner: session.Runner
-    if rank is None:
-        runner = Simulation(settings, data)
-    else:
-        from robustkern.training.processes import ProcessServer
+@contextlib.contextmanager
+def _progress(rounds: int, console: Console) -> Iterator[Callable[[int, session.Line], None]]:
+    """Show a bar with the accuracy, and above it whoever is lost."""
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console, transient=True) as bar:
+        task = bar.add_task("", total=rounds)
+        lost: set[str] = set()
 
-        runner = server = ProcessServer(settings, data, timeout_s=timeout_s, checkpoint_every=checkpoint_every)
-    if overwrite:  # only now that the new run is known to be possible
-        for name in (session.LOG, session.CHECKPOINT, session.PICTURE):
-            (out / name).unlink(missing_ok=True)
-    errors = Console(stderr=True, soft_wrap=True)
-    if found is not None and found[1]:
-        errors.print(Text(f"going on after round {found[1]} of {settings.rounds} ({out / session.CHECKPOINT})"))
-    try:
-        with Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-            console=errors,
-            transient=True,
-        ) as bar:
-            task = bar.add_task("", total=settings.rounds)
-            lost: set[str] = set()
+        def show(t: int, line: session.Line) -> None:
+            said = f"accuracy {line['accuracy']:.1%}" if "accuracy" in line else ""
+            bar.update(task, completed=t, description=said)
+            for worker, reason in line.get("lost", {}).items():
+                if worker not in lost:
+                    lost.add(worker)
+                    bar.console.print(Text(f"worker {worker} is lost: {reason}", style="yellow"))
 
-            def progress(t: int, line: session.Line) -> None:
-                said = f"accuracy {line['accuracy']:.1%}" if "accuracy" in line else ""
-                bar.update(task, completed=t, description=said)
-                for worker, reason in line.get("lost", {}).items():
-                    if worker not in lost:
-                        lost.add(worker)
-                        bar.console.print(Text(f"worker {worker} is lost: {reason}", style="yellow"))
-
-            lines = session.run(
-                runner,
-                out,
-                evaluate_every=evaluate_every,
-                checkpoint_every=checkpoint_every,
-                found=found,
-                progress=progress,
-            )
-    finally:
-        if rank is not None:
-            server.finish()
-    _print_summary(settings, lines)
-    _print_files(lines, out, errors)
+        yield show
 
 
 def _leave() -> None:

@@ -94,8 +94,8 @@ class _Peer:
     def receive(self, deadline: float) -> list[Floats]:
         """Return the vectors that are expected; raises RuntimeError where they do not come in time."""
         vectors: list[Floats] = []
-        for work, vector in self._expected:
-            work.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
+        for arrival, vector in self._expected:
+            arrival.wait(timedelta(seconds=max(deadline - time.monotonic(), 0.01)))
             vectors.append(vector.numpy())
         self._sent.clear()  # it has answered, so it has read what came before
         self._expected.clear()
@@ -194,7 +194,7 @@ class ProcessServer:
             arrived = self._each(attackers, lambda peer: peer.receive(deadline))
             rows |= {worker: vectors[0] for worker, vectors in arrived.items()}
             self.times.attack += time.perf_counter() - started
-        self.server.step(np.stack([rows[worker] for worker in sorted(rows)]), self.t)
+        self.server.step([rows[worker] for worker in sorted(rows)], self.t)
 
     def evaluate(self) -> tuple[float, float]:
         """Return accuracy and loss on the test images."""
@@ -231,8 +231,8 @@ class ProcessServer:
         for peer in self.peers.values():
             try:
                 peer.send(_header(STOP))
-                for work, _ in peer._sent:
-                    work.wait(timedelta(seconds=1))
+                for sent, _ in peer._sent:
+                    sent.wait(timedelta(seconds=1))
             except RuntimeError:  # it has ended by itself
                 continue
 
@@ -282,7 +282,7 @@ def work(settings: Settings, data: DataSet, *, timeout_s: float) -> str:
         return like
 
     def send(row: Floats) -> None:
-        _wait(dist.isend(torch.from_numpy(np.ascontiguousarray(row)), dst=0, group=group), timedelta(seconds=timeout_s))
+        _wait(dist.isend(torch.from_numpy(np.array(row)), dst=0, group=group), timedelta(seconds=timeout_s))
 
     try:
         begin, resumed, *_ = receive(_header()).tolist()

@@ -79,7 +79,7 @@ class Plan:
 
     @classmethod
     def quick(cls) -> Plan:
-        """Return a small plan that shows in a minute or two that everything works; it supports no claim."""
+        """Return a small plan that shows in some minutes that everything works; it supports no claim."""
         return cls(
             rounds=100,
             seeds=2,
@@ -144,8 +144,7 @@ def train_once(settings: Settings) -> Record:
     dict
         ``settings``; ``accuracy``, the mean of three tests in the last tenth of the rounds; ``loss`` at the end (None
         where not finite); ``failed``, None or why training ended early (the rule met more vectors with NaN or Inf than
-        it tolerates: training has diverged); ``seconds``, in all
-        and by part.
+        it tolerates: training has diverged); ``seconds``, in all and by part.
     """
     simulation, started = Simulation(settings, _data(settings.data)), time.perf_counter()
     tested = [settings.rounds - k * max(settings.rounds // 30, 1) for k in range(3)]

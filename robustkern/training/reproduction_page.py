@@ -229,26 +229,16 @@ def _claims(r: Results, times: list[Record]) -> list[list[str]]:
         for o in plan.optimizers
     }
     for other in (o for o in plan.optimizers if o != "mu2sgd"):
-        wins = sum(a > b for a, b in zip(counts["mu2sgd"], counts[other], strict=True))
-        losses = sum(a < b for a, b in zip(counts["mu2sgd"], counts[other], strict=True))
-        verdict = (
-            "held"
-            if wins and not losses
-            else "held mostly"
-            if wins > 2 * losses
-            else "did not hold"
-            if losses > 2 * wins
-            else "mixed"
-        )
+        pairs = list(zip(counts["mu2sgd"], counts[other], strict=True))
+        more, fewer = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+        means = [statistics.fmean(counts[o]) for o in ("mu2sgd", other)]
         rows.append(
             [
                 f"mu^2-SGD needs less tuning than {NAMES[other]}: more of the {len(plan.rates)} learning rates come "
-                f"within 5 "
-                "points of the best accuracy that any optimizer reaches",
-                verdict,
-                f"{statistics.fmean(counts['mu2sgd']):.1f} against {statistics.fmean(counts[other]):.1f} rates on "
-                f"average; more in "
-                f"{wins}, fewer in {losses} of {len(counts[other])} attacks",
+                "within 5 points of the best accuracy that any optimizer reaches",
+                _verdict(Comparison(more, fewer, len(pairs) - more - fewer, means[0] - means[1], 0.0, 0.0)),
+                f"{means[0]:.1f} against {means[1]:.1f} rates on average; more in {more}, fewer in {fewer} of "
+                f"{len(pairs)} attacks",
             ]
         )
     harder = compare(
@@ -449,21 +439,17 @@ def _page(r: Results, times: list[Record], facts: dict[str, Any]) -> str:
         f"{len(r.records)} trainings: scikit-learn's digits (1400 images to train on, 397 to test), model "
         f"`{plan.model}`, "
         f"{WORKERS} workers with equal shares, batch 4 each, gradients clipped to norm 2, momentum 0.9, mu^2-SGD "
-        f"with the "
-        f"practical schedule, {plan.rounds} rounds, {plan.seeds} seeds. Attackers: "
+        f"with the practical schedule, {plan.rounds} rounds, {plan.seeds} seeds. Attackers: "
         f"{' and '.join(map(str, plan.byzantine))} of "
         f"{WORKERS} (delta = {' and '.join(_delta(b) for b in plan.byzantine)}). Accuracy is the mean of three tests "
-        f"in the last "
-        "tenth of the rounds; tables give mean and standard deviation over the seeds, in percent.",
+        f"in the last tenth of the rounds; tables give mean and standard deviation over the seeds, in percent.",
         f"Machine: {facts['cores']} cores, {facts['machine']}, {facts['isa']}; Python {facts['python']}, torch "
-        f"{facts['torch']}, "
-        f"NumPy {facts['numpy']}, robustkern {facts['robustkern']}. "
+        f"{facts['torch']}, NumPy {facts['numpy']}, robustkern {facts['robustkern']}. "
         f"{made} trainings were made in {minutes:.1f} minutes, "
         f"{' and '.join(sorted({str(s['jobs']) for s in sessions}))} at a "
         f"time; those of this page took {spent / 60:.1f} minutes of one thread.",
         f"{len(failed)} trainings ended early, because more vectors held a NaN or Inf than the rule tolerates "
-        f"(training had "
-        "diverged); they count with the accuracy that they had then."
+        f"(training had diverged); they count with the accuracy that they had then."
         if failed
         else "None of the trainings ended early.",
         "**What this is not.** The paper trains convolutional networks on MNIST and CIFAR-10 for longer. Small "
@@ -473,8 +459,7 @@ def _page(r: Results, times: list[Record], facts: dict[str, Any]) -> str:
         f"rules are compared at one learning rate ({plan.lr:g}). Bucketing is the paper's only where {WORKERS} "
         f"workers give "
         f"buckets of more than one row, so with {min(plan.byzantine)} attackers. `mean` is there for comparison: no "
-        f"theory says "
-        "that anything built on it survives.",
+        f"theory says that anything built on it survives.",
         "## Claims",
         f"A pair is one base rule, attack, share of attackers and optimizer, with {plan.seeds} seeds. A difference "
         f"is clear where it is at "
@@ -509,8 +494,7 @@ def _page(r: Results, times: list[Record], facts: dict[str, Any]) -> str:
         "The update of all momenta: "
         + "; ".join(
             f"d = {t['d']:,}: {_ms(t['momenta'])} ms, as a torch expression for each worker "
-            f"{_ms(t['momenta_naive'])} ms "
-            f"({t['momenta_naive'] / t['momenta']:.1f} x)"
+            f"{_ms(t['momenta_naive'])} ms ({t['momenta_naive'] / t['momenta']:.1f} x)"
             for t in times
         )
         + ".",

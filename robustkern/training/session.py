@@ -47,6 +47,9 @@ class Runner(Protocol):
     def restore(self, state: State, t: int, lost: dict[int, str]) -> None:
         """Go on as after round t."""
 
+    def finish(self) -> None:
+        """Let the workers go, whether training has ended or failed."""
+
 
 def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int, str]] | None:
     """Return state, round and lost workers of the last checkpoint of these settings; None where there is none.
@@ -84,9 +87,8 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
     _check_settings(settings, theirs, out)
     if t > settings.rounds:
         raise ValueError(
-            f"{out} holds {t} rounds, more than the {settings.rounds} that are asked for (ask for more, choose "
-            f"another --out, "
-            "or start again with --overwrite)"
+            f"{out} holds {t} rounds, more than the {settings.rounds} that are asked for (ask for more, choose another "
+            "--out, or start again with --overwrite)"
         )
     return state, t, lost
 

@@ -229,7 +229,7 @@ def _fresh_buckets(rule: Any, seed: int) -> Any:
     return rule
 
 
-def _aggregated(settings: Settings, rows: Floats, f: int, t: int) -> Floats:
+def _aggregated(settings: Settings, rows: Sequence[Floats], f: int, t: int) -> Floats:
     rule = parse_rule(settings.rule)
     if "bucketing" in settings.rule:
         rule = _fresh_buckets(rule, settings.seed * 1_000_003 + t)
@@ -268,8 +268,8 @@ class Server:
                 f"tolerated ({lost})"
             )
 
-    def step(self, rows: Floats, t: int) -> None:
-        """Combine what arrived in round t, rows in the order of the workers, and take the server's step."""
+    def step(self, rows: Sequence[Floats], t: int) -> None:
+        """Combine what arrived in round t, a vector from each worker in their order, and take the server's step."""
         started = time.perf_counter()
         combined = _aggregated(self.task.settings, rows, self.f, t)
         self.times.aggregation += time.perf_counter() - started
@@ -326,7 +326,6 @@ class Simulation:
         self.attack = parse_attack(settings.attack)
         training = settings.workers if self.attack.trains else self.honest
         self.workers = Workers(self.task, range(training), self.times)
-        self.alive = np.ones(settings.workers, dtype=np.bool_)
 
     def round(self) -> None:
         """Train for one round."""
@@ -340,20 +339,22 @@ class Simulation:
     def lose(self, worker: int, reason: str) -> None:
         """Drop a worker."""
         self.server.lose(worker, reason)
-        self.alive[worker] = False
         self.workers.keep_only(self.workers.ids != worker)
 
-    def _attacked(self, own: Floats) -> Floats:
+    def _attacked(self, own: Floats) -> list[Floats]:
+        """Return what each worker sends: the honest ones, which come first, their momenta themselves."""
         started = time.perf_counter()
-        byzantine = [i for i in range(self.honest, self.settings.workers) if self.alive[i]]
-        honest = own[self.workers.ids < self.honest]
-        rows = honest
+        byzantine = [i for i in range(self.honest, self.settings.workers) if i not in self.server.lost]
+        first = int((self.workers.ids < self.honest).sum())
+        honest, theirs = own[:first], own[first:]
+        rows = list(honest)
         if byzantine:
-            theirs = own[self.workers.ids >= self.honest]
-            attack = byzantine_rows(self.settings, theirs, honest, byzantine, len(byzantine), self.server.f, self.t)
-            rows = np.concatenate([honest, attack])
+            rows.extend(byzantine_rows(self.settings, theirs, honest, byzantine, len(byzantine), self.server.f, self.t))
         self.times.attack += time.perf_counter() - started
         return rows
+
+    def finish(self) -> None:
+        """Nobody waits for the end."""
 
     def evaluate(self) -> tuple[float, float]:
         """Return accuracy and loss on the test images."""
