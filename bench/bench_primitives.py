@@ -10,9 +10,10 @@ import pytest
 from bench_rules import note
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from robustkern import benchmark as rb
-from robustkern._kernels import Rows, Window
-from robustkern._registry import load_backend
+from robustkern.backends.registry import load_backend
+from robustkern.contract.primitives import Window
+from robustkern.contract.rows import Rows
+from robustkern.measure import reads as rb
 
 BYTES = 1 << 27
 SIZES = (8, 16, 32, 64, 256)

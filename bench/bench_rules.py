@@ -10,8 +10,8 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import robustkern as rk
-from robustkern import benchmark as rb
-from robustkern.peers import PEERS, load
+from robustkern.measure import reads as rb
+from robustkern.measure.peers import PEERS, load
 
 N, D = 20, 1_000_000
 F = N // 4

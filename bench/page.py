@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from robustkern.benchmark import Line
+from robustkern.measure.reads import Line
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"

@@ -9,9 +9,10 @@ array([2., 2., 3.])
 from __future__ import annotations
 
 from robustkern import kernels
-from robustkern._registry import info, use_backend
-from robustkern._threads import set_num_threads
-from robustkern.api import (
+from robustkern.backends.registry import info, use_backend
+from robustkern.backends.threads import set_num_threads
+from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
+from robustkern.functions import (
     Info,
     aggregate,
     bucketing,
@@ -25,7 +26,6 @@ from robustkern.api import (
     nnm,
     trimmed_mean,
 )
-from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
 from robustkern.rules import (
     CTMA,
     NNM,

@@ -1,4 +1,4 @@
-# What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern._kernels.Rows.
+# What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern.contract.rows.Rows.
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,4 +1,4 @@
-# What csrc/bindings/module_cuda.cpp exports; addresses and offsets as in robustkern._kernels.Rows, on the device.
+# What csrc/bindings/module_cuda.cpp exports; addresses and offsets as in contract.rows.Rows, on the device.
 from collections.abc import Callable
 from typing import Any
 

@@ -12,9 +12,10 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustkern._arrays import MemorySource, adapt, name_of, view_on_host
-from robustkern._kernels import Kernels, Matrix, MomentumKernels, Rows, Vector, Window
-from robustkern._registry import choose
+from robustkern.backends.registry import choose
+from robustkern.contract.primitives import Kernels, MomentumKernels, Window
+from robustkern.contract.rows import Matrix, Rows, Vector
+from robustkern.inputs.memory import MemorySource, adapt, name_of, view_on_host
 
 __all__ = ["gram", "row_sq_distances", "select_columns", "update_momenta", "weighted_row_sum"]
 

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, settings
 from support import FAST, IMPLEMENTATIONS, MISSING
 
 import robustkern as rk
-from robustkern import _registry, _threads
-from robustkern._kernels import DTYPES, Kernels
-from robustkern.rules import _view
+from robustkern.backends import registry, threads
+from robustkern.contract.primitives import Kernels
+from robustkern.contract.rows import DTYPES
+from robustkern.rules import view as rules_view
 
 settings.register_profile(
     "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -46,8 +47,8 @@ def fast(request: pytest.FixtureRequest) -> Kernels:
     return FAST[request.param]
 
 
-EMULATED = _registry.Backend("cuda-emulated", "", "cpu", DTYPES, "run: make emulation")
-ON_THE_HOST = [b.name for b in (*_registry.BACKENDS, EMULATED) if b.device == "cpu" and b.name not in MISSING]
+EMULATED = registry.Backend("cuda-emulated", "", "cpu", DTYPES, "run: make emulation")
+ON_THE_HOST = [b.name for b in (*registry.BACKENDS, EMULATED) if b.device == "cpu" and b.name not in MISSING]
 
 
 @pytest.fixture(params=[*ON_THE_HOST, "cpp, float32 products first"])
@@ -55,10 +56,10 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each backend that runs here in turn, as what "auto" chooses; the compiled one also as it treats large inputs."""
     name, _, large = request.param.partition(", ")
     if large:
-        monkeypatch.setattr(_view, "SINGLE_VALUES", 0)
+        monkeypatch.setattr(rules_view, "SINGLE_VALUES", 0)
     if name == EMULATED.name:
-        monkeypatch.setattr(_registry, "BACKENDS", (*_registry.BACKENDS, EMULATED))
-        monkeypatch.setitem(_registry._loaded, name, IMPLEMENTATIONS[name])
+        monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, EMULATED))
+        monkeypatch.setitem(registry._loaded, name, IMPLEMENTATIONS[name])
     with rk.use_backend(name):
         yield name
 
@@ -74,9 +75,9 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests choose backends and threads themselves."""
     for name in ("ROBUSTKERN_BACKEND", "ROBUSTKERN_ISA", "ROBUSTKERN_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    for read_once in (_registry._from_environment, _threads._from_environment):
+    for read_once in (registry._from_environment, threads._from_environment):
         read_once.cache_clear()
     yield
-    for read_once in (_registry._from_environment, _threads._from_environment):
+    for read_once in (registry._from_environment, threads._from_environment):
         read_once.cache_clear()
     rk.set_num_threads(None)

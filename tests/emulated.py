@@ -16,9 +16,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._devices import Dlpack, Place, view_of
-from robustkern._kernels import Matrix, Rows, Selected, Vector, Window
 from robustkern.backends.cuda import Cuda
+from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.rows import Matrix, Rows, Vector
+from robustkern.inputs.devices import Dlpack, Place, view_of
 
 #: Which build: plain, address or thread (the sanitizers; Python must then have been started with their library).
 VARIANT = os.environ.get("ROBUSTKERN_EMULATION", "plain")

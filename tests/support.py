@@ -12,16 +12,17 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern import _registry
-from robustkern._kernels import Kernels, Rows
+from robustkern.backends import registry
 from robustkern.backends.cpp import Cpp
+from robustkern.contract.primitives import Kernels
+from robustkern.contract.rows import Rows
 
 #: Every implementation that can run here: the backends, the compiled one once for each instruction set, and the CUDA
 #: kernels run on this processor.
 IMPLEMENTATIONS: dict[str, Kernels] = {}
 MISSING: dict[str, str] = {}
-for _backend in _registry.BACKENDS:
-    _loaded = _registry._load(_backend)
+for _backend in registry.BACKENDS:
+    _loaded = registry._load(_backend)
     if isinstance(_loaded, str):
         MISSING[_backend.name] = _loaded
     elif _backend.device != "cpu":
@@ -51,7 +52,7 @@ def gpu_libraries() -> dict[str, Any]:
 
 for _device in gpu_libraries().values():
     if not isinstance(_device, str):
-        _loaded = _registry.load_backend("cuda")
+        _loaded = registry.load_backend("cuda")
         IMPLEMENTATIONS["cuda"] = emulated.StagedCuda(_loaded._cuda, _loaded.devices, _device)
 FAST = {name: kernels for name, kernels in IMPLEMENTATIONS.items() if name != "reference"}
 

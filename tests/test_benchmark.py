@@ -15,11 +15,13 @@ import pytest
 from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
-from robustkern import _registry, benchmark, peers, suites
-from robustkern._kernels import DTYPES, Rows
+from robustkern.backends import registry
 from robustkern.backends.cpp import Cpp
-from robustkern.benchmark import Line
 from robustkern.cli import app
+from robustkern.contract.rows import DTYPES, Rows
+from robustkern.measure import peers, suites
+from robustkern.measure import reads as benchmark
+from robustkern.measure.reads import Line
 from robustkern.rules import Median
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -284,7 +286,7 @@ def test_a_suite_measures_its_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(_registry._loaded, "numba", "No module named 'numba'")
+    monkeypatch.setitem(registry._loaded, "numba", "No module named 'numba'")
     monkeypatch.setattr(suites, "STATUS", tmp_path / "status")
     *rest, _ = suites.calls("median", 10, 1, None)
     assert [(line.what, line.figure) for line in rest] == [("torch", None)]

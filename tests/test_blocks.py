@@ -15,8 +15,9 @@ from support import make_rows, one_row
 from test_rules import RULES
 
 import robustkern as rk
-from robustkern import _registry
-from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
+from robustkern.backends import registry
+from robustkern.contract.primitives import Kernels, Selected, Window
+from robustkern.contract.rows import Matrix, Rows, Vector
 
 
 def cut(x: NDArray[Any], borders: list[int]) -> Rows:
@@ -129,8 +130,8 @@ class Counting:
 )
 def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: list[str], reads: float) -> None:
     x = make_rows("normal", 20, 5000, np.dtype(np.float32))
-    counting = Counting(_registry.load_backend("reference"))
-    monkeypatch.setitem(_registry._loaded, "reference", counting)
+    counting = Counting(registry.load_backend("reference"))
+    monkeypatch.setitem(registry._loaded, "reference", counting)
     _, info = rk.aggregate(x, rule, f=4, backend="reference", return_info=True)
     assert counting.calls == calls
     assert counting.nbytes <= reads * x.nbytes
@@ -167,7 +168,7 @@ def test_beyond_2_to_the_31_columns_in_a_sparse_file(tmp_path: Path) -> None:
 
     Once, in the compiled backend's best instruction set; every implementation is in the test that follows.
     """
-    fast = _registry.load_backend("cpp")
+    fast = registry.load_backend("cpp")
     d = 2**31 + 96
     path = tmp_path / "sparse.f16"
     with path.open("wb") as file:

@@ -18,10 +18,12 @@ from support import EMULATED, KINDS, REQUIRED, assert_close, gpu_libraries, make
 from test_rules import RULES
 
 import robustkern as rk
-from robustkern import _devices, _registry
-from robustkern._kernels import DTYPES, Kernels, Rows, Window
 from robustkern.backends import cuda as cuda_backend
-from robustkern.rules import _view
+from robustkern.backends import registry
+from robustkern.contract.primitives import Kernels, Window
+from robustkern.contract.rows import DTYPES, Rows
+from robustkern.inputs import devices as _devices
+from robustkern.rules import view as rules_view
 
 Array = NDArray[Any]
 
@@ -36,7 +38,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if request.param == "emulated":
         if EMULATION_MISSING:
             pytest.skip(EMULATION_MISSING)
-        monkeypatch.setitem(_registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
+        monkeypatch.setitem(registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
         EMULATED.set_order(0)
         yield EMULATED_DEVICE
         return
@@ -55,7 +57,7 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Give the emulated module, with its backend as what runs for arrays on a device."""
     if EMULATION_MISSING:
         pytest.skip(EMULATION_MISSING)
-    monkeypatch.setitem(_registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
+    monkeypatch.setitem(registry._loaded, "cuda", EmulatedCuda(EMULATED, EMULATED.devices()))
     EMULATED.set_order(0)
     yield EMULATED
     EMULATED.set_most_blocks(2**31 - 1)
@@ -115,7 +117,7 @@ def test_weights_agree_with_the_cpu(device: Device) -> None:
 
 
 def test_large_rows_are_first_multiplied_in_float32(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_view, "SINGLE_VALUES", 0)
+    monkeypatch.setattr(rules_view, "SINGLE_VALUES", 0)
     for dtype in DTYPES[:3]:
         for n in (9, 40, 66):
             x = make_rows("offset", n, 1111, dtype, seed=n)
@@ -203,7 +205,7 @@ def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
 @pytest.mark.parametrize("n", [1, 3, 9, 66])
 def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: int) -> None:
     """What the sanitizers look at: rows at any alignment, exact ends of memory, NaN, pieces of some segments."""
-    kernels, reference = EmulatedCuda(emulation, emulation.devices()), _registry.load_backend("reference")
+    kernels, reference = EmulatedCuda(emulation, emulation.devices()), registry.load_backend("reference")
     for kind in ("normal", "nan_and_inf"):
         for d in (1, 37):
             x = make_rows(kind, n, d, dtype, seed=n)
@@ -298,7 +300,7 @@ def test_out_receives_the_result(device: Device) -> None:
 def test_no_columns(device: Device) -> None:
     for rule in ("median", "ctma(median)", "mean"):
         assert device.take(rk.aggregate(device.put(np.zeros((5, 0), dtype=np.float32)), rule, f=1)).shape == (0,)
-    kernels = _registry.load_backend("cuda")
+    kernels = registry.load_backend("cuda")
     place = rk._arrays.adapt(device.put(np.zeros((5, 3), dtype=np.float32)))[0].place
     empty = Rows(np.zeros((1, 5), dtype=np.uint64), np.array([0, 0]), np.dtype(np.float32), None, place)
     assert kernels.gram(empty).tolist() == np.zeros((5, 5)).tolist()

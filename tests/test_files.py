@@ -173,7 +173,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path: Path, kind: str
 def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustkern import files
+    from robustkern.files import merge as files
 
     paths = write(tmp_path / "in", make_updates(), "safetensors")
     out = tmp_path / "merged.safetensors"
@@ -195,7 +195,7 @@ def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from robustkern import files
+    from robustkern.files import merge as files
 
     paths = write(tmp_path / "in", make_updates(3), "safetensors")
     monkeypatch.setattr(files._SafetensorsReader, "read", lambda self, name: np.zeros(1))
@@ -472,7 +472,7 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_demo_shows_what_it_claims(tmp_path: Path) -> None:
     """CTMA lifts both bases under the attack; the mean and the bases alone do not learn."""
-    from robustkern.demo import BYZANTINE, Workers, accuracy, load_digits, new_model, step
+    from robustkern.cli.demo import BYZANTINE, Workers, accuracy, load_digits, new_model, step
 
     digits = load_digits(1)
     final = {}
@@ -486,7 +486,7 @@ def test_demo_shows_what_it_claims(tmp_path: Path) -> None:
 
 
 def test_demo_gradient_is_the_derivative() -> None:
-    from robustkern.demo import gradient
+    from robustkern.cli.demo import gradient
 
     rng = np.random.default_rng(0)
     x, y = rng.random((6, 64)).astype(np.float32), rng.integers(0, 10, 6)

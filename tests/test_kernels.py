@@ -12,7 +12,9 @@ import pytest
 from numpy.typing import NDArray
 from support import KINDS, assert_close, make_rows, one_row
 
-from robustkern._kernels import DTYPES, Kernels, Rows, Window, address_of, addresses_of
+from robustkern.contract.primitives import Kernels, Window
+from robustkern.contract.rows import DTYPES, Rows
+from robustkern.inputs.addresses import address_of, addresses_of
 
 SIZES = [
     (1, 5),

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from support import IMPLEMENTATIONS, KINDS, make_rows, ulp
 
 import robustkern as rk
-from robustkern import _registry
-from robustkern._kernels import MomentumKernels, Rows
+from robustkern.backends import registry
+from robustkern.contract.primitives import MomentumKernels
+from robustkern.contract.rows import Rows
 
 Array = NDArray[Any]
 ON_CPU: dict[str, Any] = {name: k for name, k in IMPLEMENTATIONS.items() if hasattr(k, "update_momenta")}
@@ -26,7 +27,7 @@ def on_cpu(request: pytest.FixtureRequest) -> MomentumKernels:
 
 
 def test_every_backend_of_the_cpu_has_it() -> None:
-    there = {b.name for b in _registry.BACKENDS if b.device == "cpu" and not isinstance(_registry._load(b), str)}
+    there = {b.name for b in registry.BACKENDS if b.device == "cpu" and not isinstance(registry._load(b), str)}
     assert {name.partition("-")[0] for name in ON_CPU} == there
 
 

@@ -16,7 +16,8 @@ from test_kernels import oracle_select
 from test_rules import RULES
 
 import robustkern as rk
-from robustkern._kernels import DTYPES, Rows, Window
+from robustkern.contract.primitives import Window
+from robustkern.contract.rows import DTYPES, Rows
 
 #: Of rows almost on a line, which hypothesis finds, the geometric median rightly says that it may not have converged to
 #: 1e-10 of the spread; every property is checked all the same.

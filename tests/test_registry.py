@@ -18,8 +18,9 @@ import pytest
 from support import FAST, IMPLEMENTATIONS, make_rows
 
 import robustkern as rk
-from robustkern import _registry
-from robustkern._kernels import DTYPES, PRIMITIVES
+from robustkern.backends import registry
+from robustkern.contract.primitives import PRIMITIVES
+from robustkern.contract.rows import DTYPES
 
 PACKAGE = pathlib.Path(rk.__file__).parent
 
@@ -118,8 +119,8 @@ def test_rule_objects() -> None:
 
 def test_capability_table_is_what_runs() -> None:
     """Every "yes" runs, and there is an answer for every combination."""
-    table = _registry.capabilities()
-    assert len(table) == len(_registry.BACKENDS) * len(PRIMITIVES) * len(DTYPES)
+    table = registry.capabilities()
+    assert len(table) == len(registry.BACKENDS) * len(PRIMITIVES) * len(DTYPES)
     for entry in table:
         if entry["available"] == "yes":
             x = make_rows("normal", 3, 5, np.dtype(entry["dtype"]))
@@ -132,7 +133,7 @@ def test_capability_table_is_what_runs() -> None:
 
 def test_the_docs_table_is_the_capability_table() -> None:
     text = (PACKAGE.parent / "docs" / "architecture.md").read_text()
-    rows = [f"| `{b.name}` | {b.device} | {', '.join(d.name for d in b.dtypes)} |" for b in _registry.BACKENDS]
+    rows = [f"| `{b.name}` | {b.device} | {', '.join(d.name for d in b.dtypes)} |" for b in registry.BACKENDS]
     assert "\n".join(rows) in text
 
 
@@ -159,7 +160,7 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     best = next(name for name in ("cpp", "numba", "reference") if any(k.startswith(name) for k in IMPLEMENTATIONS))
     assert used() == best
     monkeypatch.setenv("ROBUSTKERN_BACKEND", "reference")
-    _registry._from_environment.cache_clear()
+    registry._from_environment.cache_clear()
     assert used() == "reference"
     with rk.use_backend("numba"):
         assert used() == "numba"
@@ -167,7 +168,7 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         with rk.use_backend("auto"):
             assert used() == best
     monkeypatch.setenv("ROBUSTKERN_BACKEND", "fast")
-    _registry._from_environment.cache_clear()
+    registry._from_environment.cache_clear()
     with pytest.raises(
         ValueError, match="ROBUSTKERN_BACKEND must be one of auto, cpp, numba, reference, cuda; got 'fast'"
     ):
@@ -177,16 +178,16 @@ def test_use_backend_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_registry._loaded, "numba", "No module named 'numba' (run: pip install 'robustkern[numba]')")
+    monkeypatch.setitem(registry._loaded, "numba", "No module named 'numba' (run: pip install 'robustkern[numba]')")
     with pytest.raises(rk.BackendUnavailable, match=r"numba: No module named 'numba' \(run: pip install"):
         rk.median(np.ones((3, 2)), backend="numba")
     with pytest.raises(rk.BackendUnavailable, match="backend 'numba' is not available"), rk.use_backend("numba"):
         pass
     with pytest.raises(rk.BackendUnavailable, match="cpp: runs on cpu, the rows are on cuda"):
-        _registry.choose("auto", {np.dtype(np.float32)}, "cuda")
+        registry.choose("auto", {np.dtype(np.float32)}, "cuda")
     assert "pip install" in rk.info()["backends"]["numba"]
-    monkeypatch.setitem(_registry._loaded, "cpp", "no compiled module")
-    monkeypatch.setattr(_registry, "_warned", False)
+    monkeypatch.setitem(registry._loaded, "cpp", "no compiled module")
+    monkeypatch.setattr(registry, "_warned", False)
     with pytest.warns(RuntimeWarning, match="runs on its reference backend, .*slower.* Missing: cpp: no compiled"):
         rk.median(np.ones((3, 2)))
     with warnings.catch_warnings():
@@ -345,11 +346,11 @@ LAYERS = {
     "_devices": set(),
     "_arrays": {"_devices", "_kernels", "errors"},
     "backends": {"_devices", "_kernels", "_threads", "backends", "_cpu", "_cuda"},
-    "_registry": {"_kernels", "_threads", "errors"},
+    "registry": {"_kernels", "_threads", "errors"},
     "rules": {"_kernels", "_arrays", "_text", "errors", "rules"},
-    "kernels": {"_kernels", "_arrays", "_registry"},
-    "api": {"_kernels", "_arrays", "_registry", "errors", "rules"},
-    "files": {"_kernels", "_arrays", "_registry", "errors", "rules", "api"},
+    "kernels": {"_kernels", "_arrays", "registry"},
+    "api": {"_kernels", "_arrays", "registry", "errors", "rules"},
+    "files": {"_kernels", "_arrays", "registry", "errors", "rules", "api"},
     "supervisor": set(),
     "training": {"_text", "api", "errors", "kernels", "peers", "rules", "supervisor", "training"},
     "study": {"_kernels", "benchmark", "peers", "suites", "study"},
@@ -386,9 +387,9 @@ def test_public_names_are_the_documented_ones() -> None:
 def test_docstring_examples() -> None:
     import doctest
 
-    import robustkern.api
+    import robustkern.functions
 
-    for module in (rk, robustkern.api):
+    for module in (rk, robustkern.functions):
         result = doctest.testmod(module)
         assert result.attempted > 0
         assert result.failed == 0

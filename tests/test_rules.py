@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from support import assert_close, make_rows
 
 import robustkern as rk
-from robustkern import _registry
-from robustkern.rules import _view
+from robustkern.backends import registry
+from robustkern.rules import view as rules_view
 
 Array = NDArray[Any]
 
@@ -267,9 +267,9 @@ def test_geometric_median_far_attackers_cost_no_digits() -> None:
 
 
 def test_no_convergence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    from robustkern.rules import _geometric_median
+    from robustkern.rules import least_distances
 
-    monkeypatch.setattr(_geometric_median, "MAX_STEPS", 1)
+    monkeypatch.setattr(least_distances, "MAX_STEPS", 1)
     x = np.random.default_rng(0).standard_normal((9, 50))
     with pytest.warns(rk.ConvergenceWarning, match="geometric_median: no convergence after 1 steps"):
         _, info = rk.geometric_median(x, return_info=True)
@@ -432,12 +432,12 @@ def test_the_mean_lets_nan_through_and_says_so() -> None:
 
 def test_nnm_leaves_a_bad_row_alone() -> None:
     """No other row mixes it in, and it mixes in no other: it must not spoil more rows than itself."""
-    from robustkern._arrays import adapt
-    from robustkern.rules._view import start
+    from robustkern.inputs.memory import adapt
+    from robustkern.rules.view import start
 
     x = make_rows("normal", 7, 5, np.dtype(np.float32))
     x[3, 2] = np.nan
-    view = start(adapt(x)[0], _registry.load_backend("reference"), 2, None, False)
+    view = start(adapt(x)[0], registry.load_backend("reference"), 2, None, False)
     mix = rk.NNM().mixing(view)
     assert np.array_equal(mix[3], np.eye(7)[3])
     assert not mix[[0, 1, 2, 4, 5, 6], 3].any()
@@ -569,7 +569,7 @@ def test_weighted_ctma_decides_nothing_that_is_too_close(monkeypatch: pytest.Mon
     weights[3] = 2
     got = []
     for from_values in (1 << 60, 0):
-        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
         for _ in range(4 if not got else 0):  # bring the rows to the same distance
             y = rk.geometric_median(x, weights=weights).astype(np.float64)
             squares = ((x[12:] - y) ** 2).sum(axis=1)
@@ -585,7 +585,7 @@ def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.Monke
     x[0] = 0.2 / np.sqrt(2000)
     results = []
     for from_values in (0, 1 << 60):
-        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
         results.append(rk.aggregate(x, rule))
     assert np.array_equal(results[0], results[1])
 
@@ -619,7 +619,7 @@ def test_float32_products_decide_nothing_that_is_too_close(
         x[0] = 1e-3
     got = []
     for from_values in (0, 1 << 60):
-        monkeypatch.setattr(_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
         result, info = rk.aggregate(x, rule, f=f, return_info=True)
         got.append((result.astype(np.float64), info))
     if info.kept is not None:

@@ -19,11 +19,11 @@ from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
 import robustkern as rk
-from robustkern._threads import requested_threads
+from robustkern.backends.threads import requested_threads
 from robustkern.cli import app
-from robustkern.study import devices, roofline, scaling
-from robustkern.study.devices import CupyCuda, Device, TorchCuda
-from robustkern.study.scaling import Plan, Point
+from robustkern.measure import devices, roofline, scaling
+from robustkern.measure.devices import CupyCuda, Device, TorchCuda
+from robustkern.measure.scaling import Plan, Point
 
 pytestmark = pytest.mark.skipif(
     not any(name.startswith("cpp-") for name in IMPLEMENTATIONS), reason="the read pass is part of the compiled backend"
@@ -683,7 +683,7 @@ def test_opening_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_compiled_backend_there_is_no_cpu_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rk._registry._loaded, "cpp", "no compiled module")
+    monkeypatch.setitem(rk.registry._loaded, "cpp", "no compiled module")
     there, missing = devices.open_devices(["cpu"])
     assert there == []
     assert missing == {"cpu": "backend 'cpp' is not available: no compiled module"}

@@ -1,1 +1,1 @@
-"""Implementations of the four primitives of `robustkern._kernels`, one module each."""
+"""Implementations of the four primitives of `robustkern.contract.primitives`, one module each."""

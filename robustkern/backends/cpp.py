@@ -7,8 +7,9 @@ import os
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
-from robustkern._threads import requested_threads
+from robustkern.backends.threads import requested_threads
+from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
 
 __all__ = ["Cpp", "load"]
 
@@ -27,7 +28,7 @@ def load() -> Cpp:
 
 
 class Cpp:
-    """See `robustkern._kernels.Kernels`."""
+    """See `robustkern.contract.primitives.Kernels`."""
 
     name = "cpp"
     dtypes = DTYPES

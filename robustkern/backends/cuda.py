@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._devices import Place
-from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.rows import DTYPES, Matrix, Place, Rows, Vector
 
 __all__ = ["Cuda", "load"]
 
@@ -55,7 +55,7 @@ def _remedy(runtime: int, driver: int) -> str:
 
 
 class Cuda:
-    """See `robustkern._kernels.Kernels`. Waits for the caller's stream once a call, where it returns numbers."""
+    """See `contract.primitives.Kernels`. Waits for the caller's stream once a call, where it returns numbers."""
 
     name = "cuda"
     dtypes = DTYPES
@@ -83,13 +83,13 @@ class Cuda:
                     f"{rows.dtype.name} columns: {error}"
                 ) from error
             kept.append(memory)
-            return memory.address
+            return int(memory.address)
 
         stream = place.stream()
         getattr(self._cuda, primitive)(
             place.device, stream, allocate, rows.addresses, rows.offsets, _CODES[rows.dtype], *arguments
         )
-        if place.library.waits:
+        if place.waits:
             self._cuda.synchronize(place.device, stream)
 
     def select_columns(

@@ -17,8 +17,9 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
-from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
-from robustkern._threads import requested_threads
+from robustkern.backends.threads import requested_threads
+from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
 
 __all__ = ["Numba", "load"]
 
@@ -535,7 +536,7 @@ def _task_columns(rows: Rows) -> int:
 
 
 class Numba:
-    """See `robustkern._kernels.Kernels`."""
+    """See `robustkern.contract.primitives.Kernels`."""
 
     name = "numba"
     dtypes = DTYPES

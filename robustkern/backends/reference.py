@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
+from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
 
 __all__ = ["Reference", "load"]
 
@@ -22,7 +23,7 @@ def load() -> Reference:
 
 
 class Reference:
-    """See `robustkern._kernels.Kernels`, which this spells out."""
+    """See `robustkern.contract.primitives.Kernels`, which this spells out."""
 
     name = "reference"
     dtypes = DTYPES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from robustkern.rules._base import Aggregator, Chain, Mixer, Rule, available_rules, parse_rule
+from robustkern.rules.base import Aggregator, Chain, Mixer, Rule, available_rules, parse_rule
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.mixing import NNM, Bucketing

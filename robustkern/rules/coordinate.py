@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from robustkern._kernels import Window
-from robustkern.rules._base import Aggregator, check_f, register, require_no_weights
-from robustkern.rules._view import Selection, Solution, View, as_cells
+from robustkern.contract.primitives import Window
+from robustkern.rules.base import Aggregator, check_f, register, require_no_weights
+from robustkern.rules.view import Selection, Solution, View, as_cells
 
 __all__ = ["MeanAroundMedian", "Median", "TrimmedMean"]
 

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from robustkern._kernels import Vector
-from robustkern.rules._base import Aggregator, as_aggregator, check_f, register
-from robustkern.rules._view import Distances, Solution, View, smallest, unscaled
+from robustkern.contract.rows import Vector
+from robustkern.rules.base import Aggregator, as_aggregator, check_f, register
+from robustkern.rules.view import Distances, Solution, View, smallest, unscaled
 from robustkern.rules.weights import Mean
 
 __all__ = ["CTMA"]

@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._kernels import Matrix, Vector
-from robustkern.rules._base import Mixer, check_f, register, require_no_weights
-from robustkern.rules._view import View, smallest
+from robustkern.contract.rows import Matrix, Vector
+from robustkern.rules.base import Mixer, check_f, register, require_no_weights
+from robustkern.rules.view import View, smallest
 
 __all__ = ["NNM", "Bucketing"]
 

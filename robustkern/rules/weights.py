@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._kernels import Vector
-from robustkern.rules._base import Aggregator, check_f, register, register_preset, require_no_weights, weights_of
-from robustkern.rules._geometric_median import converged_weights, shift_bound, smoothed_weights
-from robustkern.rules._view import SINGLE_NOISE, Geometry, Solution, View, smallest, unscaled
+from robustkern.contract.rows import Vector
+from robustkern.rules.base import Aggregator, check_f, register, register_preset, require_no_weights, weights_of
+from robustkern.rules.least_distances import converged_weights, shift_bound, smoothed_weights
+from robustkern.rules.view import SINGLE_NOISE, Geometry, Solution, View, smallest, unscaled
 
 __all__ = ["GeometricMedian", "Krum", "Mean", "MultiKrum"]
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._text import make
+from robustkern.rules.text import make
 
 __all__ = ["ATTACKS", "Attack", "Situation", "alie_z", "available_attacks", "parse_attack"]
 

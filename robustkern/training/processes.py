@@ -21,8 +21,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from robustkern.cli.supervisor import HEARTBEAT
 from robustkern.errors import RobustkernError
-from robustkern.supervisor import HEARTBEAT
 from robustkern.training.attacks import parse_attack
 from robustkern.training.data import DataSet
 from robustkern.training.settings import Settings

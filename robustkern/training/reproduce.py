@@ -21,7 +21,7 @@ import torch
 
 import robustkern
 from robustkern.errors import RobustkernError
-from robustkern.peers import naive_rules
+from robustkern.measure.peers import naive_rules
 from robustkern.training.data import DataSet, load_data
 from robustkern.training.session import read_lines, replace_lines
 from robustkern.training.settings import Settings

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch.func import functional_call, grad, vmap
 
-from robustkern.api import aggregate
 from robustkern.errors import RobustkernError
+from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
 from robustkern.rules import Bucketing, Rule, parse_rule
 from robustkern.training.attacks import Situation, parse_attack

@@ -20,9 +20,10 @@ import numpy as np
 from array_api_compat import is_numpy_array, is_torch_array
 from numpy.typing import NDArray
 
-from robustkern._devices import DeviceArray, Place, view_of
-from robustkern._kernels import DTYPES, MAX_ROWS, Rows, address_of, addresses_of, one_segment
+from robustkern.contract.rows import DTYPES, MAX_ROWS, Rows, one_segment
 from robustkern.errors import BackendUnavailable
+from robustkern.inputs.addresses import address_of, addresses_of
+from robustkern.inputs.devices import DeviceArray, Place, view_of
 
 __all__ = ["Block", "MemorySource", "Source", "adapt", "name_of", "view_on_host"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustkern.benchmark import colours_of, machine
-from robustkern.study.roofline import LABEL, MODELS
-from robustkern.study.scaling import Point, ratios
+from robustkern.measure.reads import colours_of, machine
+from robustkern.measure.roofline import LABEL, MODELS
+from robustkern.measure.scaling import Point, ratios
 
 __all__ = ["draw"]
 

@@ -33,9 +33,9 @@ except ImportError as missing:
     raise SystemExit(2) from None
 
 import robustkern
+from robustkern.cli.report import facts, print_workers
 from robustkern.errors import RobustkernError
 from robustkern.files import aggregate_files, expand
-from robustkern.report import facts, print_workers
 from robustkern.rules import parse_rule
 
 __all__ = ["app", "main"]
@@ -84,7 +84,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of data split, batches and buckets.")] = 0,
 ) -> None:
     """Train with 17 workers of which 8 attack, and watch which rules survive."""
-    from robustkern.demo import run
+    from robustkern.cli.demo import run
 
     _guard(lambda: run(out, rounds=rounds, seed=seed))
 
@@ -148,7 +148,7 @@ def scaling(
     the rest goes on. Exit code 1: none of the devices is here, or a result was
     wrong; 2: the command is wrong.
     """
-    from robustkern.study.scaling import Plan
+    from robustkern.measure.scaling import Plan
 
     try:
         plan = Plan.of(devices=devices, n=n, d=d, dtype=dtype, rules=rules, model=model, seconds=seconds)
@@ -349,7 +349,7 @@ def _train(
     overwrite: bool,
     timeout: float,
 ) -> None:
-    from robustkern.supervisor import HEARTBEAT, launched_rank, supervise
+    from robustkern.cli.supervisor import HEARTBEAT, launched_rank, supervise
 
     rank = launched_rank()
     if rank and HEARTBEAT not in os.environ:  # torchrun would end all workers with the first that fails
@@ -407,8 +407,9 @@ def _bench(
     json_file: Path | None,
     plot_file: Path | None,
 ) -> None:
-    from robustkern import benchmark, peers
-    from robustkern.suites import SUITES
+    from robustkern.measure import peers
+    from robustkern.measure import reads as benchmark
+    from robustkern.measure.suites import SUITES
 
     known = ("rules", *SUITES)
     for name in wanted:
@@ -492,8 +493,8 @@ def _print_lines(lines: list[Any]) -> None:
 
 
 def _scaling(plan: Any, out: Path) -> None:
-    from robustkern.study.devices import open_devices
-    from robustkern.study.scaling import Point, crossovers, save, study
+    from robustkern.measure.devices import open_devices
+    from robustkern.measure.scaling import Point, crossovers, save, study
 
     there, missing = open_devices(plan.devices)
     errors = Console(stderr=True, soft_wrap=True)
@@ -517,7 +518,7 @@ def _scaling(plan: Any, out: Path) -> None:
         )
         print(f"{what}: {crossover.said}")
     try:
-        from robustkern.study.pictures import draw
+        from robustkern.measure.pictures import draw
 
         pictures = draw(points, out, {device.name: facts[device.name]["name"] for device in there if device.transfers})
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""The contract: rows as pointers, and the four primitives that every backend implements alike.
+"""The four primitives that every backend implements alike.
 
 `backends/reference.py` is this text as plain NumPy and the oracle of the tests; `csrc/kernels.h` is the same
 contract on raw pointers. Over a split of the columns `select_columns` and `weighted_row_sum` concatenate while
@@ -8,62 +8,16 @@ a pytree, blocks of a file and shards on several machines all rest on.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from robustkern._cpu import address_of, addresses_of
-except ImportError:  # without the compiled backend: the same, in three times the time
+from robustkern.contract.rows import Matrix, Rows, Vector
 
-    def address_of(array: NDArray[Any]) -> int:
-        """Return where the first element of an array lies."""
-        return int(array.__array_interface__["data"][0])
+__all__ = ["PRIMITIVES", "Kernels", "MomentumKernels", "Selected", "Window"]
 
-    def addresses_of(arrays: Sequence[Any]) -> list[int] | None:
-        """Return where arrays begin; None unless all are C-contiguous and of one class, dtype and shape."""
-        first = arrays[0]
-        for x in arrays:
-            if type(x) is not type(first) or x.dtype != first.dtype or x.shape != first.shape:
-                return None
-            if not x.flags.c_contiguous:
-                return None
-        return [address_of(x) for x in arrays]
-
-
-__all__ = [
-    "DTYPES",
-    "MAX_ROWS",
-    "PRIMITIVES",
-    "Kernels",
-    "Matrix",
-    "MomentumKernels",
-    "Rows",
-    "Selected",
-    "Vector",
-    "Window",
-    "address_of",
-    "addresses_of",
-    "one_segment",
-]
-
-Vector = NDArray[np.float64]
-Matrix = NDArray[np.float64]
-
-#: The dtypes of rows, in the order of their codes in csrc/kernels.h.
-DTYPES: tuple[np.dtype[Any], ...] = (
-    np.dtype(np.float16),
-    np.dtype(ml_dtypes.bfloat16),
-    np.dtype(np.float32),
-    np.dtype(np.float64),
-)
 PRIMITIVES = ("select_columns", "gram", "row_sq_distances", "weighted_row_sum")
-MAX_ROWS = 65535
 
 
 class Window(NamedTuple):
@@ -71,103 +25,6 @@ class Window(NamedTuple):
 
     lo: int
     hi: int
-
-
-class _Memory:
-    """Lets NumPy view memory that somebody else keeps alive."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
-
-
-@functools.lru_cache(maxsize=64)
-def one_segment(d: int) -> NDArray[np.int64]:
-    """Return the offsets of d columns in one piece, shared by all rows of that length."""
-    offsets = np.array([0, d], dtype=np.int64)
-    offsets.flags.writeable = False
-    return offsets
-
-
-@dataclass(eq=False, slots=True)
-class Rows:
-    """n rows of one dtype, cut into the same segments, used where they lie.
-
-    Parameters
-    ----------
-    addresses : (n_segments, n) uint64
-        Where each row's part of each segment begins: contiguous values, at any alignment.
-    offsets : (n_segments + 1,) int64
-        Running count of columns; ``offsets[0] == 0``, ``offsets[-1]`` is d.
-    dtype : numpy dtype
-        One of `DTYPES`.
-    owner : object
-        Keeps the memory alive.
-    place : `robustkern._devices.Place`, optional
-        The GPU that the addresses belong to; None: they are the host's.
-    """
-
-    addresses: NDArray[np.uint64]
-    offsets: NDArray[np.int64]
-    dtype: np.dtype[Any]
-    owner: Any
-    place: Any = None
-
-    @classmethod
-    def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
-        """One segment: the contiguous rows of an (n, ...) array, or equally long contiguous 1-D arrays."""
-        if isinstance(arrays, np.ndarray):
-            n, dtype = len(arrays), arrays.dtype
-            d = arrays.size // n
-            first, step = address_of(arrays), arrays.strides[0]
-            if step != 0:
-                addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
-            else:
-                addresses = np.full(n, first, dtype=np.uint64)
-        else:
-            d, dtype = arrays[0].shape[0], arrays[0].dtype
-            addresses = np.array([address_of(a) for a in arrays], dtype=np.uint64)
-        return cls(addresses[None], one_segment(d), dtype, arrays)
-
-    @property
-    def n(self) -> int:
-        """Number of rows."""
-        return int(self.addresses.shape[1])
-
-    @property
-    def d(self) -> int:
-        """Number of columns over all segments."""
-        return int(self.offsets[-1])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self.n * self.d * self.dtype.itemsize
-
-    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Rows:
-        """Return the given rows only; no data is touched."""
-        return Rows(np.ascontiguousarray(self.addresses[:, rows]), self.offsets, self.dtype, self.owner, self.place)
-
-    def array(self, segment: int, row: int) -> NDArray[Any]:
-        """Return one row's part of one segment as a NumPy view; only of rows in the host's memory."""
-        count = int(self.offsets[segment + 1] - self.offsets[segment])
-        memory = _Memory(int(self.addresses[segment, row]), count * self.dtype.itemsize)
-        return np.asarray(memory).view(self.dtype)
-
-    def scratch(self) -> Rows:
-        """Return new memory for one row of as many columns, in one segment, where these lie."""
-        if self.place is None:
-            return Rows.of(np.empty((1, self.d), dtype=self.dtype))
-        memory = self.place.empty((self.d,), self.dtype)
-        addresses = np.array([[memory.address]], dtype=np.uint64)
-        return Rows(addresses, one_segment(self.d), self.dtype, memory, self.place)
-
-    def blocks(self, max_columns: int) -> Iterator[Rows]:
-        """Cut the columns into consecutive blocks of at most `max_columns` within each segment."""
-        for s, addresses in enumerate(self.addresses):
-            for begin in range(0, int(self.offsets[s + 1] - self.offsets[s]), max_columns):
-                end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
-                part = addresses + np.uint64(begin * self.dtype.itemsize)
-                yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner, self.place)
 
 
 class Selected(NamedTuple):
@@ -323,7 +180,7 @@ class Kernels(Protocol):
         -----
         Summed in float64 in row order, rounded once. One read of the rows that have some weight. Averages of finite
         float64 rows that rounding makes infinite are brought back to the largest number: on a GPU by the kernel, so
-        that nobody waits for it, elsewhere by who asked for the average (`robustkern.rules._view.emit`).
+        that nobody waits for it, elsewhere by who asked for the average (`robustkern.rules.view.emit`).
         """
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from robustkern._registry import load_backend
-from robustkern._threads import requested_threads, set_num_threads
-from robustkern.api import aggregate
-from robustkern.benchmark import CASES, VALUES, Array, Line, _dtype, _time, job, machine, make_rows, read_pass
+from robustkern.backends.registry import load_backend
+from robustkern.backends.threads import requested_threads, set_num_threads
 from robustkern.errors import BackendUnavailable
+from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
-from robustkern.peers import load
+from robustkern.measure.peers import load
+from robustkern.measure.reads import CASES, VALUES, Array, Line, _dtype, _time, job, machine, make_rows, read_pass
 from robustkern.rules import available_rules, parse_rule
 
 __all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
@@ -187,7 +187,9 @@ def memory(rule: str, n: int, rounds: int, d: int | None) -> Iterator[Line]:
     if not STATUS.exists():
         yield Line("memory", what, None, f"not measured: {STATUS} is not here")
         return
-    script = f"from robustkern.suites import extra_memory; print(extra_memory({rule!r}, {n}, {d or VALUES // n}))"
+    script = (
+        f"from robustkern.measure.suites import extra_memory; print(extra_memory({rule!r}, {n}, {d or VALUES // n}))"
+    )
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     if child.returncode:
         raise RuntimeError(f"memory, {what}: {(child.stderr.strip() or f'exit {child.returncode}').splitlines()[-1]}")

@@ -18,9 +18,9 @@ from rich.table import Table
 from safetensors.numpy import load_file, save_file
 
 import robustkern as rk
+from robustkern.cli.report import print_workers
 from robustkern.files import aggregate_files
-from robustkern.peers import naive_rules
-from robustkern.report import print_workers
+from robustkern.measure.peers import naive_rules
 
 __all__ = ["run"]
 

@@ -58,6 +58,11 @@ class Place:
     def __str__(self) -> str:
         return f"cuda:{self.device}"
 
+    @property
+    def waits(self) -> bool:
+        """As `Library.waits`."""
+        return self.library.waits
+
     def stream(self) -> int:
         """Return the handle of the stream that the caller works on."""
         return self.library.stream(self.device)

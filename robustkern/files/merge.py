@@ -22,13 +22,13 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustkern._arrays import Block, lower_median
-from robustkern._kernels import DTYPES, Rows
-from robustkern._registry import choose
-from robustkern.api import Info, Task, check_f, check_weights
+from robustkern.backends.registry import choose
+from robustkern.contract.rows import DTYPES, Rows
 from robustkern.errors import RobustkernError
+from robustkern.functions import Info, Task, check_f, check_weights
+from robustkern.inputs.memory import Block, lower_median
 from robustkern.rules import Aggregator, parse_rule
-from robustkern.rules._base import as_aggregator
+from robustkern.rules.base import as_aggregator
 
 __all__ = ["FileError", "aggregate_files", "expand"]
 

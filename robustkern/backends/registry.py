@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from robustkern._kernels import DTYPES, PRIMITIVES, Kernels
+from robustkern.contract.primitives import PRIMITIVES, Kernels
+from robustkern.contract.rows import DTYPES
 from robustkern.errors import BackendUnavailable
 
 __all__ = ["BACKENDS", "capabilities", "choose", "info", "load_backend", "use_backend"]
@@ -219,7 +220,7 @@ def info() -> dict[str, Any]:
         backend can run), ``capabilities``.
     """
     from robustkern import __version__
-    from robustkern._threads import requested_threads
+    from robustkern.backends.threads import requested_threads
 
     backends = {b.name: loaded if isinstance(loaded := _load(b), str) else "available" for b in BACKENDS}
     cpp: Any = _loaded["cpp"]

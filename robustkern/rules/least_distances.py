@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._kernels import Matrix, Vector
+from robustkern.contract.rows import Matrix, Vector
 
 __all__ = ["converged_weights", "shift_bound", "smoothed_weights"]
 

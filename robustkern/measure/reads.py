@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import robustkern
-from robustkern._kernels import Rows
-from robustkern._registry import load_backend
 from robustkern.backends.cpp import Cpp
-from robustkern.peers import Peer, load
+from robustkern.backends.registry import choose, load_backend
+from robustkern.contract.rows import Rows
+from robustkern.measure.peers import Peer, load
 
 __all__ = [
     "CASES",
@@ -110,7 +110,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Line:
-    """One figure of `robustkern.suites`.
+    """One figure of `robustkern.measure.suites`.
 
     Attributes
     ----------
@@ -208,7 +208,7 @@ def job(rule: str, rows: Array, f: int, backend: str = "auto") -> tuple[Callable
     """
     n, d = rows.shape
     if rule == "gram":
-        kernels = robustkern._registry.choose(backend, {rows.dtype})
+        kernels = choose(backend, {rows.dtype})
         pointers, gram = Rows.of(rows), np.empty((n, n))
 
         def run_gram() -> None:
@@ -278,7 +278,7 @@ def measure_peers(rule: str, rows: Array, libraries: Sequence[str]) -> Iterator[
     rows : (n, d) array
         The updates; at most `PEER_VALUES` of them are used.
     libraries : sequence of str
-        Names in `robustkern.peers.PEERS`.
+        Names in `robustkern.measure.peers.PEERS`.
 
     Raises
     ------

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
-from robustkern._kernels import Matrix, Vector
-from robustkern._text import make
-from robustkern.rules._view import Solution, View
+from robustkern.contract.rows import Matrix, Vector
+from robustkern.rules.text import make
+from robustkern.rules.view import Solution, View
 
 __all__ = ["Aggregator", "Chain", "Mixer", "Rule", "available_rules", "parse_rule", "register"]
 

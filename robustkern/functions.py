@@ -10,10 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustkern._arrays import Block, Source, adapt
-from robustkern._kernels import Kernels, Rows, Vector, Window
-from robustkern._registry import choose
+from robustkern.backends.registry import choose
+from robustkern.contract.primitives import Kernels, Window
+from robustkern.contract.rows import Rows, Vector
 from robustkern.errors import ConvergenceWarning
+from robustkern.inputs.memory import Block, Source, adapt
 from robustkern.rules import (
     CTMA,
     NNM,
@@ -28,8 +29,8 @@ from robustkern.rules import (
     TrimmedMean,
     parse_rule,
 )
-from robustkern.rules._base import as_aggregator
-from robustkern.rules._view import Solution, TooCloseError, View, emit, start
+from robustkern.rules.base import as_aggregator
+from robustkern.rules.view import Solution, TooCloseError, View, emit, start
 
 __all__ = [
     "Info",

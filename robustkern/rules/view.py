@@ -15,9 +15,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern._arrays import Block, Source
-from robustkern._kernels import Kernels, Matrix, Rows, Selected, Vector, Window
+from robustkern.contract.primitives import Kernels, Selected, Window
+from robustkern.contract.rows import Matrix, Rows, Vector
 from robustkern.errors import NonFiniteError
+from robustkern.inputs.memory import Block, Source
 
 __all__ = [
     "Distances",

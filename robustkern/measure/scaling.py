@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 import robustkern
-from robustkern._kernels import DTYPES
-from robustkern.benchmark import Array, machine, make_rows
-from robustkern.peers import naive_rules
-from robustkern.study.devices import DEVICES, Device, host_bytes
-from robustkern.study.roofline import LABEL, MODELS, model_seconds
-from robustkern.suites import check_close, on_threads
+from robustkern.contract.rows import DTYPES
+from robustkern.measure.devices import DEVICES, Device, host_bytes
+from robustkern.measure.peers import naive_rules
+from robustkern.measure.reads import Array, machine, make_rows
+from robustkern.measure.roofline import LABEL, MODELS, model_seconds
+from robustkern.measure.suites import check_close, on_threads
 
 __all__ = ["RULES", "Crossover", "Plan", "Point", "crossovers", "repeated_rows", "save", "study"]
 

@@ -1,7 +1,7 @@
 """The devices that a study of scaling runs on: where rows lie, how a call is timed, and what it is compared with.
 
-The yardstick of the CPU is the read pass of `robustkern.benchmark`. On a GPU it is a copy from device memory to device
-memory, of which every byte counts as one read and one write.
+The yardstick of the CPU is the read pass of `robustkern.measure.reads`. On a GPU it is a copy from device memory to
+device memory, of which every byte counts as one read and one write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 import robustkern
-from robustkern.benchmark import Array, machine, read_pass
+from robustkern.backends.registry import load_backend
+from robustkern.measure.reads import Array, machine, read_pass
 
 __all__ = ["DEVICES", "CupyCuda", "Device", "TorchCuda", "host_bytes", "open_cuda", "open_devices"]
 
@@ -54,7 +55,7 @@ class Device:
     transfers = False
 
     def __init__(self) -> None:
-        robustkern._registry.load_backend("cpp")  # which holds the read pass
+        load_backend("cpp")  # which holds the read pass
 
     def facts(self) -> dict[str, Any]:
         """Return what a reader must know of it."""

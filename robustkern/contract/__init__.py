@@ -1,0 +1,1 @@
+"""The contract: rows as pointers, and the primitives that every backend implements alike."""

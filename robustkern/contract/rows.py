@@ -1,0 +1,225 @@
+"""Rows as pointers: n update vectors used where they lie, and where they come from.
+
+A `Source` yields them block by block: from memory all at once, from files one tensor after the other, from ranks each
+its own columns. All that an aggregation adds up over the columns goes through the source's `total` and `gather`, so
+that columns which lie on several machines are one more source and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "DTYPES",
+    "MAX_ROWS",
+    "Block",
+    "Matrix",
+    "Place",
+    "Rows",
+    "Source",
+    "Vector",
+    "address_of",
+    "one_segment",
+]
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+
+#: The dtypes of rows, in the order of their codes in csrc/kernels.h.
+DTYPES: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+    np.dtype(np.float32),
+    np.dtype(np.float64),
+)
+MAX_ROWS = 65535
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return where the first element of an array lies."""
+    return int(array.__array_interface__["data"][0])
+
+
+class _Memory:
+    """Lets NumPy view memory that somebody else keeps alive."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+
+
+class Place(Protocol):
+    """A GPU, as the array library of the rows sees it."""
+
+    @property
+    def device(self) -> int:
+        """Return its number."""
+
+    @property
+    def waits(self) -> bool:
+        """Tell whether others than the caller's stream may use a result: the call then waits until it is there."""
+
+    def stream(self) -> int:
+        """Return the handle of the stream that the caller works on."""
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
+        """Allocate an array there; its `address` tells where."""
+
+
+@functools.lru_cache(maxsize=64)
+def one_segment(d: int) -> NDArray[np.int64]:
+    """Return the offsets of d columns in one piece, shared by all rows of that length."""
+    offsets = np.array([0, d], dtype=np.int64)
+    offsets.flags.writeable = False
+    return offsets
+
+
+@dataclass(eq=False, slots=True)
+class Rows:
+    """n rows of one dtype, cut into the same segments, used where they lie.
+
+    Parameters
+    ----------
+    addresses : (n_segments, n) uint64
+        Where each row's part of each segment begins: contiguous values, at any alignment.
+    offsets : (n_segments + 1,) int64
+        Running count of columns; ``offsets[0] == 0``, ``offsets[-1]`` is d.
+    dtype : numpy dtype
+        One of `DTYPES`.
+    owner : object
+        Keeps the memory alive.
+    place : Place, optional
+        The GPU that the addresses belong to; None: they are the host's.
+    """
+
+    addresses: NDArray[np.uint64]
+    offsets: NDArray[np.int64]
+    dtype: np.dtype[Any]
+    owner: Any
+    place: Place | None = None
+
+    @classmethod
+    def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
+        """One segment: the contiguous rows of an (n, ...) array, or equally long contiguous 1-D arrays."""
+        if isinstance(arrays, np.ndarray):
+            return cls.apart(address_of(arrays), len(arrays), arrays)
+        addresses = np.array([address_of(a) for a in arrays], dtype=np.uint64)
+        return cls(addresses[None], one_segment(arrays[0].shape[0]), arrays[0].dtype, arrays)
+
+    @classmethod
+    def apart(cls, first: int, n: int, array: NDArray[Any]) -> Rows:
+        """One segment: n rows of an array that begins at an address, a stride of its first axis apart."""
+        step = array.strides[0]
+        if step != 0:
+            addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
+        else:
+            addresses = np.full(n, first, dtype=np.uint64)
+        return cls(addresses[None], one_segment(array.size // n), array.dtype, array)
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return int(self.addresses.shape[1])
+
+    @property
+    def d(self) -> int:
+        """Number of columns over all segments."""
+        return int(self.offsets[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.n * self.d * self.dtype.itemsize
+
+    def take(self, rows: NDArray[np.intp] | Sequence[int]) -> Rows:
+        """Return the given rows only; no data is touched."""
+        return Rows(np.ascontiguousarray(self.addresses[:, rows]), self.offsets, self.dtype, self.owner, self.place)
+
+    def array(self, segment: int, row: int) -> NDArray[Any]:
+        """Return one row's part of one segment as a NumPy view; only of rows in the host's memory."""
+        count = int(self.offsets[segment + 1] - self.offsets[segment])
+        memory = _Memory(int(self.addresses[segment, row]), count * self.dtype.itemsize)
+        return np.asarray(memory).view(self.dtype)
+
+    def scratch(self) -> Rows:
+        """Return new memory for one row of as many columns, in one segment, where these lie."""
+        if self.place is None:
+            return Rows.of(np.empty((1, self.d), dtype=self.dtype))
+        memory = self.place.empty((self.d,), self.dtype)
+        addresses = np.array([[memory.address]], dtype=np.uint64)
+        return Rows(addresses, one_segment(self.d), self.dtype, memory, self.place)
+
+    def blocks(self, max_columns: int) -> Iterator[Rows]:
+        """Cut the columns into consecutive blocks of at most `max_columns` within each segment."""
+        for s, addresses in enumerate(self.addresses):
+            for begin in range(0, int(self.offsets[s + 1] - self.offsets[s]), max_columns):
+                end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
+                part = addresses + np.uint64(begin * self.dtype.itemsize)
+                yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner, self.place)
+
+
+class Block(NamedTuple):
+    """Some columns of all rows, and where their result goes: one `Rows` for each dtype.
+
+    Where the caller gave a centre, it is one more row behind the n of the source.
+    """
+
+    rows: tuple[Rows, ...]
+    out: tuple[Rows, ...]
+
+
+class Source(Protocol):
+    """n rows that come block by block, perhaps followed by a centre.
+
+    Attributes
+    ----------
+    n, d : int
+        Rows, and floating-point columns: all of them, wherever they lie.
+    dtypes : set of numpy dtypes
+        Of the rows.
+    device : str
+        Where they are, as in the capability table.
+    has_centre : bool
+        Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
+    """
+
+    n: int
+    d: int
+    dtypes: set[np.dtype[Any]]
+    device: str
+    has_centre: bool
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks; may be called again for another pass."""
+
+    def results(self) -> Iterator[Block]:
+        """Yield the blocks once more to have results written, which the source takes when it is asked for more."""
+
+    def row_name(self, row: int) -> str:
+        """Return how an error should call a row."""
+
+    def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum of a small array over all who hold columns, the same bits for each of them."""
+
+    def gather(self, parts: list[Vector]) -> list[Vector]:
+        """Return the partial sums of all who hold columns, in the order of the columns."""
+
+
+class Undivided:
+    """What a `Source` is whose columns are all here."""
+
+    has_centre = False
+
+    def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum over all who hold columns: there is nobody else."""
+        return x
+
+    def gather(self, parts: list[Vector]) -> list[Vector]:
+        """Return the partial sums of all who hold columns."""
+        return parts
