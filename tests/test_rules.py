@@ -13,7 +13,7 @@ from support import assert_close, make_rows
 
 import robustkern as rk
 from robustkern.backends import registry
-from robustkern.rules import view as rules_view
+from robustkern.rules import geometry
 
 Array = NDArray[Any]
 
@@ -432,17 +432,18 @@ def test_the_mean_lets_nan_through_and_says_so() -> None:
 
 def test_nnm_leaves_a_bad_row_alone() -> None:
     """No other row mixes it in, and it mixes in no other: it must not spoil more rows than itself."""
-    from robustkern.inputs.memory import adapt
-    from robustkern.rules.view import start
+    from robustkern.inputs.trees import adapt
+    from robustkern.rules.geometry import Given
 
     x = make_rows("normal", 7, 5, np.dtype(np.float32))
     x[3, 2] = np.nan
-    view = start(adapt(x)[0], registry.load_backend("reference"), 2, None, False)
-    mix = rk.NNM().mixing(view)
+    view = rk.View(Given(adapt(x)[0], registry.load_backend("reference"), 7, 2, None), 7, 2)
+    mixture = rk.NNM().mixing(view)
+    mix = mixture.matrix
     assert np.array_equal(mix[3], np.eye(7)[3])
     assert not mix[[0, 1, 2, 4, 5, 6], 3].any()
     np.testing.assert_allclose(mix.sum(axis=1), 1)
-    assert np.flatnonzero(~view.remixed(mix).geometry().finite).tolist() == [3]
+    assert np.flatnonzero(~view.mixed(mixture, "nnm").geometry().finite).tolist() == [3]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -569,7 +570,7 @@ def test_weighted_ctma_decides_nothing_that_is_too_close(monkeypatch: pytest.Mon
     weights[3] = 2
     got = []
     for from_values in (1 << 60, 0):
-        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", from_values)
         for _ in range(4 if not got else 0):  # bring the rows to the same distance
             y = rk.geometric_median(x, weights=weights).astype(np.float64)
             squares = ((x[12:] - y) ** 2).sum(axis=1)
@@ -585,7 +586,7 @@ def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.Monke
     x[0] = 0.2 / np.sqrt(2000)
     results = []
     for from_values in (0, 1 << 60):
-        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", from_values)
         results.append(rk.aggregate(x, rule))
     assert np.array_equal(results[0], results[1])
 
@@ -619,7 +620,7 @@ def test_float32_products_decide_nothing_that_is_too_close(
         x[0] = 1e-3
     got = []
     for from_values in (0, 1 << 60):
-        monkeypatch.setattr(rules_view, "SINGLE_VALUES", from_values)
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", from_values)
         result, info = rk.aggregate(x, rule, f=f, return_info=True)
         got.append((result.astype(np.float64), info))
     if info.kept is not None:

@@ -10,7 +10,6 @@ import functools
 import importlib
 import os
 import platform
-import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 
 from robustkern.contract.primitives import PRIMITIVES, Kernels
 from robustkern.contract.rows import DTYPES
-from robustkern.errors import BackendUnavailable
+from robustkern.errors import BackendUnavailable, warn
 
 __all__ = ["BACKENDS", "capabilities", "choose", "info", "load_backend", "use_backend"]
 
@@ -177,10 +176,8 @@ def _warn_of_fallback(backend: Backend) -> None:
     reasons = "; ".join(
         f"{other.name}: {_load(other)}" for other in BACKENDS[: [b.name for b in BACKENDS].index(backend.name)]
     )
-    warnings.warn(
-        f"robustkern runs on its {backend.name} backend, {speed} than compiled code. Missing: {reasons}",
-        RuntimeWarning,
-        stacklevel=4,
+    warn(
+        f"robustkern runs on its {backend.name} backend, {speed} than compiled code. Missing: {reasons}", RuntimeWarning
     )
 
 

@@ -425,7 +425,7 @@ def _bench(
     jobs = [
         (rule, n)
         for n in sizes or (8, 16, 32, 64, 128, 256, 1024)
-        for rule in rules or benchmark.CASES
+        for rule in rules or benchmark.cases()
         if "rules" in chosen and (rules or benchmark.goal(rule, n) is not None)
     ]
     cases = [(name, case) for name in chosen if name in SUITES for case in SUITES[name][1]]

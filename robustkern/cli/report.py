@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from robustkern.functions import Info
+from robustkern.engine import Info
 
 __all__ = ["facts", "print_workers"]
 
