@@ -212,7 +212,7 @@ def test_one_row() -> None:
         "geometric_median",
         "ctma(median)",
         "nnm | mean",
-        "bucketing | mean",
+        "bucketing(seed=0) | mean",
     ):
         assert np.array_equal(rk.aggregate(x, rule, f=0), x[0])
 

@@ -13,7 +13,7 @@ import platform
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from robustkern.contract.primitives import PRIMITIVES, Kernels
 from robustkern.contract.rows import DTYPES
 from robustkern.errors import BackendUnavailable, warn
 
-__all__ = ["BACKENDS", "capabilities", "choose", "info", "load_backend", "use_backend"]
+__all__ = ["BACKENDS", "SystemInfo", "capabilities", "choose", "info", "load_backend", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,22 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def info() -> dict[str, Any]:
+class SystemInfo(TypedDict):
+    """What `info` returns."""
+
+    version: str
+    python: str
+    numpy: str
+    machine: str
+    backends: dict[str, str]
+    isa: str | None
+    isas: list[str]
+    threads: int
+    gpus: list[dict[str, Any]]
+    capabilities: list[dict[str, str]]
+
+
+def info() -> SystemInfo:
     """Return versions, backends with the reason where one is absent, instruction set and threads.
 
     Returns

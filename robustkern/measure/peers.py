@@ -24,7 +24,7 @@ def plain_form(rule: str, f: int) -> Peer | None:
     """Return a rule as one would write it in NumPy; None for one that has no such form, or is none."""
     try:
         plan = parse_rule(rule)
-        plan.plain(np.zeros((2 * f + 3, 1)), f)
+        plan.plain(np.random.default_rng(0).standard_normal((2 * f + 3, 2)), f)
     except (ValueError, NotImplementedError):
         return None
     return lambda x: plan.plain(x, f)

@@ -48,7 +48,8 @@ __all__ = [
 
 def table() -> list[tuple[str, str, str, str, str]]:
     """Return what is known of each rule: form, what it is, reads of the data, weights, what its guarantee needs."""
+    rules = sorted(registered().values(), key=lambda rule: (issubclass(rule, Mixer), rule.reads, rule.name))
     return [
         (rule.form or rule.name, rule.summary, rule.reads, "yes" if rule.supports_weights else "no", rule.needs)
-        for rule in registered().values()
+        for rule in rules
     ]

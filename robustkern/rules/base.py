@@ -74,7 +74,7 @@ class Rule:
         parts = []
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.default is not dataclasses.MISSING and value == spec.default:
+            if value is spec.default or (not hasattr(value, "__array__") and value == spec.default):
                 continue
             parts.append(str(value) if isinstance(value, Rule) else f"{spec.name}={value!r}")
         return self.name + (f"({', '.join(parts)})" if parts else "")
