@@ -42,7 +42,7 @@ BACKENDS = (
         "robustkern.backends.cpp",
         "cpu",
         DTYPES,
-        "install a C++17 compiler with OpenMP, then reinstall: pip install --force-reinstall --no-cache-dir robustkern",
+        "install a C++17 compiler with OpenMP, then robustkern again from its sources: pip install --force-reinstall .",
     ),
     Backend("numba", "robustkern.backends.numba", "cpu", DTYPES, "run: pip install 'robustkern[numba]'"),
     Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),
@@ -60,7 +60,7 @@ def _load(backend: Backend) -> Kernels | str:
         try:
             _loaded[backend.name] = importlib.import_module(backend.module).load()
         except ImportError as error:
-            _loaded[backend.name] = f"{error} ({backend.remedy})"
+            _loaded[backend.name] = f"{error} ({getattr(error, 'remedy', backend.remedy)})"
     return _loaded[backend.name]
 
 
