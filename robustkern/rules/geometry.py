@@ -176,6 +176,7 @@ class Geometry:
         """Stand for an exact measurement, which nothing can make in n-space."""
         self.require_double()
 
+    @functools.cached_property
     def copies(self) -> NDArray[np.intp]:
         """(n,) for each row the first one whose products are the same to the last bit: mostly itself."""
         norms = self.gram.diagonal()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,8 +39,8 @@ def _best(view: View, name: str, neighbours: int | None, f: int, count: int) -> 
 
     def scores(squares: Matrix) -> Vector:
         result = np.full(view.n, np.inf)
-        nearest = np.partition(squares[finite], counted - 1, axis=1)[:, :counted]
-        result[finite] = [math.fsum(row) for row in nearest.tolist()]
+        nearest = np.sort(squares[finite], axis=1)[:, :counted]  # in one order, so that equal terms have equal sums
+        result[finite] = nearest.sum(axis=1, dtype=np.longdouble)
         return result
 
     def pairs(row: int) -> NDArray[np.intp]:

@@ -239,7 +239,7 @@ class View:
 
         def again(contenders: NDArray[np.intp]) -> Vector | None:
             finite = geometry.finite
-            same = np.arange(self.n) if geometry.single else geometry.copies()
+            same = np.arange(self.n) if geometry.single else geometry.copies
             wanted = []
             for k in contenders:
                 of_k = np.argwhere(np.triu(np.ones((self.n, self.n), dtype=np.bool_), 1)) if pairs is None else pairs(k)
@@ -282,7 +282,7 @@ class View:
         """Exact squared distances from a row to some others; None where these count as equal."""
         self._given.afford(len(contenders) + 1)
         geometry = self.geometry(quick=True)
-        if not geometry.single and len(np.unique(geometry.copies()[contenders])) == 1:
+        if not geometry.single and len(np.unique(geometry.copies[contenders])) == 1:
             return None  # equal, whatever the last digits say
         return self._exact_sq_distances(row, contenders)
 
