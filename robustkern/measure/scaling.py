@@ -225,7 +225,7 @@ def _wanted(rule: str, n: int, width: int, dtype: str, f: int) -> tuple[Array, s
     naive = plain_form(rule, f)
     if naive is not None:
         return np.asarray(naive(base.astype(np.float64))), "plain NumPy"
-    slow = robustkern.aggregate(base, robustkern.parse_rule(rule), f=f, backend="reference")
+    slow = robustkern.aggregate(base, robustkern.parse_rule(rule), f=f, seed=0, backend="reference")
     return np.asarray(slow, dtype=np.float64), "reference backend"
 
 

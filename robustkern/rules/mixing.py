@@ -112,4 +112,6 @@ class Bucketing(Mixer):
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Average the buckets."""
+        if self.seed is None:
+            raise NotImplementedError(f"{self} draws other buckets in every call")
         return np.asarray(self._mixture(len(x), f, np.random.default_rng(self.seed)).matrix @ x)
