@@ -17,7 +17,7 @@ from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import Block, Rows, Source, Vector
 from robustkern.errors import ConvergenceWarning, warn
 from robustkern.rules.base import Aggregator
-from robustkern.rules.geometry import FLOAT64, Given, TooCloseError
+from robustkern.rules.geometry import Given, TooCloseError
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
@@ -135,7 +135,7 @@ def run(
     except TooCloseError:  # one more pass, on float64 products
         given.start_again_in_double()
         solution = rule.solve(view)
-    _check_solution(rule, solution, source.n)
+    view.check(solution, rule)
     if solution.gave_up:
         warn(
             f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
@@ -205,28 +205,6 @@ def _check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: 
         raise ValueError(f"{rule}: centre is required, a vector like one update (pass centre=)")
 
 
-def _check_solution(rule: Aggregator, solution: Any, n: int) -> None:
-    """Raise where a rule returned what nobody can write."""
-    if isinstance(solution, Solution):
-        weights = solution.weights
-        if weights is None and solution.selection is not None:
-            return
-        if (
-            isinstance(weights, np.ndarray)
-            and solution.selection is None
-            and weights.shape == (n,)
-            and weights.dtype == FLOAT64
-            and math.isfinite(abs(weights).sum())
-            and 0 < solution.divisor < math.inf
-            and math.isfinite(solution.centre_weight)
-        ):
-            return
-    raise TypeError(
-        f"{rule}: solve(view) must return a Solution with finite float64 weights ({n},), or one that view.mean_of or "
-        f"view.window makes; got {solution!r:.120}"
-    )
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
@@ -263,13 +241,14 @@ def _write(
                     squares += found.sq_distances
         if weights is not None and wants_info and isinstance(rule, Mean):
             nonfinite |= _nonfinite_rows(given.kernels, block, n)
-    if weights is None or isinstance(rule, Mean):
+    if source.divided and (weights is None or isinstance(rule, Mean)):
         found_out = source.total(np.append(nonfinite, poisoned).astype(np.float64)) > 0
         nonfinite, poisoned = found_out[:-1], bool(found_out[-1])
+        squares = None if squares is None else source.total(squares)
     if poisoned:
         given.nonfinite = nonfinite
         raise given.nonfinite_error(str(rule), np.flatnonzero(nonfinite))
-    return nonfinite, None if squares is None else source.total(squares)
+    return nonfinite, squares
 
 
 def _is_finite(kernels: Kernels, out: Rows) -> bool:

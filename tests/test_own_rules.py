@@ -256,8 +256,10 @@ class Returns(rk.Aggregator):
     ],
 )
 def test_nonsense_is_said(what: Any) -> None:
-    with pytest.raises(TypeError, match=r"returns.*: solve\(view\) must return a Solution with finite float64 weights"):
-        rk.aggregate(np.eye(5), Returns(what))
+    said = r"^returns.*: solve\(view\) must return a Solution with finite float64 weights \(5,\)"
+    for rule in (Returns(what), rk.NNM() | Returns(what), rk.CTMA(Returns(what))):
+        with pytest.raises(TypeError, match=said):
+            rk.aggregate(np.eye(5), rule, f=1)
 
 
 @dataclass(frozen=True)

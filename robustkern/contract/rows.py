@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -182,6 +182,8 @@ class Source(Protocol):
         Where they are, as in the capability table.
     has_centre : bool
         Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
+    divided : bool
+        Whether others hold columns too; where not, nobody need ask for `total` and `gather`, which change nothing.
     """
 
     n: int
@@ -189,6 +191,7 @@ class Source(Protocol):
     dtypes: set[np.dtype[Any]]
     device: str
     has_centre: bool
+    divided: ClassVar[bool]
 
     def blocks(self) -> Iterable[Block]:
         """Return the blocks; may be called again for another pass."""
@@ -210,6 +213,7 @@ class Undivided:
     """What a `Source` is whose columns are all here."""
 
     __slots__ = ()
+    divided: ClassVar[bool] = False
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over all who hold columns: there is nobody else."""

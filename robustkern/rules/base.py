@@ -197,6 +197,7 @@ class Chain(Aggregator):
             mixed = step.mixing(inner)
             inner, mixture = inner.mixed(mixed, step.name), mixed.of(mixture)
         solution = self.last.solve(inner)
+        inner.check(solution, self.last)
         return solution if mixture is None else inner.carried_back(solution, mixture)
 
 

@@ -67,6 +67,7 @@ class CTMA(Aggregator):
         """Solve for the anchor, measure the rows against it, keep the nearest."""
         f, n = view.require_f(self.name), view.n
         anchor = self.anchor.over_finite(view) if isinstance(self.anchor, Mean) else self.anchor.solve(view)
+        view.check(anchor, self.anchor)
         if view.weights is None:
             kept, sq_distances = view.nearest_to(anchor, n - f, self.name)
             solution = view.mean_of(kept)

@@ -310,7 +310,7 @@ class Given:
                 total += self.kernels.gram(
                     rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=single
                 )
-        return self.source.total(total)
+        return self.source.total(total) if self.source.divided else total
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
@@ -336,8 +336,11 @@ class Given:
                 assert found.sq_distances is not None
                 total += found.sq_distances
                 flags |= found.nonfinite
-        self.nonfinite = self.source.total(flags.astype(np.float64)) > 0
-        return np.fmin(self.source.total(total), np.inf)  # NaN is as far as it gets
+        if self.source.divided:
+            flags = self.source.total(flags.astype(np.float64)) > 0
+            total = self.source.total(total)
+        self.nonfinite = flags
+        return np.fmin(total, np.inf)  # NaN is as far as it gets
 
     def select(
         self,

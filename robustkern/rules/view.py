@@ -7,6 +7,7 @@ or a window of each column. The pass over the data that writes the result comes 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from robustkern.contract.rows import Matrix, Vector
 from robustkern.rules.cuts import Distances, smallest, smallest_between, weighted_share
 from robustkern.rules.geometry import (
     EPSILON,
+    FLOAT64,
     Geometry,
     Given,
     Mask,
@@ -310,6 +312,27 @@ class View:
         weights[np.asarray(rows, dtype=np.intp)] = 1.0
         order = np.asarray(rows, dtype=np.intp)
         return Solution(weights, float(len(order)), kept=weights > 0, order=order)
+
+    def check(self, solution: object, rule: object) -> None:
+        """Raise where a rule returned what nobody can go on with."""
+        if isinstance(solution, Solution):
+            weights = solution.weights
+            if weights is None and solution.selection is not None:
+                return
+            if (
+                isinstance(weights, np.ndarray)
+                and solution.selection is None
+                and weights.shape == (self.n,)
+                and weights.dtype == FLOAT64
+                and math.isfinite(abs(weights).sum())
+                and 0 < solution.divisor < math.inf
+                and math.isfinite(solution.centre_weight)
+            ):
+                return
+        raise TypeError(
+            f"{rule}: solve(view) must return a Solution with finite float64 weights ({self.n},), or one that "
+            f"view.mean_of or view.window makes; got {solution!r:.120}"
+        )
 
     # -- mixing ----------------------------------------------------------------------------------------------------
 
