@@ -91,7 +91,7 @@ def test_rule_objects() -> None:
     with pytest.raises(AttributeError):
         rk.Median().even = "low"  # type: ignore[misc]
     with pytest.raises(TypeError, match="unsupported operand"):
-        rk.NNM() | "median"  # type: ignore[operator]
+        rk.NNM() | 3  # type: ignore[operator]
     with pytest.raises(TypeError, match="rule must be a rule object or its text form; got int"):
         rk.aggregate(np.ones((3, 2)), 3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="rule must be a rule object or its text form; got list"):
