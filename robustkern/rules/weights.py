@@ -103,7 +103,7 @@ class GeometricMedian(Aggregator):
         used = np.flatnonzero(weights)
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
         if converges:
-            found, iterations, converged = converged_weights(inner, weights[used], geometry.rounding)
+            found, iterations, converged, _ = converged_weights(inner, weights[used], geometry.rounding)
         else:
             origin = None
             if self.needs_origin():
@@ -113,7 +113,7 @@ class GeometricMedian(Aggregator):
             found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
         if geometry.single:
             shift = shift_bound(inner, geometry.lengths[used], weights[used], found, SINGLE_NOISE)
-            if iterations == 0 or shift > MAX_SHIFT:  # on a row, or blurred
+            if iterations == 0 or shift > MAX_SHIFT or not converged:  # on a row, or blurred
                 geometry.require_double()
         result = np.zeros(view.n)
         result[used] = found
