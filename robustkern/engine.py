@@ -49,10 +49,13 @@ class Info:
     nonfinite_rows : tuple of int
         Rows that hold a NaN or Inf (or, in float64, are too far away to be measured).
     iterations, converged : int, bool or None
-        Steps of the geometric median, and whether the last of them left nothing that its promise allows to be gained.
+        Steps of the geometric median, and whether the inner products prove that its cost, the sum of distances, can
+        fall by no more than 1e-10 in the unit of `gap`, or leave no more than their own errors explain. With a number
+        of steps or `nu`: whether the last step was below 1e-10 of the spread.
     gap : float or None
-        Of the converged geometric median: by what share of the sum of distances another point could be better at most,
-        by duality.
+        Of the converged geometric median: how much lower the cost could be at another point at most, by duality, in
+        units of the total weight times the middle distance of the rows (by weight); errors of the inner products
+        included.
     scores : (n,) float64 or None
         Krum's scores, of which the least are best; as good as `sq_distances`.
     order : tuple of int, or None

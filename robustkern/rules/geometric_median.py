@@ -77,11 +77,12 @@ class GeometricMedian(Aggregator):
         # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
         geometry, weights = view.measured(self.name, quick=converges)
         if converges and (row := _majority(view, weights)) is not None:
-            return view.mean_of([row])._replace(kept=None, order=None, iterations=0, converged=True)
+            return view.mean_of([row])._replace(kept=None, order=None, iterations=0, converged=True, gap=0.0)
         used = np.flatnonzero(weights)
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
+        gap = None
         if converges:
-            found, iterations, converged = converged_weights(inner, weights[used], geometry.rounding)
+            found, iterations, converged, gap = converged_weights(inner, weights[used], geometry.rounding)
         else:
             origin = None
             if geometry.origin is not None and self.points:
@@ -90,12 +91,12 @@ class GeometricMedian(Aggregator):
             found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
         if geometry.single:
             shift = shift_bound(inner, geometry.lengths[used], weights[used], found, SINGLE_NOISE)
-            if iterations == 0 or shift > MAX_SHIFT:  # on a row, or blurred
+            if iterations == 0 or shift > MAX_SHIFT or not converged:  # on a row, or blurred
                 geometry.require_double()
         result = np.zeros(view.n)
         result[used] = found
         gave_up = not converged and self.max_iter is None
-        return Solution(result, iterations=iterations, converged=converged, gave_up=gave_up)
+        return Solution(result, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up)
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Plain Weiszfeld until a step is below 1e-7 of the spread; every step reads the data twice."""

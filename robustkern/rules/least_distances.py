@@ -1,89 +1,129 @@
-"""The geometric median of rows known by their inner products: a step costs n^2 or n^3, and nothing of d."""
+"""The geometric median of rows known by their inner products: a step costs n^2 or n^3, and nothing of d.
+
+The median is the point y = sum w_i x_i (sum w = 1) of least cost sum s_i |x_i - y|. With r_i = |x_i - y|, c = s / r and
+C = sum c, it is where the rows pull equally: the resultant sum c_i (x_i - y) vanishes. As coefficients of the rows the
+resultant is g = c - C w, which is small where the resultant is small, so that nothing cancels near the end.
+
+- Rows first. The best row is the median where the others' pulls do not outweigh its own weight (Kuhn 1973). Where they
+  balance it to rounding, the cost is flat from there to the next row (two clusters; rows on a line, even n), and the
+  middle of the flat stretch is returned.
+- Otherwise a step leaves the best row downhill (Vardi and Zhang 2000), and since the cost only falls from there on, no
+  later point can be a row. Newton steps follow in the span of the rows: for few rows by a factorisation, for many by
+  conjugate gradients, which cost n^2 each. Along a step all distances are known from two numbers a row, so searching
+  the line for where its slope vanishes costs n a trial; a valley between two clusters takes long steps.
+- It ends where the slope along Newton's own step is rounding: then the cost falls no further. How far it could fall at
+  most is said by duality: any u_i with |u_i| <= s_i and sum u_i = 0 prove that no point costs less than
+  sum <u_i, x_i>. The pulls c_i (x_i - y) are such u_i, once near rows have absorbed what is left of the resultant.
+
+Kuhn, "A note on Fermat's problem", Mathematical Programming 4 (1973); Vardi and Zhang, "The multivariate L1-median and
+associated data depth", PNAS 97 (2000).
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 
-__all__ = ["converged_weights", "shift_bound", "smoothed_weights"]
+__all__ = ["Median", "converged_weights", "shift_bound", "smoothed_weights"]
 
-MAX_STEPS = 300
+MAX_STEPS = 100
+MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
 MAX_SMOOTHED_STEPS = 10_000
+MAX_TRIALS = 60  # on one line
+MAX_INNER = 60  # products for one Newton step
+SOLVED_ROWS = 200  # from more on, conjugate gradients are the faster way to a Newton step
+FAIR_SHARE = 0.1  # of a Newton step
+ENOUGH = 1e-11  # resultant of the pulls, of the weight, below which rounding ends the descent
+EXACT = 1e-14  # of the weight, or of the rows' harmonic mean distance: no further step is worth its while
 TOLERANCE = 1e-10  # of the middle distance of the rows
-NEWTON_SHARES = tuple(4.0**-k for k in range(12))  # a whole step overshoots beside a row, or almost on a line
+NEAR = 1e-4  # squared distance to a row, in its squared distance to the origin, at which it becomes the origin
+EPSILON = 2.0**-53
+SMALL = 1e-60  # in the square of the rows' middle distance: less counts as it
 
 
-def converged_weights(gram: Matrix, s: Vector, rounding: float) -> tuple[Vector, int, bool]:
-    """Weights of the minimiser of sum s_i |x_i - y|, the number of steps, and whether they converged.
+class Median(NamedTuple):
+    """Weights of a geometric median, and what is known of it.
 
-    Starts at the best row: if no point is better (Kuhn's condition) that row is the median, and rows that are as good
-    share the weight, since on a line every point between them is a minimiser too. Otherwise the Vardi-Zhang step leaves
-    that row downhill, so no later iterate can meet a row; Newton steps in the span of the rows follow, or a Weiszfeld
-    step where Newton's does not descend.
+    Attributes
+    ----------
+    weights : (n,) float64
+        Of sum 1; the median is the sum of the rows times them.
+    steps : int
+        Newton steps; 0 on a row, or in the middle of rows that are equally good.
+    converged : bool
+        Whether the inner products as given prove that the cost can fall by no more than `TOLERANCE` (in the unit of
+        `gap`), or what is left of the resultant is no more than their errors may have made.
+    gap : float
+        The cost less a lower bound of the least cost, in units of the total weight times the middle distance (of a row
+        to the median, by weight). What errors of the inner products may add is included; distances that they cannot
+        tell from 0 count as 0.
     """
+
+    weights: Vector
+    steps: int
+    converged: bool
+    gap: float
+
+
+def converged_weights(gram: Matrix, s: Vector, rounding: float) -> Median:
+    """Find the minimiser of sum s_i |x_i - y|, given inner products whose errors are rounding * |x_i| |x_j|."""
     norms = gram.diagonal()
-    distances = np.sqrt(np.maximum(norms[:, None] + norms - 2 * gram, 0.0))
-    noise = np.sqrt(rounding) * (np.sqrt(norms)[:, None] + np.sqrt(norms))
-    distances[distances <= noise] = 0.0
+    lengths = np.sqrt(norms)
+    squares = norms[:, None] + norms - 2 * gram
+    distances = np.sqrt(np.maximum(squares, 0.0))
+    distances[distances <= np.sqrt(rounding) * (lengths[:, None] + lengths)] = 0.0
     costs = _relative_costs(gram, s, distances)
     best = int(np.argmin(costs))
-    here = distances[best] == 0
-    pull = np.divide(s, distances[best], out=np.zeros_like(s), where=~here)
-    # Inner products of x_i - x_best; the resultant of the unit vectors towards the other rows.
-    inner = gram - gram[best] - gram[:, [best]] + gram[best, best]
-    squared = float(pull @ inner @ pull)
-    resultant = math.sqrt(max(squared, 0.0))
+    # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
+    gram = _seen_from(gram, best)
+    from_best = np.sqrt(np.maximum(gram.diagonal(), 0.0))
+    here = from_best <= math.sqrt(rounding) * (lengths + lengths[best])
+    pull = np.divide(s, from_best, out=np.zeros_like(s), where=~here)
     weight_here = float(s[here].sum())
-    slack = rounding * float(pull @ (np.sqrt(norms) + math.sqrt(norms[best]))) ** 2  # what rounding may have added
-    if squared <= weight_here**2 + slack:
-        scale = float(s.sum()) * _middle(distances[best])
-        return _shared(costs - costs[best] <= max(16 * rounding, 1e-12) * scale, distances), 0, True
+    at_best = np.zeros_like(s)
+    at_best[best] = 1.0
+    squared = float(pull @ gram @ pull)
+    balance = weight_here**2
+    # What rounding may have changed. Where that is much, because rows are near, inner products are taken at their word.
+    doubt = rounding * float(pull @ (lengths + lengths[best])) ** 2
+    slack = min(doubt, ENOUGH * float(s.sum()) * weight_here)
+    if squared <= balance + doubt:
+        w, risen = None, 0.0
+        if squared <= max(balance - doubt, 0.0):
+            w = _shared(here, distances)
+        else:
+            tied = costs - costs[best] <= max(16 * rounding, 1e-12) * float(s.sum()) * _middle(from_best)
+            if np.count_nonzero(tied & ~here):
+                w, risen = _shared(tied | here, distances), float((costs - costs[best])[tied].max())
+            elif squared <= balance + slack:
+                w, risen = _flat_middle(gram, s, pull, here, slack)
+        if w is not None:
+            judged = _judged(gram, s, at_best, lengths, rounding, 0, risen, True)
+            return judged._replace(weights=w)
 
     # Rows so near the best one that a step to them would pass for convergence are left together with it, if possible.
-    near = distances[best] <= 10 * TOLERANCE * _middle(distances[best])
-    outside = np.where(near, 0.0, pull)
-    resultant_outside = _length(inner, outside)
-    if resultant_outside > float(s[near].sum()):
-        pull, resultant, weight_here = outside, resultant_outside, float(s[near].sum())
-
-    # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
-    gram = inner
-    w = pull / pull.sum()
-    stay = weight_here / resultant
-    w = (1 - stay) * w
-    w[best] += stay
-    at_best = np.zeros_like(w)
-    at_best[best] = 1.0
-    step = _length(gram, w - at_best)
-    total = float(s.sum())
-    r = _radii(gram, w)
-    for iteration in range(1, MAX_STEPS + 1):
-        spread = _middle(r)  # no few far rows can loosen the tolerance
-        previous_step, step = step, math.inf
-        for method, shares in ((_newton, NEWTON_SHARES), (_weiszfeld, (1.0,))):
-            direction = method(gram, s, w, r)
-            for share in shares if direction is not None else ():
-                assert direction is not None
-                candidate = w + share * direction
-                length = _length(gram, share * direction)
-                reached = _radii(gram, candidate)
-                if _cost_change(gram, s, w, r, candidate, reached) <= 1e-15 * length * total:
-                    w, r, step = candidate, reached, length
-                    break
-            if not math.isinf(step):
-                break
-        if math.isinf(step):  # nothing descends any more: what is left is rounding
-            weiszfeld = _weiszfeld(gram, s, w, r)
-            left = 0.0 if weiszfeld is None else _length(gram, weiszfeld)
-            return w, iteration, min(left, previous_step) <= TOLERANCE * spread
-        # Newton's steps shrink quadratically: once they stop shrinking, the rest is rounding.
-        if step <= 1e-15 * spread or (step <= TOLERANCE * spread and step >= previous_step / 2):
-            return w, iteration, True
-    return w, MAX_STEPS, step <= TOLERANCE * spread
+    middle = _middle(from_best)
+    near = from_best <= 10 * TOLERANCE * middle
+    resultant = math.sqrt(squared)
+    if np.count_nonzero(near & ~here):
+        outside = np.where(near, 0.0, pull)
+        if (resultant_outside := _length(gram, outside)) > float(s[near].sum()):
+            pull, resultant, weight_here = outside, resultant_outside, float(s[near].sum())
+    change = pull * ((1 - weight_here / resultant) / pull.sum())
+    change[best] -= change.sum()
+    if resultant < 2 * weight_here:  # the step is short, and may be far too short
+        moved = gram @ change
+        squared = max(float(change @ moved), 0.0)
+        slope = (resultant - weight_here) * math.sqrt(squared)
+        r, q = (np.where(here, 0.0, a) for a in (from_best, moved))
+        change *= _line_search(s, r, q, squared, slope, 0.0) or 1.0
+    gram, w, steps = _descend(gram, s, at_best + change, max(SMALL * middle**2, 1e-290))
+    return _judged(gram, s, w, lengths, rounding, steps, 0.0, False)
 
 
 def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
@@ -98,13 +138,280 @@ def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
     return np.asarray(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
 
 
-def _cost_change(gram: Matrix, s: Vector, w: Vector, r: Vector, new: Vector, new_r: Vector) -> float:
-    """Change of the sum of distances from one point to another, as a sum of differences like `_relative_costs`."""
-    change = new - w
-    moved = gram @ change
-    squares = change @ moved - 2 * (moved - w @ moved)
-    lengths = r + new_r
-    return float(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
+def _descend(gram: Matrix, s: Vector, w: Vector, least: float) -> tuple[Matrix, Vector, int]:
+    """Take Newton steps until none descends; squared distances count as no smaller than `least`.
+
+    Returns
+    -------
+    gram, w : arrays
+        The inner products from the row that is the origin in the end, and the weights.
+    steps : int
+        How many steps there were.
+    """
+    norms = gram.diagonal()
+    weight = float(s.sum())
+    products_left = MAX_PRODUCTS
+    length = last_length = math.inf
+    for step in range(MAX_STEPS):
+        at = _Point.of(gram, s, w, norms, least)
+        near = int(at.r.argmin())
+        if at.r[near] ** 2 <= NEAR * norms[near]:
+            gram = _seen_from(gram, near)
+            norms = gram.diagonal()
+            products_left -= 8
+            at = _Point.of(gram, s, w, norms, least)
+        if products_left <= 0:
+            return gram, w, step
+        steepness = math.sqrt(max(float(at.g @ at.h), 0.0))
+        # After two whole Newton steps the next one's length is known: they shrink quadratically.
+        expected = (length / last_length) ** 2 * length
+        if steepness <= EXACT * weight and expected * at.total <= EXACT * weight:
+            return gram, at.c / at.total, step
+        last_length, length = length, math.inf
+        taken, damping = None, 0.0
+        for method in (_newton, _newton, _weiszfeld):
+            change, used = method(gram, at, damping, products_left)
+            products_left -= used
+            moved = gram @ change
+            slope, squared = float(at.g @ moved), float(change @ moved)
+            size = math.sqrt(max(squared, 0.0))
+            noise = 4 * EPSILON * weight * size
+            if not (slope > noise and squared > 0):
+                if steepness <= ENOUGH * weight:
+                    break
+                continue  # Newton's step is lost in rounding
+            share = _line_search(s, at.r, moved - w @ moved, squared, slope, noise)
+            if share > 0:
+                taken, length = share * change, size if share == 1 else math.inf
+            if share >= FAIR_SHARE:
+                break
+            # Beside a row the direction from it must be right before the distance can be: shorten only the soft part.
+            damping = slope / squared / max(share, EPSILON)
+        if taken is None:
+            return gram, at.c / at.total, step  # with these weights least cancels in what follows
+        w = w + taken
+    return gram, w, MAX_STEPS
+
+
+class _Point(NamedTuple):
+    """A point y = sum w_i x_i between the rows.
+
+    Attributes
+    ----------
+    products, square
+        Inner products of the rows with y, and of y with itself.
+    r, c, total, others
+        Distances, pulls per distance s / r, their sum, and for each row the sum of the others'.
+    g, h
+        The resultant of the pulls as a combination of the rows (sum g = 0), and its inner products with the x_i - y.
+    """
+
+    w: Vector
+    products: Vector
+    square: float
+    r: Vector
+    c: Vector
+    total: float
+    others: Vector
+    g: Vector
+    h: Vector
+
+    @classmethod
+    def of(cls, gram: Matrix, s: Vector, w: Vector, norms: Vector, least: float) -> _Point:
+        """Measure; squared distances count as no smaller than `least`."""
+        products = gram @ w
+        square = float(w @ products)
+        r = np.sqrt(np.maximum(norms - 2 * products + square, least))
+        c = s / r
+        total = float(c.sum())
+        others = total - c
+        near = int(c.argmax())
+        if 2 * c[near] > total:  # the others are not lost in its sum
+            others[near] = float(c[:near].sum()) + float(c[near + 1 :].sum())
+        g = c - total * w
+        pulled = gram @ g
+        return cls(w, products, square, r, c, total, others, g, pulled - w @ pulled)
+
+
+def _weiszfeld(gram: Matrix, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
+    """Change of the weights by a Weiszfeld step: down the gradient."""
+    return at.g / at.total, 0
+
+
+def _newton(gram: Matrix, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
+    """Change of the weights by a Newton step, and how many products it took.
+
+    With u_i = x_i - y and b = c / r^2 the Hessian is C I - sum b_i u_i u_i^T. For the step v and z_i = sqrt(b_i)
+    <u_i, v> that is (C I - sqrt(b) K sqrt(b)) z = sqrt(b) h, where K holds the inner products of the u_i; and C v =
+    sum g_i x_i + sum sqrt(b_i) z_i u_i. Damping adds to C. The matrix is scaled to a diagonal of ones: beside a row,
+    whose own pull dwarfs the others', rounding would hide these otherwise.
+    """
+    scale = np.sqrt(at.c / (at.others + damping)) / at.r
+    if len(scale) > SOLVED_ROWS:
+        z, used = _conjugate_gradients(gram, at, scale, products_left)
+    else:
+        z, used = _solved(gram, at, scale), 0
+    pulls = scale * z
+    return (at.g + pulls - pulls.sum() * at.w) / (at.total + damping), used
+
+
+def _solved(gram: Matrix, at: _Point, scale: Vector) -> Vector:
+    matrix = gram - at.products[:, None]
+    matrix -= at.products - at.square
+    matrix *= scale[:, None]
+    matrix *= -scale
+    matrix.flat[:: len(scale) + 1] = 1 + 8 * EPSILON
+    try:
+        return np.asarray(np.linalg.solve(matrix, scale * at.h))
+    except np.linalg.LinAlgError:  # all rows on a line through y
+        return np.zeros_like(scale)
+
+
+def _conjugate_gradients(gram: Matrix, at: _Point, scale: Vector, products_left: int) -> tuple[Vector, int]:
+    own = 1 + (scale * at.r) ** 2
+    z = np.zeros_like(scale)
+    direction = residual = scale * at.h
+    size = float(residual @ residual)
+    enough = 1e-12 * size
+    used = 0
+    while size > enough and used < min(products_left, MAX_INNER):
+        used += 1
+        v = scale * direction
+        image = gram @ v - float(v.sum()) * (at.products - at.square) - float(at.products @ v)
+        image = own * direction - scale * image
+        curvature = float(direction @ image)
+        if curvature <= 8 * EPSILON * float(direction @ direction):
+            break
+        z = z + size / curvature * direction
+        residual = residual - size / curvature * image
+        before, size = size, float(residual @ residual)
+        direction = residual + size / before * direction
+    return z, used
+
+
+def _line_search(s: Vector, r: Vector, q: Vector, squared: float, slope: float, noise: float) -> float:
+    """Return the share of a step v at which the cost is less and its slope has halved at least; 0 where there is none.
+
+    Distances change with q_i = <x_i - y, v> and |v|^2 alone.
+    """
+    low, high, share = 0.0, math.inf, 1.0
+    length = math.sqrt(squared)
+    towards, squares, least = q / (length or 1.0), r * r, SMALL * squared
+    for _ in range(MAX_TRIALS if squared > 0 else 0):
+        difference = share * (share * squared - 2 * q)
+        along = share * length - towards
+        # No row is nearer than its distance along the line, which rounding must not undercut.
+        reached = np.sqrt(np.maximum(squares + difference, along * along) + least)
+        rise = float(s @ (along / reached)) * length
+        if rise > slope / 2 or float(s @ (difference / (r + reached))) > noise:
+            high = share
+        elif rise < -slope / 8:
+            low = share
+        else:
+            return share
+        share = 4 * low if math.isinf(high) else high / 4 if low == 0 else (low + high) / 2
+    return low
+
+
+def _flat_middle(gram: Matrix, s: Vector, pull: Vector, here: NDArray[np.bool_], slack: float) -> tuple[Vector, float]:
+    """Weights of the middle of the stretch from a row, where the others pull, on which the cost is flat to rounding.
+
+    Also how far the cost may have risen on the way.
+    """
+    norms = gram.diagonal()
+    least = max(SMALL * _middle(norms), 1e-290)
+    moved = gram @ pull
+    resultant = math.sqrt(float(pull @ moved))
+    q = moved / resultant
+    weight_here = float(s[here].sum())
+    others = np.where(here, 0.0, s)
+
+    def radii(t: float) -> Vector:
+        return np.asarray(np.sqrt(np.maximum(norms + t * (t - 2 * q), (t - q) ** 2) + least))
+
+    def rises(t: float) -> bool:
+        return weight_here + float(others @ ((t - q) / radii(t))) > slack / (2 * resultant)
+
+    low, high = 0.0, _middle(np.sqrt(norms[others > 0]))
+    while not rises(high):
+        low, high = high, 2 * high
+    for _ in range(MAX_TRIALS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if rises(middle) else (middle, high)
+    w = s / radii(low / 2)  # Weiszfeld's next point is the same, and weights that are all positive cost no digits
+    return w / w.sum(), low * slack / (4 * resultant)
+
+
+def _judged(
+    gram: Matrix,
+    s: Vector,
+    w: Vector,
+    lengths: Vector,
+    rounding: float,
+    steps: int,
+    risen: float,
+    on_row: bool,
+) -> Median:
+    """Say how much lower than here the cost can be.
+
+    Where the pulls u_i = c_i (x_i - y) leave a resultant of length l, rows N that are more than half of the weight
+    absorb it: (1 - t) u_i + s_i v, with the same v for all of them, is no longer than s_i where |v| <= t. All u_i
+    then sum to 0 with t = l / (s(N) - |sum of u over N|), at most l / (2 s(N) - s - l), and the bound is lower than the
+    cost by at most 2 t sum s_i r_i over N. Rows at y take any pull up to their weight at no cost.
+    """
+    products = gram @ w
+    r = np.sqrt(np.maximum(gram.diagonal() - 2 * products + w @ products, 0.0))
+    errors = rounding * (lengths + float(abs(w) @ lengths)) ** 2  # of the squares
+    at_row = r <= np.sqrt(errors) if on_row else np.zeros(len(r), dtype=np.bool_)
+    order = r.argsort()
+    share = s[order].cumsum()
+    total = float(share[-1])
+    middle_row = order[min(int(share.searchsorted(total * (0.5 + 1e-9), side="right")), len(r) - 1)]
+    middle = float(r[middle_row])
+    if at_row[middle_row] or middle == 0:  # at least half of the weight is here
+        return Median(w, steps, True, 0.0)
+    if not on_row:
+        r = np.maximum(r, SMALL**0.5 * middle)
+    room = 2 * share - total
+    paths = (2 * s * r)[order].cumsum()
+
+    def price(resultant: float) -> float:
+        enough = room > resultant
+        return float((paths[enough] / (room[enough] - resultant)).min(initial=math.inf))
+
+    def bounds(here: NDArray[np.bool_]) -> tuple[float, float, bool]:
+        pull = np.divide(s, r, out=np.zeros_like(s), where=~here)
+        g = pull - float(pull.sum()) * w
+        squared = max(float(g @ gram @ g), 0.0)
+        weight = float(s[here].sum())
+        left = (squared - weight**2) / (math.sqrt(squared) + weight) if squared > weight**2 else 0.0
+        # Errors change the pulls by this much, and may part from y what seems to be there.
+        changed = float((s * np.minimum(errors / (2 * r * r + (r == 0)), 1))[~here].sum())
+        uncertain = math.sqrt(squared + rounding * float(abs(g) @ lengths) ** 2) - weight + changed
+        proven = left * price(left) if left > 0 else 0.0
+        gap = uncertain * price(uncertain) if uncertain > 0 else 0.0
+        if weight > 0:
+            away, apart = here & ~at_row, here & (r > 0)
+            proven += 2 * float(s[away] @ r[away])
+            gap += 2 * float(s[apart] @ (r + np.sqrt(errors))[apart])
+        return proven, gap, left <= changed
+
+    proven, gap, lost = bounds(at_row)
+    nearest = float(r.min())
+    if nearest * math.sqrt(nearest / middle) <= math.sqrt(float(errors.max())):
+        # Pulls there are known so badly that it costs less to go there.
+        near = r * np.sqrt(r / middle) <= np.sqrt(errors)
+        proven, gap = np.minimum((proven, gap), bounds(near | at_row)[:2]).tolist()
+    unit = total * middle
+    proven, gap = (proven + risen) / unit, min(gap + risen, float(paths[-1])) / unit
+    return Median(w, steps, proven <= TOLERANCE or lost, gap)
+
+
+def _seen_from(gram: Matrix, row: int) -> Matrix:
+    """Inner products of the rows less one of them; its own are exactly 0."""
+    result = gram - gram[row]
+    result -= result[:, [row]]
+    return np.asarray(result)
 
 
 def _shared(tied: NDArray[np.bool_], distances: Matrix) -> Vector:
@@ -131,37 +438,6 @@ def _middle(values: Vector) -> float:
 
 def _length(gram: Matrix, change: Vector) -> float:
     return math.sqrt(max(float(change @ gram @ change), 0.0))
-
-
-def _weiszfeld(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
-    """Change of the weights by a Weiszfeld step, None on a row."""
-    if np.count_nonzero(r) < len(r):
-        return None
-    pull = s / r
-    return np.asarray(pull / pull.sum() - w)
-
-
-def _newton(gram: Matrix, s: Vector, w: Vector, r: Vector) -> Vector | None:
-    """Change of the weights by a Newton step, a combination of the x_i - v; None where there is none.
-
-    With u = x_i - v, c = s/r and b = c/r^2 the Hessian is sum(c) I - sum b_i u_i u_i^T and the downhill gradient
-    sum c_i u_i; for a step sum a_i u_i, a = sqrt(b) z, that is (sum(c) I - sqrt(b) K sqrt(b)) z = r sqrt(c).
-    """
-    if np.count_nonzero(r) < len(r):
-        return None
-    products = gram @ w
-    k = gram - products[:, None] - products + w @ products
-    np.fill_diagonal(k, r * r)
-    c = s / r
-    root = np.sqrt(c) / r
-    matrix = c.sum() * np.eye(len(s)) - root[:, None] * k * root
-    try:
-        a = root * np.linalg.solve(matrix, r * np.sqrt(c))
-    except np.linalg.LinAlgError:  # all rows on a line through v
-        return None
-    if not np.isfinite(a).all():
-        return None
-    return np.asarray(a - a.sum() * w)
 
 
 def smoothed_weights(
