@@ -496,3 +496,14 @@ def test_any_rows_converge(rows: list[tuple[float, ...]]) -> None:
     x = np.array(rows)
     _, info = rk.geometric_median(x, return_info=True)  # a ConvergenceWarning is an error here
     assert info.converged
+
+
+@pytest.mark.parametrize("size", [1e-309, 1e-200, 1e-155, 1e-100, 1e100, 1e150])
+def test_rows_of_any_size(size: float) -> None:
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal((3, 2))
+        got, info = rk.geometric_median(x * size, return_info=True)
+        assert info.converged
+        assert info.gap < 1e-10
+        want = rk.geometric_median(x)
+        np.testing.assert_allclose(got / size, want, atol=1e-9 if size > 1e-300 else 1e-5)

@@ -72,6 +72,7 @@ class Median(NamedTuple):
 
 def converged_weights(gram: Matrix, s: Vector, rounding: float) -> Median:
     """Find the minimiser of sum s_i |x_i - y|, given inner products whose errors are rounding * |x_i| |x_j|."""
+    gram = _of_ordinary_size(gram)
     norms = gram.diagonal()
     lengths = np.sqrt(norms)
     squares = norms[:, None] + norms - 2 * gram
@@ -124,6 +125,16 @@ def converged_weights(gram: Matrix, s: Vector, rounding: float) -> Median:
         change *= _line_search(s, r, q, squared, slope, 0.0) or 1.0
     gram, w, steps = _descend(gram, s, at_best + change, max(SMALL * middle**2, 1e-290))
     return _judged(gram, s, w, lengths, rounding, steps, 0.0, False)
+
+
+def _of_ordinary_size(gram: Matrix) -> Matrix:
+    """Bring tiny squares to about 1, by a power of two: products of them would vanish. Weights do not feel it."""
+    norms = gram.diagonal()
+    ranked = np.sort(norms[norms > 0])
+    if not len(ranked) or ranked[len(ranked) // 2] > 1e-100:
+        return gram
+    room = 1000 - math.frexp(float(ranked[-1]))[1]  # above the largest one
+    return np.asarray(np.ldexp(gram, min(-math.frexp(float(ranked[len(ranked) // 2]))[1], room)))
 
 
 def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
