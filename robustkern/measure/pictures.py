@@ -55,18 +55,15 @@ class _Sheet:
     def _device(self, device: str) -> dict[str, Any]:
         """Return what the line of a device has of its own."""
         if device in self.models:
-            k = self.models.index(device) % len(MODEL_LINES)
-            return {"linestyle": MODEL_LINES[k], "linewidth": 1, "marker": ""}
+            return {"linestyle": MODEL_LINES[self.models.index(device) % len(MODEL_LINES)], "marker": ""}
         return {"linestyle": LINES.get(device, "--"), "fillstyle": "full" if device == "cpu" else "none"}
 
     def line(self, panel: Any, device: str, rule: str, line: Sequence[tuple[float, float]]) -> None:
-        """Draw one rule on one device; its name stands where the longest of the rule's lines ends."""
-        if not line:
-            return
-        points = sorted(line)
-        panel.plot(*zip(*points, strict=True), **self.looks[rule] | self._device(device))
-        ends = self.ends.setdefault(self.panels.index(panel), {})
-        ends[rule] = max(points[-1], ends.get(rule, points[-1]), key=lambda end: end[0])
+        """Draw one rule on one device; its name stands where the first of its lines ends."""
+        if line:
+            points = sorted(line)
+            panel.plot(*zip(*points, strict=True), **self.looks[rule] | self._device(device))
+            self.ends.setdefault(self.panels.index(panel), {}).setdefault(rule, points[-1])
 
     def finish(
         self, path: Path, xlabel: str, ylabel: str, ticks: Sequence[int] = (), extra: Sequence[Any] = ()

@@ -36,13 +36,14 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     for name in found:
         if name not in places:
             places[name] = free.pop(0) if free else len(places)
-    widths = {name: 3.2 - 2.0 * k / max(len(found) - 1, 1) for k, name in enumerate(found)}
+    widest = 4.0 if len(found) <= 5 else 3.2
+    widths = {name: widest - (widest - 1.2) * k / max(len(found) - 1, 1) for k, name in enumerate(found)}
     return {
         name: {
             "color": COLOURS[places[name] % len(COLOURS)],
             "linestyle": LINES[places[name] // len(COLOURS) % len(LINES)],
             "marker": MARKERS[places[name] % len(MARKERS)],
-            "markersize": 2.5 + widths[name],
+            "markersize": 3 + widths[name],
             "linewidth": widths[name],
         }
         for name in found
@@ -90,23 +91,37 @@ def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]], f
             xy=(x, y),
             xytext=(1.03, height),
             textcoords=axes.transAxes,
-            color=colour,
+            color=_darker(colour),
             fontsize=fontsize,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 3,
+            },
         )
 
 
+def _darker(colour: str) -> str:
+    """Return a colour that thin type on white can have."""
+    return "#" + "".join(f"{int(0.7 * int(colour[k : k + 2], 16)):02X}" for k in (1, 3, 5))
+
+
 def _apart(heights: Sequence[float], step: float) -> list[float]:
-    """Return ascending heights moved as little as needed to be `step` apart: groups that touch share their middle."""
+    """Return ascending heights in [0, 1] moved as little as needed to be `step` apart: groups share their middle."""
     groups: list[tuple[float, list[float]]] = []  # middle, members
     for height in heights:
         members = [height]
         middle = height
         while groups and middle - step * len(members) / 2 < groups[-1][0] + step * len(groups[-1][1]) / 2:
             members = groups.pop()[1] + members
-            middle = sum(members) / len(members)
+            half = step * len(members) / 2
+            middle = max(min(sum(members) / len(members), 1 - half), half)
         groups.append((middle, members))
     return [middle + step * (k - (len(each) - 1) / 2) for middle, each in groups for k in range(len(each))]
 

@@ -368,7 +368,8 @@ def _draw_rates(r: Results, path: Path) -> None:
         for o in plan.optimizers:
             seeds = [r.of(b, attack, rule, o, lr) for lr in plan.rates]
             means = [100 * statistics.fmean(s) for s in seeds]
-            low, high = ([100 * end(s) for s in seeds] for end in (min, max))
+            spread = [100 * statistics.stdev(s) if len(s) > 1 else 0.0 for s in seeds]
+            low, high = ([m + sign * d for m, d in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(plan.rates, low, high, color=looks[o]["color"], alpha=0.15, linewidth=0)
             axes.plot(plan.rates, means, **looks[o])
             ends.append(((plan.rates[-1], means[-1]), NAMES[o], looks[o]["color"]))

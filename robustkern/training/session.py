@@ -260,9 +260,9 @@ def draw(lines: list[Line], path: Path) -> None:
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     rounds = [line["round"] for line in points]
     accuracy, loss = style.looks(["accuracy", "loss"]).values()
-    markers = {"markevery": max(len(rounds) // 25, 1)}
-    upper.plot(rounds, [line["accuracy"] for line in points], **accuracy | markers)
-    lower.plot(rounds, [math.nan if line["loss"] is None else line["loss"] for line in points], **loss | markers)
+    thin = {"linewidth": 2, "markersize": 5, "markevery": max(len(rounds) // 25, 1)}
+    upper.plot(rounds, [line["accuracy"] for line in points], **accuracy | thin)
+    lower.plot(rounds, [math.nan if line["loss"] is None else line["loss"] for line in points], **loss | thin)
     upper.set(ylabel="test accuracy", ylim=(0, 1))
     lower.set(ylabel="test loss", xlabel="round")
     upper.set_title(
