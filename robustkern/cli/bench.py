@@ -28,8 +28,10 @@ def bench(
     n: Annotated[list[str] | None, typer.Option("--n", help="Rows: 8,16. Default: 8 to 1024.")] = None,
     d: Annotated[str | None, typer.Option("--d", help="Columns. Default: n * d = 1.6e8 for rules.")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(known.name for known in DTYPES)}.")] = "float32",
-    against: Annotated[list[str] | None, typer.Option(help=f"Others: {','.join(peers.PEERS)}.")] = None,
-    suite: Annotated[list[str] | None, typer.Option(help=f"rules,{','.join(SUITES)}, or all. Default: rules.")] = None,
+    against: Annotated[list[str] | None, typer.Option(help=f"Others: {', '.join(peers.PEERS)}.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help=f"rules, {', '.join(SUITES)}, or all. Default: rules.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Pairs of what is measured and what it is compared with.")] = 7,
     as_json: Json = False,
     save: Annotated[Path | None, typer.Option(help="Write machine and figures to this .json file.")] = None,

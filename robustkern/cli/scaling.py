@@ -26,14 +26,14 @@ NUMBERS = "1e4..1e9 are powers of ten, 1e4..1e9:2 two a decade; or 1e4,2e5"
 @command(extra="bench")
 def scaling(
     out: Annotated[Path, typer.Option(help="Folder for results.csv, results.json and the pictures.")],
-    devices: Annotated[list[str], typer.Option(help=f"{','.join(DEVICES)}.")] = ["cpu,cuda"],  # noqa: B006
+    devices: Annotated[list[str], typer.Option(help=f"{', '.join(DEVICES)}.")] = ["cpu,cuda"],  # noqa: B006
     n: Annotated[list[str], typer.Option("--n", help="Rows: 8,16.")] = ["8,16,32,64"],  # noqa: B006
     d: Annotated[list[str], typer.Option("--d", help=f"Columns: {NUMBERS}.")] = ["1e4..1e9"],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help=f"{','.join(known.name for known in DTYPES)}.")] = ["float32"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help=f"{', '.join(known.name for known in DTYPES)}.")] = ["float32"],  # noqa: B006
     rules: Rules = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"{','.join(MODELS)}: what they could do at best, as a line that nobody measured."),
+        typer.Option(help=f"{', '.join(MODELS)}: what they could do at best, as a line that nobody measured."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each point; one measurement is always made.")] = 1.0,
     as_json: Json = False,

@@ -265,11 +265,12 @@ def _completed(pool: ProcessPoolExecutor, runs: list[Settings]) -> Iterator[Reco
     """Train; Ctrl-C, which reaches all processes of a terminal, is this process's to answer: it ends the others."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what they start with
     try:
-        records = pool.map(train_once, runs, chunksize=4)
+        futures = [pool.submit(train_once, settings) for settings in runs]
     finally:
         signal.signal(signal.SIGINT, before)
     try:
-        yield from records
+        for future in futures:
+            yield future.result()
     except BaseException:
         for process in active_children():
             process.terminate()
