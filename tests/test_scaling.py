@@ -19,6 +19,7 @@ from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
 import robustkern as rk
+from robustkern.backends import registry
 from robustkern.backends.threads import requested_threads
 from robustkern.cli import app
 from robustkern.cli.options import numbers
@@ -688,7 +689,7 @@ def test_opening_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_the_compiled_backend_there_is_no_cpu_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rk.registry._loaded, "cpp", "no compiled module")
+    monkeypatch.setitem(registry._loaded, "cpp", "no compiled module")
     there, missing = devices.open_devices(["cpu"])
     assert there == []
     assert missing == {"cpu": "backend 'cpp' is not available: no compiled module"}

@@ -79,7 +79,8 @@ def train(
     try:
         run = Settings(**settings, failures=failures)
     except (ValueError, TypeError) as error:
-        raise Wrong(str(error)) from None
+        said = str(error).removeprefix("schedule: ")
+        raise Wrong(said.replace("failures must", "--crash and --stall must", 1)) from None
     from robustkern.training import session
     from robustkern.training.data import load_data
 
