@@ -177,6 +177,34 @@ def test_updates_that_cannot_be_aggregated_are_exit_code_1(tmp_path: Path) -> No
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (MemoryError("1 GB"), 1, "not enough memory for one tensor of all files (1 GB)"),
+        (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (ImportError("No module named safetensors"), 2, "install what it needs: pip install 'robustkern[cli]'"),
+        (rk.BackendUnavailable("no backend for float16"), 2, "no backend for float16"),
+        (BrokenPipeError(), 141, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_goes_wrong_underway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    module = sys.modules["robustkern.cli.aggregate"]
+    monkeypatch.setattr(module, "aggregate_files", fails)
+    monkeypatch.setattr(console, "stop_printing", lambda: None)
+    paths = write(tmp_path / "in", make_updates(), "safetensors")
+    result = run("aggregate", *paths, "--f", 1, "--out", tmp_path / "out.npz")
+    assert result.exit_code == code
+    assert message in said(result)
+    assert "Traceback" not in said(result)
+
+
 # ---- what all commands share -------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ __all__ = ["aggregate"]
 SUFFIXES = (".safetensors", ".npz", ".npy")
 
 
-@command()
+@command(extra="cli")
 def aggregate(
     updates: Annotated[
         list[Path], typer.Argument(help="One safetensors, npz or npy file a worker; directories are searched.")
