@@ -15,7 +15,7 @@ from robustkern.measure.peers import PEERS, load
 
 N, D = 20, 1_000_000
 F = N // 4
-RULES = tuple(rb.GOALS)
+RULES = rb.cases()
 
 
 @pytest.fixture(scope="module")

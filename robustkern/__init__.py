@@ -11,9 +11,9 @@ from __future__ import annotations
 from robustkern import kernels
 from robustkern.backends.registry import info, use_backend
 from robustkern.backends.threads import set_num_threads
+from robustkern.engine import Info
 from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
 from robustkern.functions import (
-    Info,
     aggregate,
     bucketing,
     ctma,
@@ -38,11 +38,15 @@ from robustkern.rules import (
     MeanAroundMedian,
     Median,
     Mixer,
+    Mixture,
     MultiKrum,
     Rule,
+    Solution,
     TrimmedMean,
+    View,
     available_rules,
     parse_rule,
+    register,
 )
 
 __version__ = "0.1.0"
@@ -62,11 +66,14 @@ __all__ = [
     "MeanAroundMedian",
     "Median",
     "Mixer",
+    "Mixture",
     "MultiKrum",
     "NonFiniteError",
     "RobustkernError",
     "Rule",
+    "Solution",
     "TrimmedMean",
+    "View",
     "__version__",
     "aggregate",
     "available_rules",
@@ -82,6 +89,7 @@ __all__ = [
     "multi_krum",
     "nnm",
     "parse_rule",
+    "register",
     "set_num_threads",
     "trimmed_mean",
     "use_backend",

@@ -1,8 +1,14 @@
-"""Errors of robustkern: each says what came, what was expected and what to do."""
+"""Errors and warnings of robustkern: each says what came, what was expected and what to do."""
 
 from __future__ import annotations
 
-__all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError"]
+import os
+import sys
+import warnings
+
+__all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError", "warn"]
+
+_PACKAGE = os.path.dirname(__file__) + os.sep
 
 
 class RobustkernError(Exception):
@@ -26,6 +32,18 @@ class NonFiniteError(RobustkernError, ValueError):
         super().__init__(message)
         self.rows = rows
 
+    def __reduce__(self) -> tuple[type[NonFiniteError], tuple[str, tuple[int, ...]]]:
+        """Let it pass from process to process with its rows."""
+        return type(self), (str(self), self.rows)
+
 
 class ConvergenceWarning(UserWarning):
     """An iteration stopped before it met its tolerance."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn of the line outside this package that made the call."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -1,39 +1,24 @@
-"""The public functions: validate, adapt, choose, run, restore."""
+"""The public functions: `aggregate`, and one for each rule."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeVar, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from robustkern.backends.registry import choose
-from robustkern.contract.primitives import Kernels, Window
-from robustkern.contract.rows import Rows, Vector
-from robustkern.errors import ConvergenceWarning
-from robustkern.inputs.memory import Block, Source, adapt
-from robustkern.rules import (
-    CTMA,
-    NNM,
-    Aggregator,
-    Bucketing,
-    GeometricMedian,
-    Krum,
-    Mean,
-    MeanAroundMedian,
-    Median,
-    MultiKrum,
-    TrimmedMean,
-    parse_rule,
-)
-from robustkern.rules.base import as_aggregator
-from robustkern.rules.view import Solution, TooCloseError, View, emit, start
+from robustkern.engine import Info, run
+from robustkern.inputs.trees import adapt
+from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
+from robustkern.rules.ctma import CTMA
+from robustkern.rules.geometric_median import GeometricMedian
+from robustkern.rules.krum import Krum, MultiKrum
+from robustkern.rules.mean import Mean
+from robustkern.rules.mixing import NNM, Bucketing
+from robustkern.rules.text import parse
 
 __all__ = [
-    "Info",
     "aggregate",
     "bucketing",
     "ctma",
@@ -48,48 +33,48 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class Info:
-    """What a call to `aggregate` found out besides its result.
+class Array(Protocol):
+    """An array of any library."""
 
-    Attributes
-    ----------
-    rule : str
-        The rule's text form.
-    n, d, f : int
-        Rows, floating-point coordinates of a row, tolerated Byzantine rows (None where it was not given).
-    backend : str
-        Which backend ran.
-    bound_met : bool or None
-        Whether n and f satisfy what the rule's theorem needs; None without f.
-    weights : (n,) float64 or None
-        Weights of the rows in the result, where it is a weighted sum of rows.
-    kept : (n,) bool or None
-        Rows that a selecting rule (Krum, Multi-Krum, CTMA) kept.
-    sq_distances : (n,) float64 or None
-        Squared distances of the rows to the anchor of CTMA, and to the result of other rules; of the mixed rows after
-        `nnm`; None for `mean`, and after `bucketing`. Where they follow from the Gram of large rows of 16 or 32 bits
-        they are good to about six digits, unless a cut needed more.
-    nonfinite_rows : tuple of int
-        Rows that hold a NaN or Inf (or, in float64, are too far away to be measured).
-    iterations, converged : int, bool or None
-        Steps of the geometric median, and whether its last one met the tolerance.
-    """
+    @property
+    def shape(self) -> Any:
+        """Sizes of its axes."""
 
-    rule: str
-    n: int
-    d: int
-    f: int | None
-    backend: str
-    bound_met: bool | None
-    weights: Vector | None = field(default=None, compare=False)
-    kept: NDArray[np.bool_] | None = field(default=None, compare=False)
-    sq_distances: Vector | None = field(default=None, compare=False)
-    nonfinite_rows: tuple[int, ...] = ()
-    iterations: int | None = None
-    converged: bool | None = None
+    @property
+    def dtype(self) -> Any:
+        """Of its values."""
 
 
+T = TypeVar("T")  # one update: an array, or a pytree of them
+A = TypeVar("A", bound=Array)  # n updates in one array, and their combination
+
+
+# fmt: off
+@overload
+def aggregate(
+    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def aggregate(
+    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def aggregate(
+    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def aggregate(
+    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
 def aggregate(
     updates: Any,
     rule: Aggregator | str,
@@ -98,6 +83,8 @@ def aggregate(
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -119,6 +106,11 @@ def aggregate(
         Instead of `f`: the share of Byzantine rows, f = floor(delta * n), ``0 <= delta < 0.5``.
     weights : array_like of shape (n,), optional
         Non-negative and finite, not all 0, for the rules that take weights.
+    centre : like one update, optional
+        A point that the rule measures from, such as the previous aggregate, for rules that take one.
+    seed : int, optional
+        Of what the rule draws (bucketing without a seed of its own); by default fresh randomness in every call, which
+        `Info.seed` then repeats.
     out : like one update, optional
         Receives the result: same library, dtypes, shapes and structure; contiguous; apart from `updates`. Its content
         is undefined after an error.
@@ -163,185 +155,77 @@ def aggregate(
     >>> rk.aggregate(x, "ctma(median)", f=1)
     array([2., 2., 3.])
     """
-    # Validate what does not need the rows.
+    return _aggregate(updates, rule, f, delta, weights, centre, seed, out, backend, return_info)
+
+
+def _aggregate(
+    updates: Any,
+    rule: Aggregator | str,
+    f: int | None,
+    delta: float | None,
+    weights: ArrayLike | None,
+    centre: Any,
+    seed: int | None,
+    out: Any,
+    backend: str,
+    return_info: bool,
+) -> Any:
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string; got {type(backend).__name__}")
-    plan = parse_rule(rule) if isinstance(rule, str) else as_aggregator(rule)
-    # Adapt.
-    source, restore = adapt(updates, out)
-    count = check_f(plan, source.n, f, delta)
-    row_weights = check_weights(plan, source.n, weights)
-    # Choose.
-    kernels = choose(backend, source.dtypes, source.device)
-    # Run.
-    task = Task(plan, source, kernels, count, row_weights)
-    task.solve()
-    for block in source.blocks():
-        task.emit(block, distances=return_info)
-    source.combine_counters()
-    # Restore.
-    if task.poisoned:
-        task.raise_nonfinite()
-    result = restore()
-    return (result, task.info()) if return_info else result
+    plan = parse(rule) if isinstance(rule, str) else rule
+    if not isinstance(plan, Aggregator):
+        plan = as_aggregator(plan)  # which says what is wrong
+    source, result = adapt(updates, out, centre)
+    info = run(plan, source, f=f, delta=delta, weights=weights, seed=seed, backend=backend, wants_info=return_info)
+    return (result, info) if return_info else result
 
 
-class Task:
-    """One aggregation of a source of rows, in memory or in files: solve, then emit every block."""
-
-    solution = Solution()
-    poisoned = False
-    _sq_distances: Vector | None = None
-
-    def __init__(self, rule: Aggregator, source: Source, kernels: Any, f: int | None, weights: Vector | None) -> None:
-        self.rule = rule
-        self.source = source
-        self.view: View = start(source, kernels, f, weights, rule.needs_origin())
-        self._nonfinite = np.zeros(source.n, dtype=np.bool_)
-
-    def solve(self) -> None:
-        """Find the weights or the window; reads the data at most once, plus where a cut is a tie."""
-        if self.view.weights is not None and not self.rule.supports_weights:
-            raise ValueError(
-                f"{self.rule}: weights are not supported (drop weights=; mean, median, trimmed_mean, geometric_median "
-                "and ctma over them take weights)"
-            )
-        try:
-            self.solution = self.rule.solve(self.view)
-        except TooCloseError:  # one more pass, on float64 products
-            data = self.view.data
-            data.needs_double, data.geometry = True, None
-            self.solution = self.rule.solve(self.view)
-        if self.solution.gave_up:
-            warnings.warn(
-                f"{self.rule}: no convergence after {self.solution.iterations} steps; the result is the last of them",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
-
-    def emit(self, block: Block, *, distances: bool) -> None:
-        """Write the result of some columns."""
-        sq_distances, nonfinite = emit(self.view, self.solution, block, distances)
-        if sq_distances is not None:
-            self._sq_distances = sq_distances if self._sq_distances is None else self._sq_distances + sq_distances
-        if nonfinite is not None and np.count_nonzero(nonfinite):
-            self._nonfinite |= nonfinite
-            self.poisoned |= not all(_is_finite(self.view.data.kernels, out) for out in block.out)
-        elif nonfinite is None and distances and isinstance(self.rule, Mean):
-            self._nonfinite |= _nonfinite_rows(self.view.data.kernels, block)
-
-    def raise_nonfinite(self) -> None:
-        """Raise the error that names the rows which broke the result."""
-        data = self.view.data
-        data.nonfinite = self._nonfinite
-        raise self.view.nonfinite_error(str(self.rule), np.flatnonzero(self._nonfinite))
-
-    def info(self) -> Info:
-        """Return what was found out; valid after the last block."""
-        solution, view = self.solution, self.view
-        nonfinite = self._nonfinite.copy()
-        if view.data.nonfinite is not None:
-            nonfinite |= view.data.nonfinite
-        distances = solution.sq_distances
-        if distances is None and self._sq_distances is not None:
-            distances = np.where(np.isnan(self._sq_distances), np.inf, self._sq_distances)
-        return Info(
-            rule=str(self.rule),
-            n=self.source.n,
-            d=self.source.d,
-            f=view.f,
-            backend=view.data.kernels.name,
-            bound_met=self.rule.bound_met(self.source.n, view.f),
-            weights=solution.weights,
-            kept=solution.kept,
-            sq_distances=distances,
-            nonfinite_rows=tuple(int(i) for i in np.flatnonzero(nonfinite)),
-            iterations=solution.iterations,
-            converged=solution.converged,
-        )
+# ---- one function per rule: `aggregate` with the rule made from parameters -----------------------------------------
 
 
-def _is_finite(kernels: Kernels, out: Rows) -> bool:
-    """Tell whether a result is; one that is has distance 0 to itself."""
-    return not kernels.row_sq_distances(out, out).any()
-
-
-def _nonfinite_rows(kernels: Kernels, block: Block) -> NDArray[np.bool_]:
-    """Which rows hold a NaN or Inf; looked at only where the result of a mean does."""
-    flags = np.zeros(block.rows[0].n if block.rows else 0, dtype=np.bool_)
-    for rows, out in zip(block.rows, block.out, strict=True):
-        if not _is_finite(kernels, out):
-            flags |= kernels.select_columns(rows, Window(0, 1)).nonfinite
-    return flags
-
-
-def check_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
-    """Return the number of tolerated rows from f or delta.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If both are given, or one is out of range.
-    """
-    if delta is not None:
-        if f is not None:
-            raise ValueError(f"{rule}: pass f or delta, not both; got f={f}, delta={delta}")
-        if isinstance(delta, bool) or not isinstance(delta, (int, float, np.integer, np.floating)):
-            raise TypeError(f"{rule}: delta must be a number; got {type(delta).__name__}")
-        if not 0 <= delta < 0.5:
-            raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {delta}")
-        return min(math.floor(float(delta) * n + 1e-9), (n - 1) // 2)  # 0.29 * 100 is 28.999999999999996
-    if f is None:
-        return None
-    if isinstance(f, (bool, np.bool_)) or not isinstance(f, (int, np.integer)):
-        raise TypeError(f"{rule}: f must be an integer; got {type(f).__name__}")
-    if f < 0 or 2 * f >= n:
-        raise ValueError(
-            f"{rule}: 2*f must be below n, and f at least 0; got f={f} with n={n} rows (lower f, or add rows)"
-        )
-    return int(f)
-
-
-def check_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vector | None:
-    """Return the weights as float64, None where there are none or all are equal.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are not n non-negative finite numbers with a positive sum.
-    """
-    if weights is None:
-        return None
-    try:
-        values = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with gradients
-        raise TypeError(f"{rule}: weights must be numbers, one for each row ({error})") from None
-    if values.shape != (n,):
-        raise ValueError(f"{rule}: weights must have shape ({n},), one for each row; got shape {values.shape}")
-    if not np.isfinite(values).all() or (values < 0).any():
-        bad = int(np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[0])
-        raise ValueError(f"{rule}: weights must be finite and not negative; got {values[bad]} for row {bad}")
-    largest = float(values.max())
-    if largest == 0:
-        raise ValueError(f"{rule}: weights are all 0; at least one row must have some")
-    if (values == largest).all():
-        return None
-    # Only proportions matter: a power of two keeps whole numbers exact and every sum finite.
-    return np.asarray(np.ldexp(values, -math.frexp(largest)[1]))
-
-
-# ---- one function per rule -------------------------------------------------------------------------------------
-
-
-def mean(updates: Any, /, **options: Any) -> Any:
+# fmt: off
+@overload
+def mean(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def mean(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def mean(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def mean(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def mean(
+    updates: Any,
+    /,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """(Weighted) mean of the rows: not robust, and lets NaN and Inf through.
 
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    **options
-        `weights`, `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors.
 
     Returns
     -------
@@ -352,10 +236,49 @@ def mean(updates: Any, /, **options: Any) -> Any:
     -----
     One read of the data; summed in float64.
     """
-    return aggregate(updates, Mean(), **options)
+    return _aggregate(updates, Mean(), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def median(updates: Any, /, *, even: Literal["mean", "low", "high"] = "mean", **options: Any) -> Any:
+# fmt: off
+@overload
+def median(
+    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def median(
+    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def median(
+    updates: A, /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def median(
+    updates: A, /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def median(
+    updates: Any,
+    /,
+    *,
+    even: Literal["mean", "low", "high"] = "mean",
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Coordinate-wise (weighted) median.
 
     Parameters
@@ -364,8 +287,8 @@ def median(updates: Any, /, *, even: Literal["mean", "low", "high"] = "mean", **
         One row a worker.
     even : {"mean", "low", "high"}
         What an even number of values gives: the mean of the two middle ones, or one of them.
-    **options
-        `f`, `delta`, `weights`, `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors.
 
     Returns
     -------
@@ -382,18 +305,52 @@ def median(updates: Any, /, *, even: Literal["mean", "low", "high"] = "mean", **
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return aggregate(updates, Median(even), **options)
+    return _aggregate(updates, Median(even), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def trimmed_mean(updates: Any, /, **options: Any) -> Any:
+# fmt: off
+@overload
+def trimmed_mean(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def trimmed_mean(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def trimmed_mean(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def trimmed_mean(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def trimmed_mean(
+    updates: Any,
+    /,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Coordinate-wise mean without the f smallest and f largest values.
 
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    **options
-        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required.
 
     Returns
     -------
@@ -409,18 +366,52 @@ def trimmed_mean(updates: Any, /, **options: Any) -> Any:
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return aggregate(updates, TrimmedMean(), **options)
+    return _aggregate(updates, TrimmedMean(), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def mean_around_median(updates: Any, /, **options: Any) -> Any:
+# fmt: off
+@overload
+def mean_around_median(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def mean_around_median(
+    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def mean_around_median(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def mean_around_median(
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def mean_around_median(
+    updates: Any,
+    /,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Coordinate-wise mean of the n-f values nearest to the median ("MeaMed").
 
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    **options
-        `f` (or `delta`; required), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
     -------
@@ -438,9 +429,35 @@ def mean_around_median(updates: Any, /, **options: Any) -> Any:
     ----------
     .. [1] Xie, Koyejo & Gupta, "Generalized Byzantine-tolerant SGD", arXiv:1802.10116, 2018.
     """
-    return aggregate(updates, MeanAroundMedian(), **options)
+    return _aggregate(updates, MeanAroundMedian(), f, delta, weights, centre, seed, out, backend, return_info)
 
 
+# fmt: off
+@overload
+def geometric_median(
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
+    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def geometric_median(
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
+    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def geometric_median(
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
+    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def geometric_median(
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
+    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
 def geometric_median(
     updates: Any,
     /,
@@ -448,7 +465,14 @@ def geometric_median(
     nu: float = 0.0,
     max_iter: int | None = None,
     start: Literal["mean", "zero"] = "mean",
-    **options: Any,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
 ) -> Any:
     """(Weighted) geometric median, by default converged.
 
@@ -463,8 +487,8 @@ def geometric_median(
     start : {"mean", "zero"}
         Where Weiszfeld starts; without effect where nu is 0 and max_iter is None. ``nu=0.1, max_iter=3,
         start="zero"`` is RFA as ByzFL has it (`GeometricMedian.rfa`).
-    **options
-        `f`, `delta`, `weights`, `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors.
 
     Returns
     -------
@@ -481,10 +505,51 @@ def geometric_median(
     .. [1] Pillutla, Kakade & Harchaoui, "Robust Aggregation for Federated Learning", IEEE TSP 2022.
     .. [2] Vardi & Zhang, "The multivariate L1-median and associated data depth", PNAS 2000.
     """
-    return aggregate(updates, GeometricMedian(nu, max_iter, start), **options)
+    return _aggregate(
+        updates, GeometricMedian(nu, max_iter, start), f, delta, weights, centre, seed, out, backend, return_info
+    )
 
 
-def krum(updates: Any, /, *, neighbours: int | None = None, **options: Any) -> Any:
+# fmt: off
+@overload
+def krum(
+    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def krum(
+    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def krum(
+    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def krum(
+    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def krum(
+    updates: Any,
+    /,
+    *,
+    neighbours: int | None = None,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Return the row with the least sum of squared distances to its nearest others.
 
     Parameters
@@ -493,8 +558,8 @@ def krum(updates: Any, /, *, neighbours: int | None = None, **options: Any) -> A
         One row a worker.
     neighbours : int, optional
         How many others count; by default n-f-2 as in the paper (ByzFL takes n-f-1).
-    **options
-        `f` (or `delta`; required), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
     -------
@@ -509,10 +574,50 @@ def krum(updates: Any, /, *, neighbours: int | None = None, **options: Any) -> A
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return aggregate(updates, Krum(neighbours), **options)
+    return _aggregate(updates, Krum(neighbours), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def multi_krum(updates: Any, /, *, m: int | None = None, neighbours: int | None = None, **options: Any) -> Any:
+# fmt: off
+@overload
+def multi_krum(
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def multi_krum(
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def multi_krum(
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def multi_krum(
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def multi_krum(
+    updates: Any,
+    /,
+    *,
+    m: int | None = None,
+    neighbours: int | None = None,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Return the mean of the m rows of best Krum score.
 
     Parameters
@@ -523,8 +628,8 @@ def multi_krum(updates: Any, /, *, m: int | None = None, neighbours: int | None 
         How many, at most n-f; by default n-f.
     neighbours : int, optional
         As for `krum`.
-    **options
-        `f` (or `delta`; required), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
     -------
@@ -539,10 +644,49 @@ def multi_krum(updates: Any, /, *, m: int | None = None, neighbours: int | None 
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return aggregate(updates, MultiKrum(m, neighbours), **options)
+    return _aggregate(updates, MultiKrum(m, neighbours), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def ctma(updates: Any, /, *, anchor: Aggregator | str = "geometric_median", **options: Any) -> Any:
+# fmt: off
+@overload
+def ctma(
+    updates: Sequence[T], /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def ctma(
+    updates: Sequence[T], /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def ctma(
+    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def ctma(
+    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def ctma(
+    updates: Any,
+    /,
+    *,
+    anchor: Aggregator | str = "geometric_median",
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Mean of the n-f rows nearest to the result of another rule.
 
     Parameters
@@ -551,8 +695,8 @@ def ctma(updates: Any, /, *, anchor: Aggregator | str = "geometric_median", **op
         One row a worker.
     anchor : rule object or str
         Any rule that combines the rows, also a chain such as ``"nnm | median"``; it only selects.
-    **options
-        `f` (or `delta`; required), `weights`, `out`, `backend`, `return_info` of `aggregate`, which tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required.
 
     Returns
     -------
@@ -570,10 +714,49 @@ def ctma(updates: Any, /, *, anchor: Aggregator | str = "geometric_median", **op
     .. [1] Dahan & Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     .. [2] Dahan & Levy, "Weight for Robustness", NeurIPS 2024 (the weighted form).
     """
-    return aggregate(updates, CTMA(parse_rule(anchor) if isinstance(anchor, str) else anchor), **options)
+    return _aggregate(updates, CTMA(anchor), f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def nnm(updates: Any, /, *, then: Aggregator | str = "mean", **options: Any) -> Any:
+# fmt: off
+@overload
+def nnm(
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def nnm(
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def nnm(
+    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def nnm(
+    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def nnm(
+    updates: Any,
+    /,
+    *,
+    then: Aggregator | str = "mean",
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
     """Nearest-neighbour mixing, then another rule.
 
     Parameters
@@ -582,8 +765,8 @@ def nnm(updates: Any, /, *, then: Aggregator | str = "mean", **options: Any) -> 
         One row a worker.
     then : rule object or str
         What combines the mixed rows.
-    **options
-        `f` (or `delta`; required), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
     -------
@@ -598,11 +781,49 @@ def nnm(updates: Any, /, *, then: Aggregator | str = "mean", **options: Any) -> 
     ----------
     .. [1] Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
     """
-    return aggregate(updates, NNM() | (parse_rule(then) if isinstance(then, str) else as_aggregator(then)), **options)
+    return _aggregate(updates, NNM() | as_aggregator(then), f, delta, weights, centre, seed, out, backend, return_info)
 
 
+# fmt: off
+@overload
 def bucketing(
-    updates: Any, /, *, then: Aggregator | str = "mean", size: int | None = None, seed: int = 0, **options: Any
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> T: ...
+@overload
+def bucketing(
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[T, Info]: ...
+@overload
+def bucketing(
+    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def bucketing(
+    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def bucketing(
+    updates: Any,
+    /,
+    *,
+    then: Aggregator | str = "mean",
+    size: int | None = None,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    out: Any = None,
+    backend: str = "auto",
+    return_info: bool = False,
 ) -> Any:
     """Means of random buckets of rows, then another rule.
 
@@ -614,10 +835,8 @@ def bucketing(
         What combines the buckets.
     size : int, optional
         Rows of a bucket; by default the largest up to floor(n/(2f)) that leaves more than 2f buckets.
-    seed : int
-        Of the permutation; pass another one each round.
-    **options
-        `f` (or `delta`), `out`, `backend`, `return_info` of `aggregate`, which also tells the errors.
+    f, delta, weights, centre, seed, out, backend, return_info
+        As for `aggregate`, which also tells the errors; there are no weights.
 
     Returns
     -------
@@ -626,11 +845,13 @@ def bucketing(
 
     Notes
     -----
-    No reads of the data beyond those of the rule that follows.
+    The permutation is drawn from `seed`, by default afresh in every call. No reads of the data beyond those of the rule
+    that follows.
 
     References
     ----------
     .. [1] Karimireddy, He & Jaggi, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
     """
-    last = parse_rule(then) if isinstance(then, str) else as_aggregator(then)
-    return aggregate(updates, Bucketing(size, seed) | last, **options)
+    return _aggregate(
+        updates, Bucketing(size, seed) | as_aggregator(then), f, delta, weights, centre, seed, out, backend, return_info
+    )

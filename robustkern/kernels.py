@@ -15,19 +15,21 @@ from numpy.typing import ArrayLike, NDArray
 from robustkern.backends.registry import choose
 from robustkern.contract.primitives import Kernels, MomentumKernels, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
-from robustkern.inputs.memory import MemorySource, adapt, name_of, view_on_host
+from robustkern.inputs.arrays import name_of, view_on_host
+from robustkern.inputs.memory import MemorySource
+from robustkern.inputs.trees import adapt
 
 __all__ = ["gram", "row_sq_distances", "select_columns", "update_momenta", "weighted_row_sum"]
 
 
 def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource, Any, Kernels]:
-    source, restore = adapt(updates, out)
+    source, result = adapt(updates, out)
     for counter in source.counters:
         raise TypeError(
             f"{name}: leaf {name_of(counter.path)} has dtype {counter.dtype}; the primitives take "
             "floating-point leaves only (leave it out, or use robustkern.aggregate)"
         )
-    return source, restore, choose(backend, source.dtypes, source.device)
+    return source, result, choose(backend, source.dtypes, source.device)
 
 
 def _scale(name: str, scale: float) -> float:
@@ -82,7 +84,7 @@ def select_columns(
     NaN ranks above +inf; a window that reaches a NaN gives NaN. Of two values equally near on either side the lower one
     is taken first; infinite values are farther than any number, and NaN are farthest. One read of the data.
     """
-    source, restore, kernels = _open("select_columns", updates, out, backend)
+    source, result, kernels = _open("select_columns", updates, out, backend)
     lo, hi = window
     if not 0 <= lo < hi <= source.n:
         raise ValueError(
@@ -106,7 +108,7 @@ def select_columns(
             )
             if found.sq_distances is not None:
                 total += found.sq_distances
-    return (restore(), total) if distances else restore()
+    return (result, total) if distances else result
 
 
 def gram(updates: Any, /, *, origin: bool = False, scale: float = 1.0, backend: str = "auto") -> Matrix:
@@ -215,7 +217,7 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
     Summed in float64 in row order, rounded once. One read of the rows that have some weight. For several weighted sums
     call it several times, or use ``mix`` of the backend's primitive.
     """
-    source, restore, kernels = _open("weighted_row_sum", updates, out, backend)
+    source, result, kernels = _open("weighted_row_sum", updates, out, backend)
     values = np.ascontiguousarray(np.asarray(weights, dtype=np.float64))
     if values.shape != (source.n,) or not np.isfinite(values).all():
         raise ValueError(
@@ -224,7 +226,7 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
     for block in source.blocks():
         for rows, target in zip(block.rows, block.out, strict=True):
             kernels.weighted_row_sum(rows, values[None], target)
-    return restore()
+    return result
 
 
 def update_momenta(

@@ -15,7 +15,7 @@ import robustkern as rk
 from robustkern.backends import registry, threads
 from robustkern.contract.primitives import Kernels
 from robustkern.contract.rows import DTYPES
-from robustkern.rules import view as rules_view
+from robustkern.rules import geometry
 
 settings.register_profile(
     "default", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -56,7 +56,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each backend that runs here in turn, as what "auto" chooses; the compiled one also as it treats large inputs."""
     name, _, large = request.param.partition(", ")
     if large:
-        monkeypatch.setattr(rules_view, "SINGLE_VALUES", 0)
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
     if name == EMULATED.name:
         monkeypatch.setattr(registry, "BACKENDS", (*registry.BACKENDS, EMULATED))
         monkeypatch.setitem(registry._loaded, name, IMPLEMENTATIONS[name])

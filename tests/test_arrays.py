@@ -212,9 +212,40 @@ def test_one_row() -> None:
         "geometric_median",
         "ctma(median)",
         "nnm | mean",
-        "bucketing | mean",
+        "bucketing(seed=0) | mean",
     ):
         assert np.array_equal(rk.aggregate(x, rule, f=0), x[0])
+
+
+def test_mappings_are_matched_by_their_keys() -> None:
+    """As state dicts come that were filled in another order, or went through JSON."""
+    rng = np.random.default_rng(0)
+    rows = [{"b": rng.standard_normal(3), "a": [rng.standard_normal(2), {"y": rng.standard_normal(4), "x": np.arange(2)}]}
+            for _ in range(5)]  # fmt: skip
+
+    def turned(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return collections.OrderedDict((key, turned(tree[key])) for key in reversed(tree))
+        return [turned(part) for part in tree] if isinstance(tree, list) else tree
+
+    ordered = [
+        collections.OrderedDict(b=row["b"], a=[row["a"][0], collections.OrderedDict(row["a"][1])]) for row in rows
+    ]
+    want = rk.median(ordered)
+    for mixed in ([ordered[0], *map(turned, rows[1:])], [*ordered[:4], turned(rows[4])]):
+        got = rk.median(mixed)
+        assert list(got) == ["b", "a"]  # as the first row has them
+        assert list(got["a"][1]) == ["y", "x"]
+        assert np.array_equal(got["b"], want["b"])
+        assert np.array_equal(got["a"][1]["y"], want["a"][1]["y"])
+    out = turned(rk.median(rows))
+    result = rk.median(ordered, out=out)
+    assert np.array_equal(out["b"], want["b"])
+    assert list(result) == ["b", "a"]
+    with pytest.raises(ValueError, match=r"row 1 lacks the leaves \['b'\]"):
+        rk.median([ordered[0], {"a": rows[1]["a"]}])
+    with pytest.raises(ValueError, match="row 1 has another structure than row 0"):
+        rk.median([ordered[0], rows[1]])  # a dict is no OrderedDict
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])

@@ -23,7 +23,7 @@ from robustkern.backends import registry
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import DTYPES, Rows
 from robustkern.inputs import devices as _devices
-from robustkern.rules import view as rules_view
+from robustkern.rules import geometry
 
 Array = NDArray[Any]
 
@@ -117,7 +117,7 @@ def test_weights_agree_with_the_cpu(device: Device) -> None:
 
 
 def test_large_rows_are_first_multiplied_in_float32(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rules_view, "SINGLE_VALUES", 0)
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
     for dtype in DTYPES[:3]:
         for n in (9, 40, 66):
             x = make_rows("offset", n, 1111, dtype, seed=n)

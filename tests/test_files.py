@@ -170,7 +170,7 @@ def test_a_broken_file_is_named_and_nothing_is_written(tmp_path: Path, kind: str
 def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from robustkern.files import merge as files
+    from robustkern.files import formats as files
 
     paths = write(tmp_path / "in", make_updates(), "safetensors")
     out = tmp_path / "merged.safetensors"
@@ -192,7 +192,7 @@ def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from robustkern.files import merge as files
+    from robustkern.files import formats as files
 
     paths = write(tmp_path / "in", make_updates(3), "safetensors")
     monkeypatch.setattr(files._SafetensorsReader, "read", lambda self, name: np.zeros(1))

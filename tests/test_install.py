@@ -115,13 +115,27 @@ def test_wheel_from_the_sdist(sdist: pathlib.Path, tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.slow
+def test_python_started_in_a_clone_says_so(tmp_path: pathlib.Path) -> None:
+    """The folder holds the package's sources, which Python finds before any installed package."""
+    clone = tmp_path / "a clone"
+    shutil.copytree(ROOT / "robustkern", clone / "robustkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in type(f).__module__]; "
+    code += "import robustkern as rk; print(rk.info()['backends']['cpp'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=clone, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == (
+        f"Python imported the source tree {clone}, not an installed package (start Python in another folder than "
+        f"{clone}, or install it in place: pip install -e {clone})"
+    )
+
+
 def test_install_without_a_compiler(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A pure Python wheel; Numba, or without it NumPy; one warning that says what to do."""
     wheel = build(tmp_path, sdist, CXX="/bin/false", CC="/bin/false", RK_CUDA="OFF")
     assert "py3-none-any" in wheel.name
     backend, warnings, text = check(wheel, tmp_path / "with_numba")
     assert (backend, warnings) == ("numba", "1")
-    assert "install a C++17 compiler" in text
+    assert "install a C++17 compiler with OpenMP, then robustkern again from its sources" in text
     assert (
         "not built: robustkern was installed without its compiled part. Install a C++17 compiler with OpenMP and"
         in text

@@ -200,7 +200,8 @@ def test_in_the_model_the_larger_of_bytes_and_operations_wins() -> None:
     assert seconds("krum", 8) == pytest.approx(10 * 4e-6)
     full = roofline.selection_network(64, 16, 48)[1]
     assert seconds("trimmed_mean", 64) == pytest.approx(full * 1e-6)
-    assert roofline.model_seconds(gpu, "multi_krum", 8, 1000, 2, 4) is None
+    assert roofline.model_seconds(gpu, "nnm | median", 8, 1000, 2, 4) is None
+    assert roofline.model_seconds(gpu, "gram", 8, 1000, 2, 4) is None
     slow = roofline.MODELS["rtx4090"]  # whose float64 is slow: the operations win
     assert (roofline.model_seconds(slow, "median", 64, 1000, 16, 8) or 0) > 64 * 8e3 / slow.bandwidth * 1.3
 
@@ -236,13 +237,15 @@ def test_every_rule_and_dtype_is_checked(dtype: str) -> None:
 
 
 def test_rules_without_a_plain_form_are_compared_with_the_reference_where_rows_do_not_repeat() -> None:
-    points = list(scaling.study(plan(rules=["rfa", "nnm | krum"], d="500,30000", devices="cpu"), [Cpu()]))
+    points = list(
+        scaling.study(plan(rules=["bucketing | median", "bucketing | krum"], d="500,30000", devices="cpu"), [Cpu()])
+    )
     checked = {(p.rule.split("(")[0], p.d): p.checked for p in points if p.part == "sizes"}
     assert checked == {
-        ("geometric_median", 500): "reference backend",
-        ("nnm | krum", 500): "reference backend",
-        ("geometric_median", 30_000): "not checked",
-        ("nnm | krum", 30_000): "not checked",
+        ("bucketing | median", 500): "reference backend",
+        ("bucketing | krum", 500): "reference backend",
+        ("bucketing | median", 30_000): "not checked",
+        ("bucketing | krum", 30_000): "not checked",
     }
 
 
@@ -359,14 +362,14 @@ def test_whatever_fails_is_a_reason_and_the_rest_goes_on(monkeypatch: pytest.Mon
 
 
 def test_models_know_their_memory_and_their_rules() -> None:
-    asked = plan(rules=["median", "multi_krum"], d="1e3,1e12", devices="cpu", model="h100,rtx4090")
+    asked = plan(rules=["median", "nnm | median"], d="1e3,1e12", devices="cpu", model="h100,rtx4090")
     points = [p for p in scaling.study(asked, [Cpu()]) if p.kind == "model"]
     assert len(points) == 8
     assert {p.checked for p in points} == {"model, not measured"}
     for p in points:
         if p.d == 10**12:
             assert f"GB free in the memory of {roofline.MODELS[p.device].name}" in p.reason
-        elif p.rule == "multi_krum":
+        elif p.rule == "nnm | median":
             assert p.reason == "the model does not know this rule"
         else:
             assert p.seconds == pytest.approx(9 * 4e3 / roofline.MODELS[p.device].bandwidth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,23 @@ __all__ = ["Cpp", "load"]
 _CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 
 
+class SourceTreeError(ImportError):
+    """Python found the source tree, which has no compiled part, before an installed package."""
+
+    def __init__(self, message: str, clone: Path) -> None:
+        super().__init__(message)
+        self.remedy = f"start Python in another folder than {clone}, or install it in place: pip install -e {clone}"
+
+
 def load() -> Cpp:
     """Return the backend for the best instruction set, or the one that ``ROBUSTKERN_ISA`` names."""
-    from robustkern import _cpu
+    try:
+        from robustkern import _cpu
+    except ImportError as error:
+        clone = Path(__file__).parents[2]
+        if not (clone / "pyproject.toml").is_file():
+            raise
+        raise SourceTreeError(f"Python imported the source tree {clone}, not an installed package", clone) from error
 
     supported = _cpu.supported_isas()
     isa = os.environ.get("ROBUSTKERN_ISA", "") or supported[0]

@@ -10,19 +10,18 @@ import functools
 import importlib
 import os
 import platform
-import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from robustkern.contract.primitives import PRIMITIVES, Kernels
 from robustkern.contract.rows import DTYPES
-from robustkern.errors import BackendUnavailable
+from robustkern.errors import BackendUnavailable, warn
 
-__all__ = ["BACKENDS", "capabilities", "choose", "info", "load_backend", "use_backend"]
+__all__ = ["BACKENDS", "SystemInfo", "capabilities", "choose", "info", "load_backend", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ BACKENDS = (
         "robustkern.backends.cpp",
         "cpu",
         DTYPES,
-        "install a C++17 compiler with OpenMP, then reinstall: pip install --force-reinstall --no-cache-dir robustkern",
+        "install a C++17 compiler with OpenMP, then robustkern again from its sources: pip install --force-reinstall .",
     ),
     Backend("numba", "robustkern.backends.numba", "cpu", DTYPES, "run: pip install 'robustkern[numba]'"),
     Backend("reference", "robustkern.backends.reference", "cpu", DTYPES, "always there"),
@@ -61,7 +60,7 @@ def _load(backend: Backend) -> Kernels | str:
         try:
             _loaded[backend.name] = importlib.import_module(backend.module).load()
         except ImportError as error:
-            _loaded[backend.name] = f"{error} ({backend.remedy})"
+            _loaded[backend.name] = f"{error} ({getattr(error, 'remedy', backend.remedy)})"
     return _loaded[backend.name]
 
 
@@ -177,10 +176,8 @@ def _warn_of_fallback(backend: Backend) -> None:
     reasons = "; ".join(
         f"{other.name}: {_load(other)}" for other in BACKENDS[: [b.name for b in BACKENDS].index(backend.name)]
     )
-    warnings.warn(
-        f"robustkern runs on its {backend.name} backend, {speed} than compiled code. Missing: {reasons}",
-        RuntimeWarning,
-        stacklevel=4,
+    warn(
+        f"robustkern runs on its {backend.name} backend, {speed} than compiled code. Missing: {reasons}", RuntimeWarning
     )
 
 
@@ -208,7 +205,22 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def info() -> dict[str, Any]:
+class SystemInfo(TypedDict):
+    """What `info` returns."""
+
+    version: str
+    python: str
+    numpy: str
+    machine: str
+    backends: dict[str, str]
+    isa: str | None
+    isas: list[str]
+    threads: int
+    gpus: list[dict[str, Any]]
+    capabilities: list[dict[str, str]]
+
+
+def info() -> SystemInfo:
     """Return versions, backends with the reason where one is absent, instruction set and threads.
 
     Returns

@@ -36,6 +36,8 @@ def aggregate(
     f: TolerateOption = None,
     delta: Annotated[float | None, typer.Option(help="Instead of --f: their share.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the workers: 1,1,0.5,...")] = None,
+    centre: Annotated[Path | None, typer.Option(help="A file like the updates, for rules that need one.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what the rule draws. Default: fresh.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cpp, numba or reference.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -50,8 +52,9 @@ def aggregate(
     files = expand(updates)
     if out.exists() and any(path.exists() and out.samefile(path) for path in files):
         raise Wrong(f"--out: {out}: is one of the updates, which are never overwritten")
-    options: dict[str, Any] = {"f": f, "delta": delta, "weights": shares, "backend": backend}
-    _check(plan, len(files), options)
+    options: dict[str, Any] = {"f": f, "delta": delta, "weights": shares, "seed": seed, "backend": backend}
+    point = None if centre is None else np.zeros(1, dtype=np.float32)
+    _check(plan, len(files), options | {"centre": point})
     started = time.perf_counter()
     with bar("reading", 1, of_bytes=True) as shown:
         try:
@@ -59,6 +62,7 @@ def aggregate(
                 files,
                 plan,
                 out=out,
+                centre=centre,
                 **options,
                 progress=lambda phase, done, total: shown.show(done, phase, total),
             )

@@ -68,7 +68,7 @@ def bench(
     jobs = [
         (rule, size)
         for size in sizes
-        for rule in asked or reads.CASES
+        for rule in asked or reads.cases()
         if "rules" in chosen and (asked or reads.goal(rule, size) is not None)
     ]
     cases = [(name, case) for name in chosen if name in SUITES for case in SUITES[name][1]]

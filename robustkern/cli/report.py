@@ -9,7 +9,7 @@ from typing import Any
 from rich.text import Text
 
 from robustkern.cli.console import note, print_table
-from robustkern.functions import Info
+from robustkern.engine import Info
 
 __all__ = ["facts", "print_workers"]
 

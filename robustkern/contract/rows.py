@@ -8,9 +8,9 @@ that columns which lie on several machines are one more source and nothing else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -108,19 +108,14 @@ class Rows:
     def of(cls, arrays: NDArray[Any] | Sequence[NDArray[Any]]) -> Rows:
         """One segment: the contiguous rows of an (n, ...) array, or equally long contiguous 1-D arrays."""
         if isinstance(arrays, np.ndarray):
-            return cls.apart(address_of(arrays), len(arrays), arrays)
+            n, first, step = len(arrays), address_of(arrays), arrays.strides[0]
+            if step != 0:
+                addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
+            else:
+                addresses = np.full(n, first, dtype=np.uint64)
+            return cls(addresses[None], one_segment(arrays.size // n), arrays.dtype, arrays)
         addresses = np.array([address_of(a) for a in arrays], dtype=np.uint64)
         return cls(addresses[None], one_segment(arrays[0].shape[0]), arrays[0].dtype, arrays)
-
-    @classmethod
-    def apart(cls, first: int, n: int, array: NDArray[Any]) -> Rows:
-        """One segment: n rows of an array that begins at an address, a stride of its first axis apart."""
-        step = array.strides[0]
-        if step != 0:
-            addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
-        else:
-            addresses = np.full(n, first, dtype=np.uint64)
-        return cls(addresses[None], one_segment(array.size // n), array.dtype, array)
 
     @property
     def n(self) -> int:
@@ -187,6 +182,8 @@ class Source(Protocol):
         Where they are, as in the capability table.
     has_centre : bool
         Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
+    divided : bool
+        Whether others hold columns too; where not, nobody need ask for `total` and `gather`, which change nothing.
     """
 
     n: int
@@ -194,12 +191,13 @@ class Source(Protocol):
     dtypes: set[np.dtype[Any]]
     device: str
     has_centre: bool
+    divided: ClassVar[bool]
 
-    def blocks(self) -> Iterator[Block]:
-        """Yield the blocks; may be called again for another pass."""
+    def blocks(self) -> Iterable[Block]:
+        """Return the blocks; may be called again for another pass."""
 
-    def results(self) -> Iterator[Block]:
-        """Yield the blocks once more to have results written, which the source takes when it is asked for more."""
+    def results(self) -> Iterable[Block]:
+        """Return the blocks once more to have results written, which the source may take when it is asked for more."""
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
@@ -214,7 +212,8 @@ class Source(Protocol):
 class Undivided:
     """What a `Source` is whose columns are all here."""
 
-    has_centre = False
+    __slots__ = ()
+    divided: ClassVar[bool] = False
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over all who hold columns: there is nobody else."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from robustkern.files.merge import FileError, aggregate_files, expand
+from robustkern.files.formats import FileError
+from robustkern.files.merge import aggregate_files
+from robustkern.files.workers import expand
 
 __all__ = ["FileError", "aggregate_files", "expand"]

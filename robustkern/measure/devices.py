@@ -76,7 +76,7 @@ class Device:
 
     def aggregate(self, rows: Any, rule: Any, f: int, out: Any) -> None:
         """Run the rule on rows of this device."""
-        robustkern.aggregate(rows, rule, f=f, out=out)
+        robustkern.aggregate(rows, rule, f=f, seed=0, out=out)
 
     def yardstick(self, rows: Any) -> tuple[Call, float]:
         """Return a call to compare with, and for how many reads of all the rows it stands."""

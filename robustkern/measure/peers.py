@@ -9,76 +9,31 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["PEERS", "Peer", "load", "naive_rules"]
+from robustkern.rules import parse_rule, registered
 
-Array = NDArray[Any]
+__all__ = ["PEERS", "Peer", "load", "naive_rules", "plain_form"]
+
 Peer = Callable[[Any], Any]
 
 
 # ---- plain NumPy -----------------------------------------------------------------------------------------------
 
 
-def naive_geometric_median(x: Array) -> Array:
-    """Plain Weiszfeld in NumPy until a step is below 1e-7 of the spread; every step reads the data twice."""
-    y = x.mean(axis=0)
-    while True:
-        r = np.linalg.norm(x - y, axis=1)
-        w = 1 / r
-        new = (w[:, None] * x).sum(axis=0) / w.sum()
-        done = np.linalg.norm(new - y) <= 1e-7 * np.sqrt((r * r).mean())
-        y = new
-        if done:
-            return np.asarray(y, dtype=x.dtype)
-
-
-def naive_ctma(x: Array, f: int, anchor: Array) -> Array:
-    """Mean of the n-f rows nearest to the anchor, in NumPy."""
-    nearest = np.argsort(((x - anchor) ** 2).sum(axis=1), kind="stable")[: len(x) - f]
-    return np.asarray(x[nearest].mean(axis=0))
-
-
-def naive_sq_distances(x: Array) -> Array:
-    """Squared distances between all rows, one row against all the others at a time."""
-    return np.stack([((x - row) ** 2).sum(axis=1) for row in x])
-
-
-def naive_multi_krum(x: Array, f: int, m: int) -> Array:
-    """Mean of the m rows of least sum of squared distances to their n-f-2 nearest others."""
-    distances = np.sort(naive_sq_distances(x), axis=1)
-    scores = distances[:, 1 : len(x) - f - 1].sum(axis=1)
-    return np.asarray(x[np.argsort(scores, kind="stable")[:m]].mean(axis=0))
-
-
-def naive_nnm(x: Array, f: int) -> Array:
-    """Each row's mean with its nearest rows, n-f in all."""
-    nearest = np.argsort(naive_sq_distances(x), axis=1, kind="stable")[:, : len(x) - f]
-    return np.stack([x[rows].mean(axis=0) for rows in nearest])
-
-
-def naive_mean_around_median(x: Array, f: int) -> Array:
-    """Mean of each column's n-f values nearest to its median, in NumPy."""
-    ranked = np.sort(x, axis=0)  # so that of equally far values the lower one comes first
-    nearest = np.argsort(np.abs(ranked - np.median(x, axis=0)), axis=0, kind="stable")[: len(x) - f]
-    return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))
+def plain_form(rule: str, f: int) -> Peer | None:
+    """Return a rule as one would write it in NumPy; None for one that has no such form, or is none."""
+    try:
+        plan = parse_rule(rule)
+        plan.plain(np.random.default_rng(0).standard_normal((2 * f + 3, 2)), f)
+    except (ValueError, NotImplementedError):
+        return None
+    return lambda x: plan.plain(x, f)
 
 
 def naive_rules(f: int) -> dict[str, Peer]:
-    """Return each rule as one would write it in NumPy."""
-    return {
-        "mean": lambda x: x.mean(axis=0),
-        "median": lambda x: np.median(x, axis=0),
-        "trimmed_mean": lambda x: np.sort(x, axis=0)[f : len(x) - f].mean(axis=0),
-        "mean_around_median": lambda x: naive_mean_around_median(x, f),
-        "ctma(median)": lambda x: naive_ctma(x, f, np.median(x, axis=0)),
-        "geometric_median": naive_geometric_median,
-        "ctma(geometric_median)": lambda x: naive_ctma(x, f, naive_geometric_median(x)),
-        "krum": lambda x: naive_multi_krum(x, f, 1),
-        "multi_krum": lambda x: naive_multi_krum(x, f, len(x) - f),
-        "nnm | geometric_median": lambda x: naive_geometric_median(naive_nnm(x, f)),
-        "nnm | median": lambda x: np.median(naive_nnm(x, f), axis=0),
-    }
+    """Return the rules that are measured, each as one would write it in NumPy."""
+    measured = [case for rule in registered().values() for case in rule.goals]
+    return {case: peer for case in measured if (peer := plain_form(case, f)) is not None}
 
 
 # ---- others ----------------------------------------------------------------------------------------------------

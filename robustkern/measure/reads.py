@@ -24,14 +24,17 @@ from robustkern.backends.registry import choose, load_backend
 from robustkern.contract.rows import Rows
 from robustkern.measure import style
 from robustkern.measure.peers import Peer, load
+from robustkern.rules import registered
+from robustkern.rules.base import Goals
 
 __all__ = [
-    "CASES",
-    "GOALS",
     "VALUES",
     "Line",
     "Measured",
+    "cases",
     "facts",
+    "goal",
+    "goals",
     "machine",
     "make_rows",
     "measure",
@@ -45,32 +48,27 @@ VALUES = 160_000_000
 #: Values against which slower libraries are measured.
 PEER_VALUES = 24_000_000
 
-_TWO_READS = {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}
-_SELECTION = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
-#: Goals in read passes, by rule and the largest n they hold for (float32, all cores, AVX-512).
-GOALS: dict[str, dict[int, float]] = {
-    "median": _SELECTION,
-    "trimmed_mean": _SELECTION,
-    "mean_around_median": {16: 1.3, 32: 1.6, 64: 2.0},
-    "ctma(median)": {16: 2.1, 32: 2.2, 64: 2.5, 128: 3.0},
-    "gram": {16: 1.2, 32: 1.4, 64: 2.0, 128: 3.5},
-    "geometric_median": _TWO_READS,
-    "ctma(geometric_median)": _TWO_READS,
-    "krum": _TWO_READS,
-    "multi_krum": _TWO_READS,
-    "nnm | geometric_median": _TWO_READS,
-    "nnm | median": {16: 2.5, 32: 3.0, 64: 4.5},
-    "weighted median": {16: 2.0, 32: 3.0},
-}
-CASES = tuple(GOALS)
+#: The goals of a primitive; those of rules stand in their classes.
+GRAM_GOALS: Goals = {"gram": {16: 1.2, 32: 1.4, 64: 2.0, 128: 3.5}}
 
 Array = NDArray[Any]
 
 
+def goals() -> Goals:
+    """Return the goals in read passes of all rules that are registered, and of the Gram."""
+    return {case: limits for rule in registered().values() for case, limits in rule.goals.items()} | dict(GRAM_GOALS)
+
+
+def cases() -> tuple[str, ...]:
+    """Return what is measured: the rules, in their text form, that have goals, and the Gram."""
+    return tuple(case for case, limits in goals().items() if limits)
+
+
 def goal(rule: str, n: int) -> float | None:
     """Return the goal of a rule for n rows: that of the next larger n in the table."""
-    known = [limit for limit in GOALS.get(rule, {}) if limit >= n]
-    return GOALS[rule][min(known)] if known else None
+    limits = goals().get(rule, {})
+    known = [most for most in limits if most >= n]
+    return limits[min(known)] if known else None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from robustkern.rules import Chain, parse_rule
+
 __all__ = ["LABEL", "MODELS", "Gpu", "model_seconds", "selection_network"]
 
 LABEL = "model, not measured"
@@ -87,19 +89,6 @@ def selection_network(n: int, lo: int, hi: int) -> tuple[int, int]:
     return comparators, results
 
 
-def _passes(rule: str, n: int, f: int) -> tuple[int, int] | None:
-    """How many rows move in a rule's first pass and in its second, the result counted as a row."""
-    return {
-        "mean": (n + 1, 0),
-        "median": (n + 1, 0),
-        "trimmed_mean": (n + 1, 0),
-        "ctma(median)": (n, n - f + 1),
-        "geometric_median": (n, n + 1),
-        "ctma(geometric_median)": (n, n - f + 1),
-        "krum": (n, 2),
-    }.get(rule)
-
-
 def model_seconds(gpu: Gpu, rule: str, n: int, d: int, f: int, itemsize: int) -> float | None:
     """Return the least time of a rule by the model, None for a rule that it does not know.
 
@@ -112,13 +101,17 @@ def model_seconds(gpu: Gpu, rule: str, n: int, d: int, f: int, itemsize: int) ->
     n, d, f, itemsize : int
         Rows, columns, tolerated rows, bytes of a value.
     """
-    passes = _passes(rule, n, f)
-    if passes is None:
+    try:
+        plan = parse_rule(rule)
+    except ValueError:
         return None
-    first, second = (moved * d * itemsize / gpu.bandwidth for moved in passes)
-    if rule in ("median", "trimmed_mean", "ctma(median)"):
-        lo, hi = (f, n - f) if rule == "trimmed_mean" else ((n - 1) // 2, n // 2 + 1)
-        comparators, results = selection_network(n, lo, hi)
+    if isinstance(plan, Chain):  # whose mixing is not modelled
+        return None
+    again, window = plan.rows_read_again(n, f), plan.window(n, f)
+    moved = (n, again + 1) if again else (n + 1, 0)  # rows in the first pass and in the second, the result as one
+    first, second = (rows * d * itemsize / gpu.bandwidth for rows in moved)
+    if window is not None:
+        comparators, results = selection_network(n, *window)
         # Two 16-bit values go together. float64 has no minimum: one comparison, and selections of 32 bits beside it.
         clocks = {
             2: results / 2 / gpu.minmax,

@@ -22,7 +22,7 @@ import numpy as np
 import robustkern
 from robustkern.contract.rows import DTYPES
 from robustkern.measure.devices import Device, host_bytes
-from robustkern.measure.peers import naive_rules
+from robustkern.measure.peers import plain_form
 from robustkern.measure.reads import Array, machine, make_rows
 from robustkern.measure.roofline import LABEL, MODELS, model_seconds
 from robustkern.measure.suites import check_close, on_threads
@@ -159,10 +159,10 @@ def repeated_rows(n: int, d: int, dtype: str) -> Array:
 def _wanted(rule: str, n: int, width: int, dtype: str, f: int) -> tuple[Array, str]:
     """Return the result on the first columns by another way, and which."""
     base = make_rows(n, width, dtype)
-    naive = naive_rules(f).get(rule)
+    naive = plain_form(rule, f)
     if naive is not None:
         return np.asarray(naive(base.astype(np.float64))), "plain NumPy"
-    slow = robustkern.aggregate(base, robustkern.parse_rule(rule), f=f, backend="reference")
+    slow = robustkern.aggregate(base, robustkern.parse_rule(rule), f=f, seed=0, backend="reference")
     return np.asarray(slow, dtype=np.float64), "reference backend"
 
 

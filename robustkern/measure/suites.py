@@ -23,7 +23,7 @@ from robustkern.errors import BackendUnavailable
 from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
 from robustkern.measure.peers import load
-from robustkern.measure.reads import CASES, VALUES, Array, Line, _dtype, _time, job, machine, make_rows, read_pass
+from robustkern.measure.reads import VALUES, Array, Line, _dtype, _time, cases, job, machine, make_rows, read_pass
 from robustkern.rules import available_rules, parse_rule
 
 __all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
@@ -382,7 +382,7 @@ SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ..
         tuple(itertools.product(("median", "trimmed_mean", "ctma(median)"), (1, 10, 100, 1000, 10_000, 100_000))),
     ),
     "trees": (trees, (("median",), ("geometric_median",))),
-    "memory": (memory, tuple(itertools.product(("mean", *CASES), (16, 128)))),
+    "memory": (memory, tuple(itertools.product(("mean", *cases()), (16, 128)))),
     "threads": (threads, (("speed-up",), ("two calls at once",), ("after other pools",), ("two threads a core",))),
     "momenta": (momenta, (("mu2sgd",), ("momentum",))),
     "numba": (numba, ((8,), (16,), (32,), (64,))),

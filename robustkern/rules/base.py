@@ -1,56 +1,83 @@
-"""Rule objects and their text form."""
+"""What a rule is: a frozen description with a text form, and everything that is known of it, in one place.
+
+A class of rules states its name, aliases, cost, what n and f it needs, its constant, its plain NumPy form and its
+goals; tables, benchmarks, models and tests are made from that. `register` makes a class known under its name.
+"""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-import numpy as np
+from numpy.typing import NDArray
 
-from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.text import make
-from robustkern.rules.view import Solution, View
+from robustkern.rules import text
+from robustkern.rules.view import Mixture, Solution, View
 
-__all__ = ["Aggregator", "Chain", "Mixer", "Rule", "available_rules", "parse_rule", "register"]
+__all__ = ["Aggregator", "Chain", "Goals", "Mixer", "Rule", "as_aggregator", "parse_rule", "register"]
 
-MAX_RULE_TEXT = 1000
-_RULES: dict[str, type[Rule]] = {}
-_PRESETS: dict[str, Rule] = {}
 R = TypeVar("R", bound="type[Rule]")
+#: Goals in read passes (float32, all cores, AVX-512) of rules in their text form, by the largest n they hold for.
+Goals = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A frozen, comparable description of a rule; ``str(rule)`` is its text form."""
+    """A frozen, comparable description of a rule; ``str(rule)`` is its text form.
+
+    Attributes
+    ----------
+    name : str
+        In the text form.
+    aliases : tuple of str
+        Other names that the text form understands.
+    form : str
+        How it is written, where that is more than its name.
+    summary : str
+        What it does, in half a line.
+    reads : str
+        How often it reads the n x d data.
+    needs : str
+        What n and f its guarantee needs; `bound_met` decides it.
+    supports_weights : bool
+        Whether rows may have weights.
+    points : tuple of str
+        Points besides the rows that it measures from: "origin", and "centre", which the caller then must give.
+    goals : mapping
+        See `Goals`; these are also the cases that ``robustkern bench`` measures.
+    """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    form: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    reads: ClassVar[str] = "2"
+    needs: ClassVar[str] = "2f < n"
     supports_weights: ClassVar[bool] = False
+    points: ClassVar[tuple[str, ...]] = ()
+    goals: ClassVar[Goals] = {}
 
-    def __or__(self, other: Rule) -> Chain:
-        """Chain: `other` sees what this rule makes of the rows."""
-        if not isinstance(other, Rule):
-            return NotImplemented
-        return Chain(_steps(self) + _steps(other))
+    def __or__(self, other: Rule | str) -> Chain:
+        """Chain: `other`, a rule or its text form, sees what this rule makes of the rows."""
+        if isinstance(other, str):
+            other = text.parse(other)
+        return Chain(_steps(self) + _steps(other)) if isinstance(other, Rule) else NotImplemented
+
+    def __ror__(self, other: str) -> Chain:
+        """Chain behind a rule in its text form."""
+        return text.parse(other) | self if isinstance(other, str) else NotImplemented
 
     def __str__(self) -> str:
         """Return the text form, which `parse_rule` reads back."""
         parts = []
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
-            if spec.default is not dataclasses.MISSING and value == spec.default:
+            if value is spec.default or (not hasattr(value, "__array__") and value == spec.default):
                 continue
-            if isinstance(value, Rule):
-                parts.append(str(value))
-            else:
-                parts.append(f"{spec.name}={value!r}")
+            parts.append(str(value) if isinstance(value, Rule) else f"{spec.name}={value!r}")
         return self.name + (f"({', '.join(parts)})" if parts else "")
-
-    def needs_origin(self) -> bool:
-        """Tell whether the rule measures distances to the origin."""
-        return False
 
     def bound_met(self, n: int, f: int | None) -> bool | None:
         """Tell whether n and f satisfy what the rule's theorem needs; None without f."""
@@ -61,20 +88,47 @@ class Aggregator(Rule):
     """A rule that combines the rows into one."""
 
     def solve(self, view: View) -> Solution:
-        """Return weights or a window; reads the data only for geometry and distances."""
-        raise NotImplementedError  # pragma: no cover
+        """Return a combination of the rows or a window of their columns, made by a method of the view."""
+        raise NotImplementedError(f"{type(self).__name__} must define solve(self, view)")
+
+    def kappa(self, n: int, f: int) -> float | None:
+        """Return the constant of (f, kappa)-robustness, None where none is known.
+
+        For any n-f rows of mean m, ``|result - m|^2 <= kappa * (mean of |x_i - m|^2 over them)``.
+        """
+        return None
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Return what plain NumPy makes of (n, d) rows: the rule as one writes it down."""
+        raise NotImplementedError(f"{self} has no plain NumPy form")
+
+    def window(self, n: int, f: int) -> tuple[int, int] | None:
+        """Return which ranks [lo, hi) of each column's values the first pass looks for, None where for none."""
+        return None
+
+    def rows_read_again(self, n: int, f: int) -> int:
+        """Return how many rows the pass that writes the result reads; 0 where the first pass writes it."""
+        return n
 
 
 class Mixer(Rule):
     """A rule that replaces the rows by averages of rows."""
 
-    def mixing(self, view: View) -> Matrix:
-        """Return the (m, n) weights of the new rows; each of its rows sums to 1."""
-        raise NotImplementedError  # pragma: no cover
+    def mixing(self, view: View) -> Mixture:
+        """Return the new rows as averages of the view's."""
+        raise NotImplementedError(f"{type(self).__name__} must define mixing(self, view)")
 
     def rows_after(self, n: int, f: int | None) -> int:
         """How many rows are left of n."""
         return n
+
+    def kappa_after(self, kappa: float | None, n: int, f: int) -> float | None:
+        """Return the constant of a chain of this rule and one that has `kappa`."""
+        return None
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Return what plain NumPy makes of (n, d) rows."""
+        raise NotImplementedError(f"{self} has no plain NumPy form")
 
 
 @dataclass(frozen=True)
@@ -89,19 +143,24 @@ class Chain(Aggregator):
         """Check the order of the steps."""
         for step in self.steps[:-1]:
             if not isinstance(step, Mixer):
-                mixers = ", ".join(sorted(name for name, rule in _RULES.items() if issubclass(rule, Mixer)))
+                mixers = ", ".join(name for name, rule in text.registered().items() if issubclass(rule, Mixer))
                 raise ValueError(
                     f"{self}: {step.name} leaves one row, so it must be the last rule of a chain; "
                     f"only {mixers} may come before"
                 )
+        object.__setattr__(self, "points", tuple(dict.fromkeys(p for step in self.steps for p in step.points)))
 
     def __str__(self) -> str:
         """Return the text form."""
         return " | ".join(str(step) for step in self.steps)
 
-    def needs_origin(self) -> bool:
-        """Tell whether a step measures distances to the origin."""
-        return any(step.needs_origin() for step in self.steps)
+    @property
+    def last(self) -> Aggregator:
+        """The rule that combines the rows."""
+        last = self.steps[-1]
+        if not isinstance(last, Aggregator):
+            raise ValueError(f"{self}: a chain must end in a rule that combines the rows; append e.g. '| mean'")
+        return last
 
     def bound_met(self, n: int, f: int | None) -> bool | None:
         """Tell whether every step's condition is met for the rows it sees."""
@@ -113,72 +172,51 @@ class Chain(Aggregator):
                 n = step.rows_after(n, f)
         return met
 
+    def kappa(self, n: int, f: int) -> float | None:
+        """Follow the steps from the last one back."""
+        sizes = [n]
+        for step in self.steps[:-1]:
+            sizes.append(step.rows_after(sizes[-1], f) if isinstance(step, Mixer) else sizes[-1])
+        kappa = self.last.kappa(sizes[-1], f)
+        for step, size in zip(self.steps[-2::-1], sizes[-2::-1], strict=True):
+            kappa = step.kappa_after(kappa, size, f) if isinstance(step, Mixer) else kappa
+        return kappa
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Take one step after the other."""
+        for step in self.steps[:-1]:
+            x = step.plain(x, f) if isinstance(step, Mixer) else x
+        return self.last.plain(x, f)
+
     def solve(self, view: View) -> Solution:
         """Mix in n-space, solve for the mixed rows, and carry the weights back."""
-        last = self.steps[-1]
-        if not isinstance(last, Aggregator):
-            raise ValueError(f"{self}: a chain must end in a rule that combines the rows; append e.g. '| mean'")
-        inner, mixing = view, np.eye(view.n)
+        inner, mixture = view, None
         for step in self.steps[:-1]:
             assert isinstance(step, Mixer)
-            if view.weights is not None:
-                raise ValueError(f"{step.name}: weights are not supported (drop weights=, or this rule)")
-            weights = step.mixing(inner)
-            inner, mixing = inner.remixed(weights), weights @ mixing
-        solution = last.solve(inner)
-        if solution.weights is None:
-            return solution
-        kept = None if solution.kept is None else (mixing[solution.kept] != 0).any(axis=0)
-        distances = solution.sq_distances if inner.n == view.n else None
-        return solution._replace(weights=solution.weights @ mixing, kept=kept, sq_distances=distances)
+            view.require_no_weights(step.name)
+            mixed = step.mixing(inner)
+            inner, mixture = inner.mixed(mixed, step.name), mixed.of(mixture)
+        solution = self.last.solve(inner)
+        inner.check(solution, self.last)
+        return solution if mixture is None else inner.carried_back(solution, mixture)
 
 
 def _steps(rule: Rule) -> tuple[Rule, ...]:
     return rule.steps if isinstance(rule, Chain) else (rule,)
 
 
-def check_f(rule: Rule, view: View) -> int:
-    """Return f, or raise if it is missing or too large for the rows the rule sees."""
-    if view.f is None:
-        raise ValueError(f"{rule.name}: f is required, the number of rows that may be Byzantine (pass f= or delta=)")
-    if 2 * view.f >= view.n:
+def as_aggregator(rule: Any) -> Aggregator:
+    """Return a rule that combines the rows, from the object itself or from its text form."""
+    if isinstance(rule, str):
+        rule = text.parse(rule)
+    if isinstance(rule, Aggregator):
+        return rule
+    if isinstance(rule, Mixer):
         raise ValueError(
-            f"{rule.name}: 2*f must be below n; got f={view.f} with n={view.n} rows (lower f, or add rows)"
+            f"rule: {rule} only mixes the rows; end it with a rule that combines them, e.g. '{rule} | mean'"
         )
-    return view.f
-
-
-def require_no_weights(rule: Rule, view: View) -> None:
-    """Raise where a rule has no weighted form."""
-    if view.weights is not None:
-        known = ", ".join(sorted(name for name, r in _RULES.items() if r.supports_weights))
-        raise ValueError(f"{rule.name}: weights are not supported (the rules that take them: {known})")
-
-
-def weights_of(view: View) -> Vector:
-    """Return the rows' weights, all 1 where the caller gave none."""
-    return np.ones(view.n) if view.weights is None else view.weights
-
-
-# ---- the text form ---------------------------------------------------------------------------------------------
-
-
-def register(rule: R) -> R:
-    """Make a rule known to the text form under its `name`."""
-    _RULES[rule.name] = rule
-    _parsed.cache_clear()
-    return rule
-
-
-def register_preset(name: str, rule: Rule) -> None:
-    """Give a rule with fixed parameters a name of its own."""
-    _PRESETS[name] = rule
-    _parsed.cache_clear()
-
-
-def available_rules() -> tuple[str, ...]:
-    """Return the names that `parse_rule` knows, presets included."""
-    return tuple(sorted([*_RULES, *_PRESETS]))
+    what = rule.__name__ + ", a class (make an object of it)" if isinstance(rule, type) else type(rule).__name__
+    raise TypeError(f"rule must be a rule object or its text form; got {what}")
 
 
 def parse_rule(text: str, /) -> Aggregator:
@@ -188,7 +226,7 @@ def parse_rule(text: str, /) -> Aggregator:
     ----------
     text : str
         Such as ``"median(even='low')"``, ``"ctma(trimmed_mean)"`` or ``"nnm | krum(neighbours=3)"``; nothing is
-        evaluated but names of rules, ``|``, and literal arguments.
+        evaluated or imported but names of registered rules, ``|``, and literal arguments.
 
     Returns
     -------
@@ -202,58 +240,44 @@ def parse_rule(text: str, /) -> Aggregator:
     """
     if not isinstance(text, str):
         raise TypeError(f"rule must be a rule object or its text form; got {type(text).__name__}")
-    if len(text) > MAX_RULE_TEXT:
-        raise ValueError(f"rule: the text form may have {MAX_RULE_TEXT} characters; got {len(text)}")
-    return _parsed(text)
+    return as_aggregator(text)
 
 
-@functools.lru_cache(maxsize=256)
-def _parsed(text: str) -> Aggregator:
-    """Read a rule, once for the many calls of a training run."""
-    try:
-        tree = ast.parse(text.strip(), mode="eval")
-        rule = _rule_of(tree.body, text)
-    except (SyntaxError, RecursionError, MemoryError, UnicodeError) as error:
-        raise ValueError(
-            f"rule: {text!r} is not in Python call syntax, such as 'nnm | ctma(median)' ({error})"
-        ) from None
-    return as_aggregator(rule)
+def register(rule: R, /) -> R:
+    """Make a class of rules known to the text form, to the command line and to benchmarks; a decorator.
 
+    Parameters
+    ----------
+    rule : class
+        A frozen dataclass derived from `Aggregator` (with ``solve``) or `Mixer` (with ``mixing``), with a `name`.
 
-def as_aggregator(rule: Any) -> Aggregator:
-    """Check that a rule combines the rows into one."""
-    if isinstance(rule, Aggregator):
-        return rule
-    if isinstance(rule, Mixer):
-        raise ValueError(
-            f"rule: {rule} only mixes the rows; end it with a rule that combines them, e.g. '{rule} | mean'"
-        )
-    raise TypeError(f"rule must be a rule object or its text form; got {type(rule).__name__}")
+    Returns
+    -------
+    class
+        The same.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If it is no such class, or its name stands for another rule.
 
-def _rule_of(node: ast.expr, text: str) -> Rule:
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return _rule_of(node.left, text) | _rule_of(node.right, text)
-    if isinstance(node, ast.Name):
-        return _make(node.id, [], {})
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError(f"rule: {text!r}: '**' is not understood (write the parameters out)")
-        arguments = [_argument(a, text) for a in node.args]
-        return _make(node.func.id, arguments, {str(k.arg): _argument(k.value, text) for k in node.keywords})
-    raise ValueError(f"rule: cannot read {ast.unparse(node)!r} in {text!r}; expected names of rules, calls and '|'")
-
-
-def _argument(node: ast.expr, text: str) -> Any:
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        return _rule_of(node, text)
-
-
-def _make(name: str, arguments: list[Any], options: dict[str, Any]) -> Rule:
-    if name in _PRESETS and not arguments and not options:
-        return _PRESETS[name]
-    if name in _PRESETS:
-        raise ValueError(f"rule: {name!r} takes no parameters; write {_PRESETS[name]} with others")
-    return make("rule", available_rules(), _RULES, name, arguments, options)
+    Examples
+    --------
+    >>> from dataclasses import dataclass
+    >>> from typing import ClassVar
+    >>> import numpy as np, robustkern as rk
+    >>> @rk.register
+    ... @dataclass(frozen=True)
+    ... class First(rk.Aggregator):
+    ...     name: ClassVar[str] = "first"
+    ...     def solve(self, view):
+    ...         return view.mean_of([0])
+    >>> rk.aggregate(np.eye(3), "first")
+    array([1., 0., 0.])
+    """
+    if not (isinstance(rule, type) and issubclass(rule, (Aggregator, Mixer))):
+        raise TypeError(f"register: expected a class derived from Aggregator or Mixer; got {rule!r}")
+    if not getattr(vars(rule).get("__dataclass_params__"), "frozen", False):
+        raise TypeError(f"register: {rule.__name__} must be a frozen dataclass (put @dataclass(frozen=True) under it)")
+    text.set_name(getattr(rule, "name", ""), rule, rule.aliases)
+    return rule

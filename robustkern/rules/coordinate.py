@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from robustkern.contract.primitives import Window
-from robustkern.rules.base import Aggregator, check_f, register, require_no_weights
-from robustkern.rules.view import Selection, Solution, View, as_cells
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.view import Solution, View
 
 __all__ = ["MeanAroundMedian", "Median", "TrimmedMean"]
+
+_SELECTION: Mapping[int, float] = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
+
+
+class _Selection(Aggregator):
+    """What these rules have in common: the first pass writes the result."""
+
+    reads: ClassVar[str] = "1"
+
+    def rows_read_again(self, n: int, f: int) -> int:
+        """Return 0."""
+        return 0
 
 
 @register
 @dataclass(frozen=True)
-class Median(Aggregator):
+class Median(_Selection):
     """Coordinate-wise median.
 
     Parameters
@@ -27,7 +42,10 @@ class Median(Aggregator):
     even: Literal["mean", "low", "high"] = "mean"
 
     name: ClassVar[str] = "median"
+    aliases: ClassVar[tuple[str, ...]] = ("cwmed",)
+    summary: ClassVar[str] = 'per coordinate; `even="mean"/"low"/"high"`'
     supports_weights: ClassVar[bool] = True
+    goals: ClassVar[Goals] = {"median": _SELECTION, "weighted median": {16: 2.0, 32: 3.0}}
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -36,47 +54,87 @@ class Median(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Select the middle cell or cells."""
-        cells = None if view.weights is None else as_cells(view.weights)
-        total = view.n if cells is None else int(cells.sum())
-        lo, hi = (total - 1) // 2, total // 2 + 1
-        if self.even == "low":
-            hi = lo + 1
-        elif self.even == "high":
-            lo = hi - 1
-        return Solution(None, Selection(view, Window(lo, hi), cells))
+        if view.weights is None:
+            return view.window(*self._middle(view.n))
+        return view.weighted_window(self._middle)
+
+    def _middle(self, cells: int) -> tuple[int, int]:
+        lo, hi = (cells - 1) // 2, cells // 2 + 1
+        return (lo, lo + 1) if self.even == "low" else (hi - 1, hi) if self.even == "high" else (lo, hi)
+
+    def window(self, n: int, f: int) -> tuple[int, int]:
+        """Return the middle ranks."""
+        return self._middle(n)
+
+    def kappa(self, n: int, f: int) -> float | None:
+        """Return the constant of Allouah et al. 2023."""
+        return 4 * (1 + f / (n - 2 * f)) ** 2 if 2 * f < n else None
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """As NumPy has it."""
+        if self.even != "mean":
+            return np.asarray(np.sort(x, axis=0)[self._middle(len(x))[0]])
+        return np.asarray(np.median(x, axis=0))
 
 
 @register
 @dataclass(frozen=True)
-class TrimmedMean(Aggregator):
+class TrimmedMean(_Selection):
     """Coordinate-wise mean without the f smallest and the f largest values; 2f < n.
 
     With weights, a share of f/n of their sum is cut from each end, splitting the row at the cut.
     """
 
     name: ClassVar[str] = "trimmed_mean"
+    aliases: ClassVar[tuple[str, ...]] = ("cwtm", "trmean")
+    summary: ClassVar[str] = "per coordinate, without the f smallest and largest"
     supports_weights: ClassVar[bool] = True
+    goals: ClassVar[Goals] = {"trimmed_mean": _SELECTION}
 
     def solve(self, view: View) -> Solution:
         """Select the cells between the cuts."""
-        f = check_f(self, view)
+        f, n = view.require_f(self.name), view.n
         if view.weights is None:
-            return Solution(None, Selection(view, Window(f, view.n - f)))
-        cells = as_cells(view.weights)
-        total = int(cells.sum())
-        cut = (2 * f * total + view.n) // (2 * view.n)
-        return Solution(None, Selection(view, Window(cut, total - cut), cells))
+            return view.window(f, n - f)
+
+        def between_cuts(cells: int) -> tuple[int, int]:
+            cut = (2 * f * cells + n) // (2 * n)
+            return cut, cells - cut
+
+        return view.weighted_window(between_cuts)
+
+    def window(self, n: int, f: int) -> tuple[int, int]:
+        """Return the ranks between the cuts."""
+        return f, n - f
+
+    def kappa(self, n: int, f: int) -> float | None:
+        """Return the constant of Allouah et al. 2023."""
+        return 6 * f / (n - 2 * f) * (1 + f / (n - 2 * f)) if 2 * f < n else None
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Sort, and average the middle."""
+        return np.asarray(np.sort(x, axis=0)[f : len(x) - f].mean(axis=0))
 
 
 @register
 @dataclass(frozen=True)
-class MeanAroundMedian(Aggregator):
+class MeanAroundMedian(_Selection):
     """Coordinate-wise mean of the n-f values nearest to the median; 2f < n."""
 
     name: ClassVar[str] = "mean_around_median"
+    aliases: ClassVar[tuple[str, ...]] = ("meamed",)
+    summary: ClassVar[str] = "per coordinate, of the n-f values nearest to the median"
+    goals: ClassVar[Goals] = {"mean_around_median": {16: 1.3, 32: 1.6, 64: 2.0}}
 
     def solve(self, view: View) -> Solution:
         """Select the middle, and the values around it."""
-        f = check_f(self, view)
-        require_no_weights(self, view)
-        return Solution(None, Selection(view, Window((view.n - 1) // 2, view.n // 2 + 1), nearest=view.n - f))
+        f = view.require_f(self.name)
+        view.require_no_weights(self.name)
+        return view.window((view.n - 1) // 2, view.n // 2 + 1, nearest=view.n - f)
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Sort by the distance to the median; of equally far values the lower one comes first."""
+        ranked = np.sort(x, axis=0)
+        away = np.abs(ranked - np.median(x.astype(np.float64), axis=0))
+        nearest = np.argsort(away, axis=0, kind="stable")[: len(x) - f]
+        return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))

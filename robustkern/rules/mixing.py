@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.base import Mixer, check_f, register, require_no_weights
-from robustkern.rules.view import View, smallest
+from robustkern.rules.base import Goals, Mixer, register
+from robustkern.rules.krum import sq_distances_between
+from robustkern.rules.view import Mixture, View
 
 __all__ = ["NNM", "Bucketing"]
 
@@ -24,29 +24,32 @@ class NNM(Mixer):
     """
 
     name: ClassVar[str] = "nnm"
+    form: ClassVar[str] = "nnm | rule"
+    summary: ClassVar[str] = "each row becomes the mean of its n-f nearest first"
+    needs: ClassVar[str] = "its rule's"
+    goals: ClassVar[Goals] = {
+        "nnm | geometric_median": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5},
+        "nnm | median": {16: 2.5, 32: 3.0, 64: 4.5},
+    }
 
-    def mixing(self, view: View) -> Matrix:
-        """Row i holds 1/(n-f) at the nearest rows of row i."""
-        require_no_weights(self, view)
-        kept = view.n - check_f(self, view)
-        geometry = view.geometry()
-        view.require_finite(self.name, geometry.finite)
-        weights = np.zeros((view.n, view.n))
-        for i in range(view.n):
-            if not geometry.finite[i]:
-                weights[i, i] = 1.0
-                continue
-            to_others = geometry.sq_distances[i]
-            errors = geometry.errors_from(i)
+    def mixing(self, view: View) -> Mixture:
+        """Row i holds 1 at the n-f nearest rows of row i."""
+        view.require_no_weights(self.name)
+        kept = view.n - view.require_f(self.name)
+        geometry, _ = view.measured(self.name, quick=True)
+        finite = np.flatnonzero(geometry.finite)
+        weights = np.diag(np.where(geometry.finite, 0.0, kept))
+        weights[finite[:, None], view.nearest_to_rows(finite, kept)] = 1.0
+        return Mixture(weights, np.full(view.n, float(kept)))
 
-            def again(contenders: NDArray[np.intp], row: int = i) -> Vector | None:
-                view.afford(len(contenders) + 1)
-                if not geometry.single and geometry.are_copies(contenders):
-                    return None  # equal, whatever the last digits say
-                return view.exact_sq_distances(row, contenders)
+    def kappa_after(self, kappa: float | None, n: int, f: int) -> float | None:
+        """Return the constant of Allouah et al. 2023."""
+        return None if kappa is None else 8 * f / (n - f) * (kappa + 1)
 
-            weights[i, smallest(to_others, errors, kept, again)] = 1.0 / kept
-        return weights
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Sort each row's distances."""
+        nearest = np.argsort(sq_distances_between(x), axis=1, kind="stable")[:, : len(x) - f]
+        return np.stack([x[rows].mean(axis=0) for rows in nearest])
 
 
 @register
@@ -59,21 +62,26 @@ class Bucketing(Mixer):
     size : int or None
         Rows of a bucket; the last may be shorter. None: the largest size up to floor(n/(2f)) that leaves more than
         2f buckets (the paper's floor(n/(2f)) can leave exactly 2f, which no rule survives); 1 where f is 0.
-    seed : int
-        Of the permutation. Pass another one each round: with a known permutation attackers choose their buckets.
+    seed : int or None
+        Of the permutation, the same in every call: attackers who know it choose their buckets. None: drawn from the
+        call's `seed`, and without one afresh.
     """
 
     size: int | None = None
-    seed: int = 0
+    seed: int | None = None
 
     name: ClassVar[str] = "bucketing"
+    form: ClassVar[str] = "bucketing | rule"
+    summary: ClassVar[str] = "means of random buckets first; `size`, `seed`"
+    reads: ClassVar[str] = "its rule's"
+    needs: ClassVar[str] = "more than 2f buckets"
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"bucketing: size must be None or an integer of at least 1; got {self.size!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"bucketing: seed must be an integer of at least 0; got {self.seed!r}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise ValueError(f"bucketing: seed must be None or an integer of at least 0; got {self.seed!r}")
 
     def _size(self, n: int, f: int | None) -> int:
         if self.size is not None:
@@ -89,15 +97,21 @@ class Bucketing(Mixer):
         """Return the number of buckets."""
         return -(-n // self._size(n, f))
 
-    def mixing(self, view: View) -> Matrix:
-        """Row b holds the reciprocal of the bucket's size at its members."""
-        require_no_weights(self, view)
+    def mixing(self, view: View) -> Mixture:
+        """Row b holds 1 at the bucket's members."""
+        view.require_no_weights(self.name)
         if self.size is None:
-            check_f(self, view)
-        size = self._size(view.n, view.f)
-        order = np.random.default_rng(self.seed).permutation(view.n)
-        weights = np.zeros((self.rows_after(view.n, view.f), view.n))
-        for b in range(len(weights)):
-            members = order[b * size : (b + 1) * size]
-            weights[b, members] = 1.0 / len(members)
-        return weights
+            view.require_f(self.name)
+        return self._mixture(view.n, view.f, view.random(self.seed))
+
+    def _mixture(self, n: int, f: int | None, random: np.random.Generator) -> Mixture:
+        size, order = self._size(n, f), random.permutation(n)
+        weights = np.zeros((self.rows_after(n, f), n))
+        weights[np.arange(n) // size, order] = 1.0
+        return Mixture(weights, weights.sum(axis=1))
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Average the buckets."""
+        if self.seed is None:
+            raise NotImplementedError(f"{self} draws other buckets in every call")
+        return np.asarray(self._mixture(len(x), f, np.random.default_rng(self.seed)).matrix @ x)

@@ -6,7 +6,6 @@ processes (`processes.py`).
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,6 @@ from torch.func import functional_call, grad, vmap
 from robustkern.errors import RobustkernError
 from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
-from robustkern.rules import Bucketing, Rule, parse_rule
 from robustkern.training.attacks import Situation, parse_attack
 from robustkern.training.data import DataSet, split
 from robustkern.training.models import make_model
@@ -217,24 +215,9 @@ def byzantine_rows(
         return attack.send(own, honest, situation)
 
 
-def _fresh_buckets(rule: Any, seed: int) -> Any:
-    """Return the rule with another seed in every bucketing."""
-    if isinstance(rule, Bucketing):
-        return dataclasses.replace(rule, seed=seed)
-    if isinstance(rule, tuple):
-        return tuple(_fresh_buckets(part, seed) for part in rule)
-    if isinstance(rule, Rule):
-        parts = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-        return dataclasses.replace(rule, **{name: _fresh_buckets(part, seed) for name, part in parts.items()})
-    return rule
-
-
 def _aggregated(settings: Settings, rows: Sequence[Floats], f: int, t: int) -> Floats:
-    rule = parse_rule(settings.rule)
-    if "bucketing" in settings.rule:
-        rule = _fresh_buckets(rule, settings.seed * 1_000_003 + t)
-    result: Floats = aggregate(rows, rule, f=f)
-    return result
+    seed = settings.seed * 1_000_003 + t  # fresh buckets in every round, the same when a run is resumed
+    return aggregate(rows, settings.rule, f=f, seed=seed)
 
 
 class Server:

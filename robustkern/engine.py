@@ -1,0 +1,300 @@
+"""One aggregation: validate, solve in n-space, write the result, and tell what was found out.
+
+It knows rows only as a `Source`, in memory, in files, or on ranks; what is added up over the columns goes through it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from robustkern.backends.registry import choose
+from robustkern.contract.primitives import Kernels, Window
+from robustkern.contract.rows import Block, Rows, Source, Vector
+from robustkern.errors import ConvergenceWarning, warn
+from robustkern.rules.base import Aggregator
+from robustkern.rules.geometry import Given, TooCloseError
+from robustkern.rules.mean import Mean
+from robustkern.rules.view import Solution, View
+
+__all__ = ["Info", "run"]
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a call to `aggregate` found out besides its result.
+
+    Attributes
+    ----------
+    rule : str
+        The rule's text form.
+    n, d, f : int
+        Rows, floating-point coordinates of a row, tolerated Byzantine rows (None where it was not given).
+    backend : str
+        Which backend ran.
+    bound_met : bool or None
+        Whether n and f satisfy what the rule's theorem needs; None without f.
+    weights : (n,) float64 or None
+        Weights of the rows in the result, where it is a weighted sum of rows.
+    kept : (n,) bool or None
+        Rows that a selecting rule (Krum, Multi-Krum, CTMA) kept.
+    sq_distances : (n,) float64 or None
+        Squared distances of the rows to the anchor of CTMA, and to the result of other rules; of the mixed rows after
+        `nnm`; None for `mean`, and after `bucketing`. Where they follow from the Gram of large rows of 16 or 32 bits
+        they are good to about six digits, unless a cut needed more.
+    nonfinite_rows : tuple of int
+        Rows that hold a NaN or Inf (or, in float64, are too far away to be measured).
+    iterations, converged : int, bool or None
+        Steps of the geometric median, and whether the last of them left nothing that its promise allows to be gained.
+    gap : float or None
+        Of the converged geometric median: by what share of the sum of distances another point could be better at most,
+        by duality.
+    scores : (n,) float64 or None
+        Krum's scores, of which the least are best; as good as `sq_distances`.
+    order : tuple of int, or None
+        Rows that were kept, in the order of selection: best score, or nearest, first.
+    mixture : (m, n) float64 or None
+        Shares of the rows in the m rows that `nnm` and `bucketing` made of them.
+    seed : int or None
+        Passed to the call as ``seed``, it draws the same again; None where nothing was drawn from the call's.
+    """
+
+    rule: str
+    n: int
+    d: int
+    f: int | None
+    backend: str
+    bound_met: bool | None
+    weights: Vector | None = field(default=None, compare=False)
+    kept: NDArray[np.bool_] | None = field(default=None, compare=False)
+    sq_distances: Vector | None = field(default=None, compare=False)
+    nonfinite_rows: tuple[int, ...] = ()
+    iterations: int | None = None
+    converged: bool | None = None
+    gap: float | None = None
+    scores: Vector | None = field(default=None, compare=False)
+    order: tuple[int, ...] | None = None
+    mixture: NDArray[np.float64] | None = field(default=None, compare=False)
+    seed: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON has it: lists for arrays, None for what is not a finite number."""
+        return {spec.name: _as_json(getattr(self, spec.name)) for spec in fields(self)}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_as_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(
+    rule: Aggregator,
+    source: Source,
+    *,
+    f: Any = None,
+    delta: Any = None,
+    weights: ArrayLike | None = None,
+    seed: Any = None,
+    backend: str = "auto",
+    wants_info: bool = True,
+) -> Info | None:
+    """Aggregate a source: solve the rule, then have every block's result written.
+
+    Parameters
+    ----------
+    rule : Aggregator
+        What to do.
+    source : Source
+        The rows, and where the result goes.
+    f, delta, weights, seed, backend
+        As for `robustkern.aggregate`.
+    wants_info : bool
+        Whether to return an `Info`; without it distances that only it shows are not computed.
+
+    Raises
+    ------
+    TypeError, ValueError, NonFiniteError, BackendUnavailable
+        As `robustkern.aggregate`.
+    """
+    count = _checked_f(rule, source.n, f, delta)
+    shares = _checked_weights(rule, source.n, weights)
+    _check_rest(rule, source, shares, seed)
+    kernels: Kernels = choose(backend, source.dtypes, source.device)
+    drawn_from = None if seed is None else int(seed)
+    given = Given(source, kernels, source.n, count, shares, "origin" in rule.points, drawn_from)
+    view = View(given, source.n, count, shares)
+    try:
+        solution = rule.solve(view)
+    except TooCloseError:  # one more pass, on float64 products
+        given.start_again_in_double()
+        solution = rule.solve(view)
+    view.check(solution, rule)
+    if solution.gave_up:
+        warn(
+            f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
+            ConvergenceWarning,
+        )
+    nonfinite, sq_distances = _write(rule, given, solution, wants_info)
+    return _info(rule, given, view, solution, nonfinite, sq_distances) if wants_info else None
+
+
+# ---- validation ------------------------------------------------------------------------------------------------
+
+
+def _checked_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
+    """Return the number of tolerated rows from f or delta."""
+    if delta is not None:
+        if f is not None:
+            raise ValueError(f"{rule}: pass f or delta, not both; got f={f}, delta={delta}")
+        if isinstance(delta, bool) or not isinstance(delta, (int, float, np.integer, np.floating)):
+            raise TypeError(f"{rule}: delta must be a number; got {type(delta).__name__}")
+        if not 0 <= delta < 0.5:
+            raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {delta}")
+        return min(math.floor(float(delta) * n + 1e-9), (n - 1) // 2)  # 0.29 * 100 is 28.999999999999996
+    if f is None:
+        return None
+    if isinstance(f, (bool, np.bool_)) or not isinstance(f, (int, np.integer)):
+        raise TypeError(f"{rule}: f must be an integer; got {type(f).__name__}")
+    if f < 0 or 2 * f >= n:
+        raise ValueError(
+            f"{rule}: 2*f must be below n, and f at least 0; got f={f} with n={n} rows (lower f, or add rows)"
+        )
+    return int(f)
+
+
+def _checked_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vector | None:
+    """Return the weights as float64, None where there are none or all are equal."""
+    if weights is None:
+        return None
+    try:
+        values = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with gradients
+        raise TypeError(f"{rule}: weights must be numbers, one for each row ({error})") from None
+    if values.shape != (n,):
+        raise ValueError(f"{rule}: weights must have shape ({n},), one for each row; got shape {values.shape}")
+    if not np.isfinite(values).all() or (values < 0).any():
+        bad = int(np.flatnonzero(~(np.isfinite(values) & (values >= 0)))[0])
+        raise ValueError(f"{rule}: weights must be finite and not negative; got {values[bad]} for row {bad}")
+    largest = float(values.max())
+    if largest == 0:
+        raise ValueError(f"{rule}: weights are all 0; at least one row must have some")
+    if (values == largest).all():
+        return None
+    # Only proportions matter: a power of two keeps whole numbers exact and every sum finite.
+    return np.asarray(np.ldexp(values, -math.frexp(largest)[1]))
+
+
+def _check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> None:
+    if weights is not None and not rule.supports_weights:
+        raise ValueError(
+            f"{rule}: weights are not supported (drop weights=; mean, median, trimmed_mean, geometric_median "
+            "and ctma over them take weights)"
+        )
+    if seed is not None and (isinstance(seed, (bool, np.bool_)) or not isinstance(seed, (int, np.integer)) or seed < 0):
+        raise ValueError(f"{rule}: seed must be None or an integer of at least 0; got {seed!r}")
+    if source.has_centre != ("centre" in rule.points):
+        if source.has_centre:
+            raise ValueError(f"{rule}: centre is given, but this rule measures from none (drop centre=)")
+        raise ValueError(f"{rule}: centre is required, a vector like one update (pass centre=)")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def _write(
+    rule: Aggregator, given: Given, solution: Solution, wants_info: bool
+) -> tuple[NDArray[np.bool_], Vector | None]:
+    """Make the last pass over the data; return which rows are not finite, and distances where it measured any.
+
+    Raises
+    ------
+    NonFiniteError
+        If they broke the result.
+    """
+    source, n = given.source, given.n
+    nonfinite, poisoned = np.zeros(n, dtype=np.bool_), False
+    squares = np.zeros(n) if wants_info and solution.selection is not None and solution.sq_distances is None else None
+    weights = None
+    if solution.weights is not None:
+        weights = solution.weights / solution.divisor
+        if source.has_centre:
+            weights = np.append(weights, solution.centre_weight)
+        weights = np.ascontiguousarray(weights[None])
+    for block in source.results():
+        for rows, out in zip(block.rows, block.out, strict=True):
+            if weights is not None:
+                given.kernels.weighted_row_sum(rows, weights, out)
+            else:
+                assert solution.selection is not None
+                found = given.select(solution.selection, rows, out, distances=squares is not None)
+                if np.count_nonzero(found.nonfinite):
+                    nonfinite |= found.nonfinite
+                    poisoned |= not _is_finite(given.kernels, out)
+                if squares is not None and found.sq_distances is not None:
+                    squares += found.sq_distances
+        if weights is not None and wants_info and isinstance(rule, Mean):
+            nonfinite |= _nonfinite_rows(given.kernels, block, n)
+    if source.divided and (weights is None or isinstance(rule, Mean)):
+        found_out = source.total(np.append(nonfinite, poisoned).astype(np.float64)) > 0
+        nonfinite, poisoned = found_out[:-1], bool(found_out[-1])
+        squares = None if squares is None else source.total(squares)
+    if poisoned:
+        given.nonfinite = nonfinite
+        raise given.nonfinite_error(str(rule), np.flatnonzero(nonfinite))
+    return nonfinite, squares
+
+
+def _is_finite(kernels: Kernels, out: Rows) -> bool:
+    """Tell whether a result is; one that is has distance 0 to itself."""
+    return not kernels.row_sq_distances(out, out).any()
+
+
+def _nonfinite_rows(kernels: Kernels, block: Block, n: int) -> NDArray[np.bool_]:
+    """Which rows hold a NaN or Inf; looked at only where the result of a mean does."""
+    flags = np.zeros(n, dtype=np.bool_)
+    for rows, out in zip(block.rows, block.out, strict=True):
+        if not _is_finite(kernels, out):
+            flags |= kernels.select_columns(rows, Window(0, 1)).nonfinite
+    return flags
+
+
+def _info(
+    rule: Aggregator,
+    given: Given,
+    view: View,
+    solution: Solution,
+    nonfinite: NDArray[np.bool_],
+    sq_distances: Vector | None,
+) -> Info:
+    if given.nonfinite is not None:
+        nonfinite = nonfinite | given.nonfinite
+    if sq_distances is None:
+        sq_distances = view.sq_distances_in(solution)
+    else:
+        sq_distances = np.where(np.isnan(sq_distances), np.inf, sq_distances)
+    return Info(
+        rule=str(rule),
+        n=given.n,
+        d=given.source.d,
+        f=given.f,
+        backend=given.kernels.name,
+        bound_met=rule.bound_met(given.n, given.f),
+        weights=None if solution.weights is None else solution.weights / solution.divisor,
+        kept=solution.kept,
+        sq_distances=sq_distances,
+        nonfinite_rows=tuple(np.flatnonzero(nonfinite).tolist()),
+        iterations=solution.iterations,
+        converged=solution.converged,
+        gap=solution.gap,
+        scores=solution.scores,
+        order=None if solution.order is None else tuple(np.asarray(solution.order).tolist()),
+        mixture=solution.mixture,
+        seed=given.drawn_seed,
+    )

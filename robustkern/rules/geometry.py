@@ -1,0 +1,481 @@
+"""The input rows of one call, the passes over their data that rules may ask for, and what follows in n-space.
+
+`Given` makes the passes and keeps what they found; `Geometry` holds inner products, with bounds of their errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern.contract.primitives import Kernels, Selected, Window
+from robustkern.contract.rows import Matrix, Rows, Source, Vector
+from robustkern.errors import NonFiniteError
+
+__all__ = [
+    "Geometry",
+    "Given",
+    "Mask",
+    "Mixture",
+    "Reference",
+    "Selection",
+    "TooCloseError",
+    "as_cells",
+    "unscaled",
+]
+
+Mask = NDArray[np.bool_]
+
+FLOAT64 = np.dtype(np.float64)
+EPSILON = 2.0**-53
+#: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
+RESCALE = 2.0**540
+#: Squared distances above it count as infinite: sums of 65535 times four of them are still finite numbers.
+MAX_SQUARE = 1e302
+_CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so that sums and ties are exact
+#: Products of rows of 16 and 32 bits are first taken in float32, from so many values on; what that leaves open is
+#: decided on float64 products. Error bound of an entry (`Kernels.gram`), in |x_i| |x_j|; and what a continuous function
+#: of the entries is granted, by experience: errors of random rows are 0.05 roundings, those of rows that are constant
+#: over the columns up to 8, but alike, so that they move a geometric median by less than a tenth of one.
+SINGLE_VALUES = 1 << 18
+SINGLE_ROUNDING = 40 * 2.0**-24
+SINGLE_NOISE = 2.0**-24
+REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
+
+
+class TooCloseError(Exception):
+    """What a rule asks of the geometry is finer than float32 products: to be solved again on float64 ones."""
+
+
+class Mixture(NamedTuple):
+    """Averages of rows: ``weights @ rows / divisors[:, None]``.
+
+    Attributes
+    ----------
+    weights : (m, n) float64
+        Whole numbers wherever possible, so that sums are divided once.
+    divisors : (m,) float64
+        Positive.
+    """
+
+    weights: Matrix
+    divisors: Vector
+
+    @property
+    def matrix(self) -> Matrix:
+        """The shares, each row of sum 1."""
+        return np.asarray(self.weights / self.divisors[:, None])
+
+    def of(self, inner: Mixture | None) -> Mixture:
+        """Return this mixture of rows that are themselves mixtures."""
+        if inner is None:
+            return self
+        if (inner.divisors == inner.divisors[0]).all():
+            return Mixture(np.ascontiguousarray(self.weights @ inner.weights), self.divisors * inner.divisors[0])
+        return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
+
+
+class Selection(NamedTuple):
+    """A window of each column of the rows or of mixtures of them, or the values nearest to it."""
+
+    window: Window
+    multiplicities: NDArray[np.int64] | None = None
+    nearest: int | None = None
+    mix: Mixture | None = None
+
+
+class Reference(NamedTuple):
+    """A point that is no row, such as the origin: its inner products with the rows, and with itself."""
+
+    products: Vector
+    square: float
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of the rows a rule sees, centred robustly, and what follows from them.
+
+    Attributes
+    ----------
+    gram : (n, n) float64
+        Zero in the rows and columns of rows that are not finite.
+    finite : (n,) bool
+        False for rows that hold a NaN or Inf, or (float64 only) are 1e150 spreads away.
+    lengths : (n,) float64
+        Of the rows, or for mixtures the mean of the lengths of what they mix.
+    rounding : float
+        Bound of the error of entry i, j in units of ``lengths[i] * lengths[j]``.
+    single : bool
+        Whether products were taken in float32.
+    scale : float
+        Power of two by which the rows were multiplied; 1 but for extreme float64 rows.
+    origin, centre : Reference or None
+        The origin and the caller's centre, for rules that use them.
+    """
+
+    gram: Matrix
+    finite: Mask
+    lengths: Vector
+    rounding: float
+    single: bool
+    scale: float
+    origin: Reference | None = None
+    centre: Reference | None = None
+
+    @functools.cached_property
+    def sq_distances(self) -> Matrix:
+        """(n, n) squared distances between the rows, inf from and to rows that are not finite."""
+        norms = self.gram.diagonal()
+        result = np.maximum(norms[:, None] + norms - 2 * self.gram, 0.0)
+        if np.count_nonzero(self.finite) < len(norms):
+            result[~self.finite, :] = np.inf
+            result[:, ~self.finite] = np.inf
+        np.fill_diagonal(result, 0.0)
+        return result
+
+    def sq_distances_from(self, reference: Reference) -> Vector:
+        """(n,) squared distances of the rows from the origin or the centre, inf where they cannot be measured."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            result = np.maximum(self.gram.diagonal() - 2 * reference.products + reference.square, 0.0)
+        return np.where(self.finite & np.isfinite(result), result, np.inf)
+
+    def sq_distances_to(self, weights: Vector, centre_weight: float = 0.0) -> Vector:
+        """(n,) squared distances of the rows to a combination of them, and of the centre.
+
+        Where the weights do not sum to 1, the rest lies on the origin.
+        """
+        products = np.asarray(self.gram @ weights)
+        square = 0.0
+        rest = 1.0 - weights.sum() - centre_weight
+        for reference, share in ((self.centre, centre_weight), (self.origin, rest)):
+            if reference is not None and share != 0.0:
+                square += share * float(weights @ reference.products)
+                products = products + share * reference.products
+        square += float(weights @ products)
+        if self.centre is not None and centre_weight != 0.0:
+            square += centre_weight**2 * self.centre.square
+        if self.origin is not None:
+            square += rest**2 * self.origin.square
+        result = np.maximum(np.diagonal(self.gram) - 2 * products + square, 0.0)
+        return np.where(self.finite, result, np.inf)
+
+    # -- bounds of errors, and what to do where they are too wide: for `cuts` and `view` --------------------------
+
+    def require_double(self) -> None:
+        """Leave the rule where only float64 products can decide."""
+        if self.single:
+            raise TooCloseError
+
+    def undecided(self, contenders: NDArray[np.intp]) -> None:
+        """Stand for an exact measurement, which nothing can make in n-space."""
+        self.require_double()
+
+    @functools.cached_property
+    def copies(self) -> NDArray[np.intp]:
+        """(n,) for each row the first one whose products are the same to the last bit: mostly itself."""
+        norms = self.gram.diagonal()
+        same = (self.gram == norms) & (self.gram == norms[:, None])
+        np.fill_diagonal(same, True)
+        return np.where(self.finite, same.argmax(axis=1), np.arange(len(norms)))
+
+    def pair_errors(self) -> Matrix:
+        """Error bounds of `sq_distances`."""
+        return np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
+
+    def errors_from(self, rows: NDArray[np.intp]) -> Matrix:
+        """Error bounds of what tells the distances from one row apart: the error of its own length is common to all."""
+        errors = np.asarray(self.rounding * self.lengths * (self.lengths + 2 * self.lengths[rows, None]))
+        errors[np.arange(len(rows)), rows] = 0.0
+        return errors
+
+    def errors_to(self, weights: Vector, centre_weight: float = 0.0) -> Vector:
+        """Error bounds of `sq_distances_to`."""
+        length = abs(weights) @ self.lengths
+        rest = 1.0 - weights.sum() - centre_weight
+        for reference, share in ((self.centre, centre_weight), (self.origin, rest)):
+            if reference is not None:
+                length += abs(share) * math.sqrt(max(reference.square, 0.0))
+        return np.asarray(self.rounding * (self.lengths + length) ** 2)
+
+
+@dataclass(slots=True, eq=False)
+class Given:
+    """The input rows of one call, and what has been learnt about them.
+
+    Parameters
+    ----------
+    source : Source
+        The rows.
+    kernels : Kernels
+        The backend.
+    n, f : int, int or None
+        How many rows there are, and how many may be Byzantine.
+    weights : (n,) float64 or None
+        Of the rows.
+    needs_origin : bool
+        Whether the origin joins the Gram.
+    seed : int or None
+        Of whatever is drawn; None: fresh randomness.
+    geometry, nonfinite : Geometry, (n,) bool, or None
+        What has been found out; rows that hold a NaN or Inf.
+    """
+
+    source: Source
+    kernels: Kernels
+    n: int
+    f: int | None
+    weights: Vector | None
+    needs_origin: bool = False
+    seed: int | None = None
+    geometry: Geometry | None = None
+    nonfinite: Mask | None = None
+    _needs_double: bool = False
+    _measured_rows: int = 0
+    _draws: int = 0
+
+    def start_again_in_double(self) -> None:
+        """Forget float32 products, so that the rule is solved again on float64 ones; what is drawn repeats itself."""
+        self.geometry, self._needs_double, self._draws = None, True, 0
+
+    @property
+    def rounding(self) -> float:
+        """Bound of the relative error of sums over the columns."""
+        return _rounding(self.source.d)
+
+    # -- randomness ------------------------------------------------------------------------------------------------
+
+    def draw(self) -> np.random.Generator:
+        """Return the generator of the next step that draws something."""
+        if self.seed is None:
+            self.seed = secrets.randbits(63)
+        self._draws += 1
+        return np.random.default_rng([self.seed, self._draws])
+
+    @property
+    def drawn_seed(self) -> int | None:
+        """The seed, where anything was drawn from it."""
+        return self.seed if self._draws else None
+
+    # -- passes over the data --------------------------------------------------------------------------------------
+
+    def measure(self, quick: bool) -> Geometry:
+        """Return the geometry of the input rows; one read on the first call.
+
+        Where `quick` products of large rows of 16 and 32 bits are float32; who asks for others leaves the rule then.
+        """
+        if self.geometry is not None:
+            if not quick:
+                self.geometry.require_double()
+            return self.geometry
+        n, source = self.n, self.source
+        double = FLOAT64 in source.dtypes
+        single = quick and not double and not self._needs_double and n * source.d >= SINGLE_VALUES
+        gram, scale = self._gram(1.0, single), 1.0
+        if double:
+            norms = np.diagonal(gram)[:n]
+            wanted = _better_scale(norms, self.weights)
+            if wanted != 1.0:
+                rescaled = self._gram(wanted, False)
+                if self._improves(wanted, norms, np.diagonal(rescaled)[:n], self.weights):
+                    gram, scale = rescaled, wanted
+        finite = _measurable(gram.diagonal()[:n])
+        inner = gram[:n, :n].copy()
+        if np.count_nonzero(finite) < n:
+            inner[~finite, :] = 0.0
+            inner[:, ~finite] = 0.0
+        origin = _reference(gram, len(gram) - 1, finite) if self.needs_origin else None
+        centre = _reference(gram, n, finite) if source.has_centre else None
+        if centre is not None and not _measurable(np.array([centre.square])).all():
+            raise ValueError("centre holds NaN or Inf, or is 1e150 spreads away; expected a vector of finite numbers")
+        rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)
+        lengths = np.sqrt(inner.diagonal())
+        self.geometry = Geometry(inner, finite, lengths, rounding, single, scale, origin, centre)
+        self.nonfinite = ~finite
+        return self.geometry
+
+    def _gram(self, scale: float, single: bool) -> Matrix:
+        m = self.n + self.source.has_centre + self.needs_origin
+        total = np.zeros((m, m))
+        cells = None if self.weights is None else as_cells(self.weights)
+        if self.source.has_centre:  # which does not count for the median that the rows are centred on
+            cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
+        for block in self.source.blocks():
+            for rows in block.rows:
+                total += self.kernels.gram(
+                    rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=single
+                )
+        return self.source.total(total) if self.source.divided else total
+
+    def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
+        """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
+        scale = 1.0
+        result = self._selection_distances(selection, measured, scale)
+        if FLOAT64 in self.source.dtypes:
+            # Mixed rows have no weights, and as many as the input or fewer: the middle one is found alike.
+            weights = self.weights if measured is None else None
+            wanted = _better_scale(result, weights)
+            if wanted != 1.0:
+                rescaled = self._selection_distances(selection, measured, wanted)
+                if self._improves(wanted, result, rescaled, weights):
+                    result, scale = rescaled, wanted
+            result[~_measurable(result)] = np.inf
+        return result, scale
+
+    def _selection_distances(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
+        total = np.zeros(self.n if measured is None else len(measured.weights))
+        flags = np.zeros(self.n, dtype=np.bool_)
+        for block in self.source.blocks():
+            for rows in block.rows:
+                found = self.select(selection, rows, None, distances=True, measured=measured, scale=scale)
+                assert found.sq_distances is not None
+                total += found.sq_distances
+                flags |= found.nonfinite
+        if self.source.divided:
+            flags = self.source.total(flags.astype(np.float64)) > 0
+            total = self.source.total(total)
+        self.nonfinite = flags
+        return np.fmin(total, np.inf)  # NaN is as far as it gets
+
+    def select(
+        self,
+        selection: Selection,
+        rows: Rows,
+        out: Rows | None,
+        *,
+        distances: bool = False,
+        measured: Mixture | None = None,
+        scale: float = 1.0,
+    ) -> Selected:
+        """Call `select_columns` on some columns."""
+        mix = selection.mix
+        return self.kernels.select_columns(
+            self.without_centre(rows),
+            selection.window,
+            nearest=selection.nearest,
+            multiplicities=selection.multiplicities,
+            mix=None if mix is None else mix.matrix,
+            measure=None if measured is None else measured.matrix,
+            distances=distances,
+            scale=scale,
+            out=out,
+        )
+
+    def without_centre(self, rows: Rows) -> Rows:
+        """Return the rows of the workers only."""
+        return rows.take(np.arange(self.n)) if self.source.has_centre else rows
+
+    def exact_sq_distances_to(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
+        """Exact squared distances of some input rows to a selection, a few columns of which are held at a time."""
+        parts = []
+        for block in self.source.blocks():
+            for rows in block.rows:
+                for piece in rows.blocks(REMEASURE_COLUMNS):
+                    anchor = piece.scratch()
+                    self.select(selection, piece, anchor)
+                    parts.append(self.kernels.row_sq_distances(piece.take(contenders), anchor, scale=scale))
+        return _exact_sums(self.source.gather(parts), len(contenders))
+
+    def exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector:
+        """Exact squared distances from one input row to others."""
+        scale = 1.0 if self.geometry is None else self.geometry.scale
+        parts = [
+            self.kernels.row_sq_distances(rows.take(others), rows.take([row]), scale=scale)
+            for block in self.source.blocks()
+            for rows in block.rows
+        ]
+        return _exact_sums(self.source.gather(parts), len(others))
+
+    def afford(self, rows: int) -> None:
+        """Allow to read some rows for exact distances, unless float64 products are the cheaper way to decide."""
+        self._measured_rows += rows
+        if self._measured_rows > self.n and self.geometry is not None:
+            self.geometry.require_double()
+
+    # -- rows that are not finite ----------------------------------------------------------------------------------
+
+    def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
+        """Build the error that names rows which are not finite."""
+        rows = bad if self.nonfinite is None or not self.nonfinite.any() else self.nonfinite.nonzero()[0]
+        names = ", ".join(self.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
+        limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        far = " or are 1e150 spreads away" if FLOAT64 in self.source.dtypes else ""
+        return NonFiniteError(
+            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
+            "Byzantine; drop them, or raise f",
+            tuple(int(i) for i in rows),
+        )
+
+    def _improves(self, scale: float, before: Vector, after: Vector, weights: Vector | None) -> bool:
+        """Tell whether squares taken at another scale are better than those before.
+
+        Downwards they always are. Upwards only if the middle one had vanished, rather than being 0, and if no more rows
+        are lost than may be Byzantine: a few tiny rows must not push the honest ones out of reach.
+        """
+        return scale < 1 or (
+            _middle(after, weights) > 0 and tolerated(_measurable(before) & ~_measurable(after), self.f, weights)
+        )
+
+
+def _reference(gram: Matrix, at: int, finite: Mask) -> Reference:
+    n = len(finite)
+    return Reference(np.where(finite, gram[at, :n], 0.0), float(gram[at, at]))
+
+
+def _better_scale(squares: Vector, weights: Vector | None) -> float:
+    """Return the power of two at which the middle row (by weight) has an ordinary square."""
+    middle = _middle(squares, weights)
+    if middle > MAX_SQUARE:
+        return 1 / RESCALE
+    return RESCALE if middle < 1e-250 else 1.0
+
+
+def _middle(squares: Vector, weights: Vector | None) -> float:
+    order = np.argsort(np.where(np.isnan(squares), np.inf, squares), kind="stable")
+    share = np.cumsum(np.ones(len(squares)) if weights is None else weights[order])
+    return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
+
+
+def _measurable(squares: Vector) -> Mask:
+    """Tell which squared distances are numbers that arithmetic on them cannot make overflow."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(squares <= MAX_SQUARE)
+
+
+def tolerated(bad: Mask, f: int | None, weights: Vector | None) -> bool:
+    """Tell whether these rows may all be Byzantine: at most f (of the weight: f/n), without f fewer than half."""
+    if weights is None:
+        return int(bad.sum()) <= (f if f is not None else (len(bad) - 1) // 2)
+    spoilt, total = float(weights[bad].sum()), float(weights.sum())
+    return spoilt <= total * f / len(bad) * (1 + 1e-12) if f is not None else spoilt < total / 2
+
+
+def _rounding(d: int) -> float:
+    """Bound of the relative error of float64 sums over d columns, as the kernels order them."""
+    return EPSILON * (256 + d / 2**15)
+
+
+def _exact_sums(parts: list[Vector], n: int) -> Vector:
+    columns = np.array(parts).reshape(-1, n)
+    finite = np.asarray(np.isfinite(columns).all(axis=0))
+    return np.array([math.fsum(columns[:, i]) if finite[i] else math.inf for i in range(n)])
+
+
+def unscaled(sq_distances: Vector, scale: float) -> Vector:
+    """Return squared distances in the rows' own units, which may overflow or vanish."""
+    if scale == 1:
+        return sq_distances
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(sq_distances / scale / scale)
+
+
+def as_cells(weights: Vector) -> NDArray[np.int64]:
+    """Return whole numbers in the proportion of the weights: exact for integers and for equal weights."""
+    _, exponent = math.frexp(float(weights.max()))
+    bits = min(_CELL_BITS, 62 - len(weights).bit_length())  # the sum stays below 2^62
+    return np.rint(np.ldexp(weights, bits - exponent)).astype(np.int64)

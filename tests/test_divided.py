@@ -1,0 +1,151 @@
+"""Columns that lie with several owners: the same rules, on a source that only adds up through `total` and `gather`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import make_rows
+from test_rules import RULES
+
+import robustkern as rk
+from robustkern.contract.rows import Block, Vector
+from robustkern.engine import Info, run
+from robustkern.inputs.trees import adapt
+
+PARTS = 4
+
+
+class Exchange:
+    """Lets threads, one for each part, hand each other arrays, in the order of the parts."""
+
+    def __init__(self) -> None:
+        self.barrier = threading.Barrier(PARTS, timeout=60)
+        self.held: list[Any] = [None] * PARTS
+
+    def all(self, part: int, x: Any) -> list[Any]:
+        self.held[part] = x
+        self.barrier.wait()
+        everything = list(self.held)
+        self.barrier.wait()
+        return everything
+
+
+class Part:
+    """A source that holds a quarter of the columns and knows how many there are in all."""
+
+    def __init__(self, inner: Any, d: int, part: int, exchange: Exchange) -> None:
+        self.inner, self.d, self.part, self.exchange = inner, d, part, exchange
+        self.divided = True
+        self.n, self.dtypes, self.device, self.has_centre = inner.n, inner.dtypes, inner.device, inner.has_centre
+
+    def blocks(self) -> Iterable[Block]:
+        return self.inner.blocks()  # type: ignore[no-any-return]
+
+    def results(self) -> Iterable[Block]:
+        return self.inner.results()  # type: ignore[no-any-return]
+
+    def row_name(self, row: int) -> str:
+        return str(row)
+
+    def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.sum(self.exchange.all(self.part, x), axis=0)  # type: ignore[no-any-return]
+
+    def gather(self, parts: list[Vector]) -> list[Vector]:
+        return [part for held in self.exchange.all(self.part, parts) for part in held]
+
+
+def divided(x: NDArray[Any], rule: str, cuts: list[int], **options: Any) -> list[Any]:
+    """Return what each owner has in the end: its columns and an Info, or the error."""
+    exchange = Exchange()
+    plan = rk.parse_rule(rule)
+
+    def own(part: int) -> Any:
+        columns = np.ascontiguousarray(x[:, cuts[part] : cuts[part + 1]])
+        source, result = adapt(columns)
+        try:
+            info = run(plan, Part(source, x.shape[1], part, exchange), **options)
+        except (ValueError, rk.RobustkernError) as error:
+            return error
+        return result, info
+
+    with ThreadPoolExecutor(PARTS) as pool:
+        return list(pool.map(own, range(PARTS)))
+
+
+def joined(parts: list[Any]) -> tuple[NDArray[Any], Info]:
+    for part in parts:
+        assert not isinstance(part, Exception), part
+    return np.concatenate([columns for columns, _ in parts]), parts[0][1]
+
+
+def rows_of(kind: str, dtype: Any) -> NDArray[Any]:
+    x = make_rows("normal", 9, 203, np.dtype(np.float64), seed=1) * 3e-3 + 1
+    if kind == "attacked":
+        x[:2] *= [[-1], [1e6]]
+    if kind == "copies":
+        x[1] = x[2] = x[3]
+    if kind == "nan":
+        x[0, 150] = np.nan
+    return x.astype(dtype)
+
+
+#: Rules whose weights follow from the Gram by a continuous function, not by a choice among rows.
+CONTINUOUS = ("geometric_median", "rfa")
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["double", "single first"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", ["plain", "attacked", "copies", "nan"])
+@pytest.mark.parametrize("rule", ["mean", *RULES])
+def test_four_owners(rule: str, kind: str, dtype: Any, single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if single:
+        from robustkern.rules import geometry
+
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    x = rows_of(kind, dtype)
+    options: dict[str, Any] = {"f": 2, "seed": 3}
+    want, told = rk.aggregate(x, rule, return_info=True, **options)
+    for cuts in ([0, 50, 101, 150, 203], [0, 0, 60, 203, 203]):  # also owners of nothing
+        got, info = joined(divided(x, rule, cuts, **options))
+        if rule.rsplit(" | ", maxsplit=1)[-1] in CONTINUOUS:
+            spacing = np.spacing(np.abs(want))
+            assert (np.abs(got - want) <= spacing).all()
+        else:
+            assert np.array_equal(got, want, equal_nan=True)
+        assert info.nonfinite_rows == told.nonfinite_rows
+        assert info.d == 203
+        for name in ("kept", "order"):
+            mine, theirs = getattr(info, name), getattr(told, name)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or np.array_equal(mine, theirs)
+        for name in ("weights", "sq_distances", "scores"):
+            mine, theirs = getattr(info, name), getattr(told, name)
+            assert (mine is None) == (theirs is None)
+            if mine is not None:
+                np.testing.assert_allclose(mine, theirs, rtol=1e-5 if single else 1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "ctma(median)", "nnm | krum"])
+def test_all_owners_raise_alike(rule: str) -> None:
+    x = rows_of("plain", np.float32)
+    x[:3, 10] = np.nan  # all with the first owner
+    parts = divided(x, rule, [0, 50, 101, 150, 203], f=2)
+    assert all(isinstance(part, rk.NonFiniteError) for part in parts)
+    assert {part.rows for part in parts} == {(0, 1, 2)}
+    assert len({str(part) for part in parts}) == 1
+
+
+def test_weights_and_the_mean() -> None:
+    x = rows_of("nan", np.float64)
+    weights = np.arange(9) + 1.0
+    for rule in ("mean", "median", "ctma(median)", "geometric_median"):
+        want, told = rk.aggregate(x, rule, f=2, weights=weights, return_info=True)
+        got, info = joined(divided(x, rule, [0, 50, 101, 150, 203], f=2, weights=weights))
+        np.testing.assert_array_almost_equal_nulp(got[np.isfinite(want)], want[np.isfinite(want)], 1)
+        assert info.nonfinite_rows == told.nonfinite_rows == (0,)
