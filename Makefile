@@ -47,6 +47,7 @@ reproduction: $(VENV)/dev.stamp
 emulation: $(EMULATIONS)
 
 build/emulation/%/built: $(VENV)/dev.stamp $(wildcard csrc/emulation/*)
+	@echo "compiling the CUDA kernels for this processor ($*), some minutes"
 	$(BIN)/cmake -S . -B build/emulation/$* -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON \
 		-DRK_EMULATION=$* -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 		-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
@@ -59,16 +60,20 @@ gpu-report: $(VENV)/dev.stamp
 	$(BIN)/python bench/gpu_report.py $(ARGS)
 
 $(VENV)/bin/python:
+	@echo "making $(VENV), where everything below goes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 # The build system is installed beside the package so that editable rebuilds need no network.
 $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
+	@echo "installing robustkern and what the demo needs: compiles the kernels, a few minutes the first time"
 	RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
+	@echo "installing $(TORCH) for the processor, some 200 MB"
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
 	RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
 	touch $@ $(VENV)/demo.stamp
 

@@ -188,8 +188,8 @@ def test_bench_command(tmp_path: Path) -> None:
     run = CliRunner().invoke(
         app,
         [
-            *("bench", "--rules", "median", "--rules", "gram", "--rules", "weighted median", "--n", "4", "--n", "9"),
-            *("--d", "500", "--rounds", "2", "--against", "numpy", "--json", str(tmp_path / "r.json")),
+            *("bench", "--rules", "median,gram", "--rules", "weighted median", "--n", "4,9"),
+            *("--d", "500", "--rounds", "2", "--against", "numpy", "--save", str(tmp_path / "r.json")),
             *("--plot", str(tmp_path / "r.png")),
         ],
     )
@@ -208,20 +208,55 @@ def test_bench_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dtype", "int8"], "--dtype must be float16, bfloat16, float32 or float64; got 'int8'"),
-        (["--against", "nothing"], "against: 'nothing' is not known"),
+        (["--dtype", "int8"], "--dtype: 'int8' is not known (known: float16, bfloat16, float32, float64"),
+        (["--dtype", "float16,float32"], "--dtype: one at a time; got 'float16,float32'"),
+        (["--against", "nothing"], "--against: 'nothing' is not known (known: numpy, torch, byzfl,"),
         (
             ["--suite", "speed"],
             "--suite: 'speed' is not known (known: rules, dtypes, calls, trees, memory, threads, momenta,",
         ),
         (["--suite", "trees", "--plot", "x.png"], "--plot draws the rules (add --suite rules)"),
-        (["--rules", "medain", "--n", "3", "--d", "9"], "did you mean 'median'"),
+        (["--rules", "median,medain"], "--rules: 'medain' is not known; did you mean 'median'"),
+        (["--n", "0"], "--n: expected whole numbers from 1 to 65,535"),
+        (["--d", "x"], "--d: expected whole numbers from 1"),
+        (["--plot", "x.csv"], "--plot: x.csv: unknown kind of output; expected one of .png, .pdf, .svg"),
+        (["--save", "nowhere/x.json"], "--save: nowhere/x.json: the directory nowhere does not exist"),
+        (["--rounds", "0"], "Invalid value for '--rounds'"),
     ],
 )
 def test_bench_errors(arguments: list[str], message: str) -> None:
-    run = CliRunner().invoke(app, ["bench", *arguments])
-    assert run.exit_code == 1
+    run = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert run.exit_code == 2
     assert message in " ".join(run.output.split())
+
+
+def test_bench_prints_json_and_nothing_else() -> None:
+    run = CliRunner().invoke(app, ["bench", "--rules", "median", "--n", "4", "--d", "500", "--rounds", "1", "--json"])
+    assert run.exit_code == 0, run.output
+    printed = json.loads(run.stdout)
+    assert [(r["rule"], r["n"], r["d"]) for r in printed["results"]] == [("median", 4, 500)]
+    assert {"date", "cpu"} <= set(printed["machine"])
+
+
+def test_an_interrupted_bench_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = benchmark.measure
+
+    def interrupted(rule: str, *arguments: Any, **options: Any) -> Any:
+        if rule == "gram":
+            raise KeyboardInterrupt
+        return measure(rule, *arguments, **options)
+
+    monkeypatch.setattr(benchmark, "measure", interrupted)
+    saved, drawn = tmp_path / "r.json", tmp_path / "r.png"
+    files = ["--save", str(saved), "--plot", str(drawn)]
+    run = CliRunner().invoke(
+        app, ["bench", "--rules", "median,gram", "--n", "4", "--d", "500", "--rounds", "1", *files]
+    )
+    assert run.exit_code == 130
+    assert run.stderr.strip() == "stopped"
+    assert "│ median" in run.stdout
+    assert [r["rule"] for r in json.loads(saved.read_text())["results"]] == ["median"]
+    assert drawn.stat().st_size > 1000
 
 
 # ---- suites ------------------------------------------------------------------------------------------------------
@@ -303,8 +338,8 @@ def test_the_page_shows_both_groups_of_several_runs(monkeypatch: pytest.MonkeyPa
     run = CliRunner().invoke(
         app,
         [
-            *("bench", "--suite", "rules", "--suite", "trees", "--suite", "numba", "--rules", "median", "--n", "8"),
-            *("--d", "500", "--rounds", "1", "--json", str(tmp_path / "v3.json")),
+            *("bench", "--suite", "rules,trees,numba", "--rules", "median", "--n", "8"),
+            *("--d", "500", "--rounds", "1", "--save", str(tmp_path / "v3.json")),
         ],
     )
     assert run.exit_code == 0, run.output

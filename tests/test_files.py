@@ -1,4 +1,4 @@
-"""The main job on files: formats, streaming, corrupt input, the command line and its exit codes."""
+"""The main job on files: formats, streaming, corrupt input."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from support import make_rows
 from test_rules import RULES
-from typer.testing import CliRunner
 
 import robustkern as rk
-from robustkern.cli import app
 from robustkern.files import FileError, aggregate_files
 
 Update = dict[str, NDArray[Any]]
@@ -315,8 +312,6 @@ def test_headers_that_lie(tmp_path: Path, shape: str) -> None:
     for name in ("a.npy", "b.npz"):
         with pytest.raises(FileError, match=rf"{name}: corrupt, truncated or no np. file"):
             aggregate_files([tmp_path / name], "mean", out=tmp_path / "out.npz")
-        result = run("aggregate", tmp_path / name, "--rule", "mean", "--out", tmp_path / "out.npz")
-        assert result.exit_code == 1
     assert not (tmp_path / "out.npz").exists()
 
 
@@ -378,125 +373,3 @@ print(peak() - before)
         )
         # The tensor of all files, two more of it (result, one being read), and a few megabytes of libraries.
         assert int(done.stdout) <= largest * 10 / 8 + 10e6
-
-
-# ---- the command line --------------------------------------------------------------------------------------------
-
-
-def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(a) for a in arguments])
-
-
-def test_command(tmp_path: Path) -> None:
-    updates = make_updates()
-    updates[2]["wide"] += 100
-    updates[5]["wide"][0] = np.nan
-    write(tmp_path / "in", updates, "safetensors")
-    out = tmp_path / "merged.safetensors"
-    result = run("aggregate", tmp_path / "in", "--f", 2, "--rule", "ctma(geometric_median)", "--out", out)
-    assert result.exit_code == 0, result.output
-    for word in ("worker-2", "dropped", "kept", "holds NaN", "nearest 1 of 9", "0.1429"):
-        assert word in result.output
-    assert out.exists()
-    result = run("aggregate", tmp_path / "in", "--f", 2, "--out", out, "--json")
-    facts = json.loads(result.stdout)
-    assert facts["rule"] == "ctma(geometric_median)"
-    assert [w["verdict"] for w in facts["workers"]].count("kept") == 7
-    assert facts["workers"][5] == {
-        "file": str(tmp_path / "in" / "worker-5.safetensors"),
-        "sq_distance": None,
-        "weight": 0.0,
-        "finite": False,
-        "verdict": "dropped",
-        "why": "holds NaN or Inf",
-    }
-    result = run("aggregate", tmp_path / "in", "--delta", 0.25, "--rule", "median", "--out", out, "--json")
-    facts = json.loads(result.stdout)
-    assert facts["f"] == 2
-    assert "votes in each coordinate" in facts["workers"][0]["why"]
-    result = run(
-        "aggregate", tmp_path / "in", "--rule", "mean", "--weights", "1,1,1,1,1,1,1,1,2", "--out", out, "--json"
-    )
-    assert json.loads(result.stdout)["workers"][8]["weight"] == pytest.approx(0.2)
-    assert json.loads(result.stdout)["workers"][5]["verdict"] == "counted"
-
-
-def test_exit_codes(tmp_path: Path) -> None:
-    paths = write(tmp_path / "in", make_updates(), "safetensors")
-    out = tmp_path / "out.safetensors"
-    for arguments, code, message in (
-        (["aggregate", *paths, "--out", out, "--rule", "medain"], 2, "did you mean 'median'"),
-        (["aggregate", *paths, "--out", out, "--weights", "1,a"], 2, "could not convert"),
-        (["aggregate", "--out", out], 2, "Missing argument"),
-        (["aggregate", *paths, "--out", out], 1, "f is required"),
-        (["aggregate", *paths, "--out", out, "--f", 5], 1, "2*f must be below n"),
-        (["aggregate", tmp_path / "gone.npy", "--out", out, "--f", 0], 1, "no such file"),
-    ):
-        result = run(*arguments)
-        assert result.exit_code == code, result.output
-        assert message in result.output + result.stderr
-        assert not out.exists()
-
-
-def test_info_command() -> None:
-    result = run("info")
-    assert result.exit_code == 0
-    for word in ("cpp", "numba", "reference", "available", "instruction sets", "threads"):
-        assert word in result.output
-    assert json.loads(run("info", "--json").stdout)["version"] == rk.__version__
-
-
-def test_entry_point_and_missing_packages() -> None:
-    done = subprocess.run([sys.executable, "-m", "robustkern", "info"], capture_output=True, text=True, check=True)
-    assert "robustkern" in done.stdout
-    code = "import sys; sys.modules['typer'] = None; import robustkern.cli"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "pip install 'robustkern[cli]'" in done.stderr
-
-
-# ---- the demonstration -------------------------------------------------------------------------------------------
-
-
-def test_demo(tmp_path: Path) -> None:
-    result = run("demo", "--out", tmp_path / "demo", "--rounds", 60)
-    assert result.exit_code == 0, result.output
-    assert (tmp_path / "demo" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(list((tmp_path / "demo" / "updates").iterdir())) == 17
-    merged = read(tmp_path / "demo" / "merged.safetensors")
-    assert {k: v.shape for k, v in merged.items()} == {"weight": (10, 64), "bias": (10,)}
-    assert result.output.count("dropped") == 8
-    again = run("demo", "--out", tmp_path / "demo", "--rounds", 2)
-    assert again.exit_code == 0, again.output
-
-
-def test_demo_shows_what_it_claims(tmp_path: Path) -> None:
-    """CTMA lifts both bases under the attack; the mean and the bases alone do not learn."""
-    from robustkern.cli.demo import BYZANTINE, Workers, accuracy, load_digits, new_model, step
-
-    digits = load_digits(1)
-    final = {}
-    for rule in ("mean", "median", "geometric_median", "ctma(median)", "ctma(geometric_median)"):
-        workers, model = Workers(digits, 1), new_model()
-        for _ in range(60):
-            model = step(model, rk.aggregate(workers.updates(model), rule, f=BYZANTINE))
-        final[rule] = accuracy(model, digits)
-    assert min(final["ctma(median)"], final["ctma(geometric_median)"]) > 0.85
-    assert max(final["mean"], final["median"], final["geometric_median"]) < 0.8
-
-
-def test_demo_gradient_is_the_derivative() -> None:
-    from robustkern.cli.demo import gradient
-
-    rng = np.random.default_rng(0)
-    x, y = rng.random((6, 64)).astype(np.float32), rng.integers(0, 10, 6)
-    model = {"weight": rng.standard_normal((10, 64)).astype(np.float32), "bias": np.zeros(10, np.float32)}
-
-    def loss(weight: NDArray[Any]) -> float:
-        scores = x.astype(float) @ weight.T.astype(float)
-        return float((np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(6), y]).mean())
-
-    direction = make_rows("normal", 10, 64, np.dtype(np.float64))
-    ahead, behind = loss(model["weight"] + 1e-4 * direction), loss(model["weight"] - 1e-4 * direction)
-    slope = (gradient(model, x, y)["weight"] * direction).sum()
-    assert slope == pytest.approx((ahead - behind) / 2e-4, rel=1e-3)

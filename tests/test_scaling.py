@@ -22,6 +22,8 @@ import robustkern as rk
 from robustkern.backends import registry
 from robustkern.backends.threads import requested_threads
 from robustkern.cli import app
+from robustkern.cli.options import numbers
+from robustkern.cli.scaling import plan_of
 from robustkern.measure import devices, roofline, scaling
 from robustkern.measure.devices import CupyCuda, Device, TorchCuda
 from robustkern.measure.scaling import Plan, Point
@@ -85,14 +87,15 @@ class Gpu(Cpu):
 
 
 def plan(**options: Any) -> Plan:
-    return Plan.of(**{"devices": "cpu,cuda", "n": "8", "d": "1e3", "rules": ["median"], "seconds": 1e-9, **options})
+    asked = {"devices": "cpu,cuda", "n": "8", "d": "1e3", "dtype": "float32", "rules": ["median"], "model": None}
+    return plan_of(**{**asked, "seconds": 1e-9, **options})
 
 
 # ---- what is asked for -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers"),
+    ("text", "want"),
     [
         ("8", (8,)),
         ("64,8,8", (8, 64)),
@@ -104,8 +107,8 @@ def plan(**options: Any) -> Plan:
         ("1e4..1e9:3", tuple(round(10 ** (k / 3)) for k in range(12, 28))),
     ],
 )
-def test_numbers(text: str, numbers: tuple[int, ...]) -> None:
-    assert scaling._numbers(text, "--d", 3, 10**12) == numbers
+def test_numbers(text: str, want: tuple[int, ...]) -> None:
+    assert numbers(text, "d", 3, 10**12) == want
 
 
 @pytest.mark.parametrize(
@@ -430,7 +433,7 @@ def test_both_devices_into_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(rk, "info", lambda: info | {"threads": 2})
     arguments = ["--n", "4,8", "--d", "1e3..1e5", "--dtype", "float16,float32", "--model", "a100", "--seconds", "1e-9"]
     out = tmp_path / "new" / "study"
-    rules = ["--rules", "median", "--rules", "krum", "--rules", "median"]
+    rules = ["--rules", "median, krum", "--rules", "median"]
     run = CliRunner().invoke(app, ["scaling", "--out", str(out), *arguments, *rules])
     assert run.exit_code == 0, run.output
     assert "cuda, median, n=8, float32, transfer: pinned: faster from about d = " in run.output
@@ -453,7 +456,7 @@ def test_both_devices_into_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }
     for line, point in zip(lines, saved["points"], strict=True):
         assert all(line[key] == ("" if value is None else str(value)) for key, value in point.items())
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir()} - {".robustkern"}
     assert names == {
         *("results.csv", "results.json", "threads.png"),
         *(
@@ -494,7 +497,7 @@ def test_without_matplotlib_there_are_tables(tmp_path: Path, monkeypatch: pytest
     assert run.exit_code == 0, run.output
     assert "no pictures: " in run.output
     assert "pip install 'robustkern[plot]'" in run.output
-    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "results.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {".robustkern", "results.csv", "results.json"}
 
 
 def test_an_interrupted_study_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +510,9 @@ def test_an_interrupted_study_keeps_what_it_has(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(devices.DEVICES, "cpu", Interrupted)
     arguments = ["--devices", "cpu", "--n", "8", "--d", "500", "--rules", "median", "--rules", "mean"]
     run = CliRunner().invoke(app, ["scaling", "--out", str(tmp_path), "--seconds", "1e-9", *arguments])
-    assert run.exit_code != 0
+    assert run.exit_code == 130
+    assert "│ median" in run.stdout  # what was measured is shown
+    assert "stopped" in run.stderr
     assert [p["rule"] for p in json.loads((tmp_path / "results.json").read_text())["points"]] == ["median"]
 
 

@@ -826,7 +826,7 @@ def test_overwriting_begins_when_the_new_run_is_possible(tmp_path: Path) -> None
     assert robustkern(*short, cwd=tmp_path).returncode == 0
     failed = robustkern(*short, "--overwrite", "--workers", "5000", cwd=tmp_path)
     assert failed.returncode == 1
-    assert "workers must be between 1 and the 1400 training samples; got 5000" in failed.stderr
+    assert "--workers must be between 1 and the 1400 training samples; got 5000" in failed.stderr
     again = robustkern(*short, cwd=tmp_path)
     assert again.returncode == 0
     assert "going on after round 20 of 20" in again.stderr
@@ -890,12 +890,18 @@ def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--attack", "x"), 2, "attack: 'x' is not known"),
-        (("--rule", "x"), 2, "rule: 'x' is not known"),
+        (("--attack", "x"), 2, "--attack: 'x' is not known"),
+        (("--rule", "x"), 2, "--rule: 'x' is not known"),
+        (("--lr", "-1"), 2, "--lr must be a finite number above 0; got -1"),
+        (("--f", "4"), 2, "--f must satisfy 0 <= 2[*]f < workers; got --f 4 with --workers 7"),
+        (("--byzantine", "4"), 2, "2[*]byzantine must be below workers; got --byzantine 4 with --workers 7"),
+        (("--model", "x"), 2, "--model must be one of softmax, mlp, cnn, resnet18; got 'x'"),
+        (("--beta", "2"), 2, "--beta must be in"),
+        (("--crash", "3@20,9@1"), 2, "--crash and --stall must be .*worker, round"),
         (("--crash", "x"), 2, "--crash must be worker@round, such as 3@20; got 'x'"),
         (("--data", "mnist"), 1, "mnist needs the files train-images-idx3-ubyte.*no folder was given"),
         (("--data", "cifar10", "--data-dir", "."), 1, "cifar10 needs cifar-10-batches-py.*looked in"),
-        (("--crash", "1@1", "--crash", "2@1", "--crash", "3@1"), 1, "3 workers are lost, more than the f=2"),
+        (("--crash", "1@1,2@1", "--crash", "3@1"), 1, "3 workers are lost, more than the --f 2"),
     ],
 )
 def test_errors_of_the_command(tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
@@ -978,11 +984,11 @@ def test_processes_without_an_attacker_that_searches(tmp_path: Path) -> None:
 def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", *("--crash", "1@3", "--crash", "2@3", "--crash", "3@4"))
     assert done.returncode == 1
-    assert "3 workers are lost, more than the f=2 that are tolerated" in done.stderr
+    assert "3 workers are lost, more than the --f 2 that are tolerated" in done.stderr
 
 
 def test_as_many_processes_as_workers(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", "--workers", "6")
     assert done.returncode == 1
     assert "/robustkern/training/" not in done.stderr  # torchrun has a traceback of its own
-    assert "workers must be the number of processes; got workers=6 with 5 processes" in done.stderr
+    assert "--workers must be the number of processes; got --workers 6 with 5 processes" in done.stderr

@@ -9,20 +9,23 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from rich.text import Text
 from safetensors.numpy import load_file, save_file
 
 import robustkern as rk
-from robustkern.cli.report import print_workers
+from robustkern.cli.console import bar, command, print_json, print_table
+from robustkern.cli.options import Json, folder_to_write
+from robustkern.cli.report import facts, print_workers
 from robustkern.files import aggregate_files
+from robustkern.measure import style
 from robustkern.measure.peers import naive_rules
 
-__all__ = ["run"]
+__all__ = ["demo"]
 
 WORKERS, BYZANTINE = 17, 8
 LEARNING_RATE, MOMENTUM, BATCH, STRENGTH = 0.5, 0.9, 16, 10.0
@@ -105,67 +108,82 @@ def accuracy(model: Update, digits: Digits) -> float:
     return float((scores.argmax(axis=1) == digits.test_labels).mean())
 
 
-def run(out: Path, *, rounds: int, seed: int) -> dict[str, list[float]]:
-    """Run the demonstration; return the accuracy curve of each rule.
-
-    Parameters
-    ----------
-    out : path
-        Folder, made if need be; receives ``updates/``, ``merged.safetensors`` and ``accuracy.png``.
-    rounds : int
-        Training rounds for each rule.
-    seed : int
-        Of the data split and the batches.
-    """
-    console = Console()
-    out.mkdir(parents=True, exist_ok=True)
+@command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for updates, results and the picture.")] = Path("demo-output"),
+    rounds: Annotated[int, typer.Option(min=1, help="Training rounds.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data split and batches.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Train with 17 workers of which 8 attack, and watch which rules survive."""
+    folder_to_write(out, "demo")
     digits = load_digits(seed)
-    _one_round_through_files(out, digits, seed, console)
-    curves = {}
-    for rule in track(RULES, description="training", console=Console(stderr=True), transient=True):
-        workers, model = Workers(digits, seed), new_model()
-        curve = []
-        for _ in range(rounds):
-            model = step(model, rk.aggregate(workers.updates(model), rule, f=BYZANTINE))
-            curve.append(accuracy(model, digits))
-        curves[rule] = curve
+    merged = _one_round_through_files(out, digits, seed, as_json)
+    curves = _train(digits, rounds, seed)
     speed = compare_speed()
-    table = Table(title=f"after {rounds} rounds, {BYZANTINE} of {WORKERS} workers attack", title_justify="left")
-    table.add_column("rule")
-    table.add_column("test accuracy", justify="right")
-    for rule, curve in curves.items():
-        good = curve[-1] > 0.9
-        table.add_row(rule, f"[{'green' if good else 'red'}]{curve[-1]:.1%}[/]")
-    console.print(table)
-    _print_speed(console, speed)
-    _plot(curves, out / "accuracy.png")
-    console.print(f"picture: {out / 'accuracy.png'}", soft_wrap=True)
+    picture = out / "accuracy.png"
+    _plot(curves, picture)
+    if as_json:
+        names = ("rule", "seconds", "numpy_seconds", "difference")
+        timed = [dict(zip(names, row, strict=True)) for row in speed]
+        print_json({"aggregate": merged, "accuracy": curves, "speed": timed, "picture": str(picture)})
+        return
+    print_table(
+        f"after {rounds} rounds, {BYZANTINE} of {WORKERS} workers attack",
+        ("rule", "test accuracy"),
+        [
+            (rule, Text(f"{curve[-1]:.1%}", style="green" if curve[-1] > 0.9 else "red"))
+            for rule, curve in curves.items()
+        ],
+        numbers=("test accuracy",),
+    )
+    print_table(
+        "n = 20, d = 1,000,000, float32, against plain NumPy in this run",
+        ("rule", "robustkern", "NumPy", "ratio", "largest difference"),
+        [
+            (rule, f"{ours * 1e3:.1f} ms", f"{naive * 1e3:.0f} ms", f"{naive / ours:.0f} x", f"{difference:.1e}")
+            for rule, ours, naive, difference in speed
+        ],
+        numbers=("robustkern", "NumPy", "ratio", "largest difference"),
+    )
+    print(f"picture: {picture}")
+
+
+def _train(digits: Digits, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Train with each rule; return its accuracy after each round."""
+    curves: dict[str, list[float]] = {}
+    with bar("training", len(RULES) * rounds) as shown:
+        for k, rule in enumerate(RULES):
+            workers, model = Workers(digits, seed), new_model()
+            curves[rule] = []
+            for t in range(rounds):
+                shown.show(k * rounds + t, rule)
+                model = step(model, rk.aggregate(workers.updates(model), rule, f=BYZANTINE))
+                curves[rule].append(accuracy(model, digits))
     return curves
 
 
-def _one_round_through_files(out: Path, digits: Digits, seed: int, console: Console) -> None:
+def _one_round_through_files(out: Path, digits: Digits, seed: int, quiet: bool) -> dict[str, Any]:
     """Write one round's updates, merge them through the main job, and check it against the library call."""
     folder = out / "updates"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("worker-*.safetensors"):
-        old.unlink()
     updates = Workers(digits, seed).updates(new_model())
-    for i, update in enumerate(updates):
-        save_file(update, folder / f"worker-{i:02d}.safetensors")
+    files = [folder / f"worker-{i:02d}.safetensors" for i in range(len(updates))]
+    for update, file in zip(updates, files, strict=True):
+        save_file(update, file)
     merged = out / "merged.safetensors"
     rule = "ctma(geometric_median)"
-    console.print(
-        f"$ robustkern aggregate {folder} --rule '{rule}' --f {BYZANTINE} --out {merged}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    if not quiet:
+        print(f"$ robustkern aggregate {folder} --rule '{rule}' --f {BYZANTINE} --out {merged}")
     started = time.perf_counter()
-    info = aggregate_files([folder], rule, out=merged, f=BYZANTINE)
-    files = sorted(folder.iterdir())
-    print_workers(info, files, merged, time.perf_counter() - started)
+    info = aggregate_files(files, rule, out=merged, f=BYZANTINE)
+    seconds = time.perf_counter() - started
+    if not quiet:
+        print_workers(info, files, merged, seconds)
     want, got = rk.aggregate(updates, rule, f=BYZANTINE), load_file(merged)
     if any(not np.allclose(got[k], want[k], rtol=1e-6, atol=1e-7) for k in want):
         raise RuntimeError("the merged file differs from the library's result; please report this as a bug")
+    return facts(info, files, merged, seconds)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------
@@ -200,40 +218,19 @@ def compare_speed(n: int = 20, d: int = 1_000_000, f: int = 4) -> list[tuple[str
     return rows
 
 
-def _print_speed(console: Console, rows: list[tuple[str, float, float, float]]) -> None:
-    table = Table(title="n = 20, d = 1,000,000, float32, against plain NumPy in this run", title_justify="left")
-    for column in ("rule", "robustkern", "NumPy", "ratio", "largest difference"):
-        table.add_column(column, justify="left" if column == "rule" else "right")
-    for rule, ours, naive, difference in rows:
-        table.add_row(
-            rule, f"{ours * 1e3:.1f} ms", f"{naive * 1e3:.0f} ms", f"{naive / ours:.0f} x", f"{difference:.1e}"
-        )
-    console.print(table)
-
-
 def _plot(curves: dict[str, list[float]], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = style.figure(9, 4.5)
     axes = figure.add_subplot()
-    styles = {"mean": ("0.5", "-"), "median": ("C0", "--"), "geometric_median": ("C1", "--")}
-    for rule, curve in curves.items():
-        base = rule.removeprefix("ctma(").removesuffix(")")
-        colour, dashes = styles[base]
-        axes.plot(
-            range(1, len(curve) + 1),
-            curve,
-            color=colour,
-            linestyle="-" if rule != base else dashes,
-            label=rule,
-            linewidth=2,
-        )
+    looks = style.looks(curves)
+    for k, (rule, curve) in enumerate(curves.items()):
+        every = max(len(curve) // 10, 1)
+        axes.plot(range(1, len(curve) + 1), curve, **looks[rule], markevery=(k * every // len(curves), every))
     axes.set(
         xlabel="round",
         ylabel="test accuracy",
-        ylim=(0, 1),
+        ylim=(-0.03, 1),  # what learns nothing is seen too
         title=f"Digits, {WORKERS} workers, {BYZANTINE} of them send {-STRENGTH:g} x the honest mean",
     )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right")
-    figure.savefig(path, dpi=120)
+    style.name_ends(axes, [((len(curve), curve[-1]), rule, looks[rule]["color"]) for rule, curve in curves.items()])
+    style.save(figure, path)

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from robustkern.cli.console import note, print_table
 from robustkern.engine import Info
 
 __all__ = ["facts", "print_workers"]
@@ -68,21 +67,22 @@ def facts(info: Info, files: list[Path], out: Path, seconds: float) -> dict[str,
 
 def print_workers(info: Info, files: list[Path], out: Path, seconds: float) -> None:
     """Print the table of the workers: distance, weight, kept or dropped, and why."""
-    console = Console()
-    table = Table(title=f"{info.rule}, f = {info.f}" if info.f is not None else info.rule, title_justify="left")
-    table.add_column("worker")
-    table.add_column("distance", justify="right")
-    table.add_column("weight", justify="right")
-    table.add_column("verdict")
-    table.add_column("why")
     colours = {"kept": "green", "dropped": "red", "counted": ""}
-    for i, (verdict, why) in enumerate(_verdicts(info)):
-        distance = "" if info.sq_distances is None else f"{math.sqrt(info.sq_distances[i]):.4g}"
-        weight = "" if info.weights is None else f"{info.weights[i]:.4f}"
-        table.add_row(Text(files[i].name), distance, weight, Text(verdict, style=colours[verdict]), why)
-    console.print(table)
-    if info.bound_met is False:
-        console.print(f"[yellow]n = {info.n}, f = {info.f} do not satisfy what this rule's guarantee needs.[/yellow]")
-    console.print(
-        Text(f"{info.n} updates of {info.d:,} numbers -> {out} in {seconds:.2f} s ({info.backend})"), soft_wrap=True
+    print_table(
+        f"{info.rule}, f = {info.f}" if info.f is not None else info.rule,
+        ("worker", "distance", "weight", "verdict", "why"),
+        [
+            (
+                files[i].name,
+                "" if info.sq_distances is None else f"{math.sqrt(info.sq_distances[i]):.4g}",
+                "" if info.weights is None else f"{info.weights[i]:.4f}",
+                Text(verdict, style=colours[verdict]),
+                why,
+            )
+            for i, (verdict, why) in enumerate(_verdicts(info))
+        ],
+        numbers=("distance", "weight"),
     )
+    if info.bound_met is False:
+        note(f"n = {info.n}, f = {info.f} do not satisfy what this rule's guarantee needs.")
+    print(f"{info.n} updates of {info.d:,} numbers -> {out} in {seconds:.2f} s ({info.backend})")

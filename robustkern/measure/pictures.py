@@ -6,25 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from robustkern.measure.reads import colours_of, machine
+from robustkern.measure import style
+from robustkern.measure.reads import machine
 from robustkern.measure.roofline import LABEL, MODELS
 from robustkern.measure.scaling import Point, ratios
 
 __all__ = ["draw"]
 
 #: How each device is drawn; those beyond are models.
-STYLES: dict[str, dict[str, Any]] = {
-    "cpu": {"linestyle": "-", "marker": "o", "markersize": 4},
-    "cuda": {"linestyle": "--", "marker": "s", "markersize": 4},
-}
-MODEL_STYLES = (":", (0, (1, 3)), (0, (4, 2, 1, 2)))
+LINES: dict[str, Any] = {"cpu": "-", "cuda": "--"}
+MODEL_LINES = (":", (0, (1, 3)), (0, (4, 2, 1, 2)))
 TRANSFERS = {"none": "rows on the device", "pinned": "from pinned memory", "pageable": "from pageable memory"}
-
-
-def _style(device: str, models: Sequence[str]) -> dict[str, Any]:
-    if device in models:
-        return {"linestyle": MODEL_STYLES[models.index(device) % len(MODEL_STYLES)], "linewidth": 1.5}
-    return STYLES.get(device, STYLES["cuda"])
 
 
 Names = Mapping[str, str]
@@ -32,15 +24,13 @@ Value = Callable[[Point], float | None]
 
 
 class _Sheet:
-    """A grid of panels with shared axes, and one legend on the right: rules by colour, devices by line."""
+    """A grid of panels with shared axes; rules by colour, marker and names where they end, devices by line."""
 
     def __init__(self, points: Sequence[Point], panels: int, title: str, names: Names, columns: int = 2) -> None:
-        from matplotlib.figure import Figure
-
         columns = min(columns, panels)
         self.names = names
         lines = -(-panels // columns)
-        self.figure = Figure(figsize=(1.9 + 4.4 * columns, 0.8 + 3.4 * lines), layout="constrained")
+        self.figure = style.figure(1.9 + 5.4 * columns, 0.8 + 3.4 * lines)
         grid = self.figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         self.panels = list(grid.flat)[:panels]
         for unused in list(grid.flat)[panels:]:
@@ -48,7 +38,8 @@ class _Sheet:
         for panel in self.panels[-columns:]:
             panel.xaxis.set_tick_params(labelbottom=True)
         self.columns = columns
-        self.colours = colours_of(p.rule for p in points)
+        self.looks = style.looks(p.rule for p in points)
+        self.ends: dict[int, dict[str, tuple[float, float]]] = {}
         self.devices = list(dict.fromkeys(p.device for p in points))
         self.models = list(dict.fromkeys(p.device for p in points if p.kind == "model"))
         facts = machine()
@@ -61,38 +52,44 @@ class _Sheet:
             return f"{MODELS[device].name}:\n{LABEL}"
         return f"{self.names[device]}:\nmeasured" if device in self.names else f"{device}, measured"
 
+    def _device(self, device: str) -> dict[str, Any]:
+        """Return what the line of a device has of its own."""
+        if device in self.models:
+            return {"linestyle": MODEL_LINES[self.models.index(device) % len(MODEL_LINES)], "marker": ""}
+        return {"linestyle": LINES.get(device, "--"), "fillstyle": "full" if device == "cpu" else "none"}
+
     def line(self, panel: Any, device: str, rule: str, line: Sequence[tuple[float, float]]) -> None:
-        """Draw one rule on one device."""
+        """Draw one rule on one device; its name stands where the first of its lines ends."""
         if line:
-            panel.plot(*zip(*sorted(line), strict=True), color=self.colours[rule], **_style(device, self.models))
+            points = sorted(line)
+            panel.plot(*zip(*points, strict=True), **self.looks[rule] | self._device(device))
+            self.ends.setdefault(self.panels.index(panel), {}).setdefault(rule, points[-1])
 
     def finish(
         self, path: Path, xlabel: str, ylabel: str, ticks: Sequence[int] = (), extra: Sequence[Any] = ()
     ) -> Path:
-        """Label the axes, add the legend (with extra lines) and write the file."""
+        """Label the axes, name the lines, add a legend of the devices (with extra lines) and write the file."""
         from matplotlib.lines import Line2D
-        from matplotlib.ticker import FuncFormatter, NullLocator
 
         for k, panel in enumerate(self.panels):
             panel.set(xscale="log", yscale="log")
-            panel.grid(alpha=0.3)
             if k % self.columns == 0:
                 panel.set_ylabel(ylabel)
             if k >= len(self.panels) - self.columns:
                 panel.set_xlabel(xlabel)
             if ticks:
                 panel.set_xticks(ticks, [str(tick) for tick in ticks])
-                panel.xaxis.set_minor_locator(NullLocator())
-            low, high = panel.get_ylim()
-            if high / low < 1000:  # less than three decades: plain numbers, and some between the powers of ten
-                plain = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "12357" else "")
-                panel.yaxis.set_major_formatter(plain)
-                panel.yaxis.set_minor_formatter(plain)
-        handles = [Line2D([], [], color=colour, label=rule, linewidth=3) for rule, colour in self.colours.items()]
-        for device in self.devices:
-            handles.append(Line2D([], [], color="0.2", label=self.name(device), **_style(device, self.models)))
-        self.figure.legend(handles=[*handles, *extra], loc="outside right center", fontsize="small", frameon=False)
-        self.figure.savefig(path, dpi=110)
+            style.plain_ticks(panel)
+        handles = [
+            Line2D([], [], color="0.2", label=self.name(device), **{"linewidth": 1.5} | self._device(device))
+            for device in self.devices
+        ]
+        if len(handles) + len(extra) > 1:
+            self.figure.legend(handles=[*handles, *extra], loc="outside lower center", ncols=4, frameon=False)
+        for k, panel in enumerate(self.panels):
+            named = self.ends.get(k, {})
+            style.name_ends(panel, [(at, rule, self.looks[rule]["color"]) for rule, at in named.items()])
+        style.save(self.figure, path)
         return path
 
 
@@ -130,7 +127,7 @@ def _speed_up(points: Sequence[Point], path: Path) -> Path:
     first = points[0]
     sheet = _Sheet(points, 1, f"speed-up by threads, {first.dtype}, n = {first.n}, d = {first.d:,}", {})
     (panel,) = sheet.panels
-    for rule in sheet.colours:
+    for rule in sheet.looks:
         here = {p.threads or 1: p.seconds for p in points if p.rule == rule and p.seconds}
         if 1 in here:
             sheet.line(panel, "cpu", rule, [(threads, here[1] / seconds) for threads, seconds in here.items()])

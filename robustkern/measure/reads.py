@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import robustkern
 from robustkern.backends.cpp import Cpp
 from robustkern.backends.registry import choose, load_backend
 from robustkern.contract.rows import Rows
+from robustkern.measure import style
 from robustkern.measure.peers import Peer, load
 from robustkern.rules import registered
 from robustkern.rules.base import Goals
@@ -31,6 +32,7 @@ __all__ = [
     "Line",
     "Measured",
     "cases",
+    "facts",
     "goal",
     "goals",
     "machine",
@@ -330,52 +332,41 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(results: Sequence[Measured], path: Path, lines: Sequence[Line] = ()) -> None:
-    """Write the machine's facts and what was measured as JSON."""
-    saved = {
+def facts(results: Sequence[Measured], lines: Sequence[Line] = ()) -> dict[str, Any]:
+    """Return the machine's facts and what was measured."""
+    return {
         "machine": machine(),
         "results": [asdict(result) for result in results],
         "lines": [asdict(line) for line in lines],
     }
-    path.write_text(json.dumps(saved, indent=1) + "\n")
 
 
-def colours_of(rules: Iterable[str]) -> dict[str, Any]:
-    """Return a colour for each rule."""
-    from matplotlib import colormaps
-
-    shades = list(colormaps["tab10"].colors) + list(colormaps["Dark2"].colors)  # type: ignore[attr-defined]
-    return {rule: shades[k % len(shades)] for k, rule in enumerate(dict.fromkeys(rules))}
+def save(results: Sequence[Measured], path: Path, lines: Sequence[Line] = ()) -> None:
+    """Write `facts` as JSON."""
+    path.write_text(json.dumps(facts(results, lines), indent=1) + "\n")
 
 
 def plot(results: Sequence[Measured], path: Path) -> None:
-    """Draw reads against n: ours as lines, peers as dashed lines."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    """Draw reads against n: ours as lines, peers as thin dotted ones, each named where it ends."""
+    figure = style.figure(9.5, 5.5)
     axes = figure.add_subplot()
-    colours = colours_of(r.rule for r in results)
+    looks = style.looks(r.rule for r in results)
+    ends = []
     for rule, library in dict.fromkeys((r.rule, r.library) for r in results):
         points = sorted((r.n, r.reads) for r in results if (r.rule, r.library) == (rule, library))
         ours = library == "robustkern"
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colours[rule],
-            linestyle="-" if ours else ":",
-            marker="o" if ours else {"numpy": "s", "torch": "^"}.get(library, "x"),
-            label=rule if ours else f"{rule}, {library}",
-            linewidth=2 if ours else 1,
-        )
+        look = looks[rule] if ours else looks[rule] | {"linestyle": ":", "linewidth": 1, "markersize": 3}
+        axes.plot(*zip(*points, strict=True), **look)
+        ends.append((points[-1], rule if ours else f"{rule}, {library}", look["color"]))
     axes.axhline(1, color="0.5", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="n rows", ylabel="read passes of the same rows", title=_title(results))
     ticks = sorted({r.n for r in results})
     axes.set_xticks(ticks, [str(n) for n in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    style.plain_ticks(axes)
+    style.name_ends(axes, ends)
+    style.save(figure, path)
 
 
 def _title(results: Sequence[Measured]) -> str:
-    facts = machine()
-    return f"{results[0].dtype}, {facts['cpu']}, {facts['threads']} threads, {facts['isa']}, {facts['date']}"
+    here = machine()
+    return f"{results[0].dtype}, {here['cpu']}, {here['threads']} threads, {here['isa']}, {here['date']}"

@@ -21,13 +21,13 @@ import numpy as np
 
 import robustkern
 from robustkern.contract.rows import DTYPES
-from robustkern.measure.devices import DEVICES, Device, host_bytes
+from robustkern.measure.devices import Device, host_bytes
 from robustkern.measure.peers import plain_form
 from robustkern.measure.reads import Array, machine, make_rows
 from robustkern.measure.roofline import LABEL, MODELS, model_seconds
 from robustkern.measure.suites import check_close, on_threads
 
-__all__ = ["RULES", "Crossover", "Plan", "Point", "crossovers", "repeated_rows", "save", "study"]
+__all__ = ["RULES", "Crossover", "Plan", "Point", "crossovers", "points_of", "repeated_rows", "save", "study"]
 
 RULES = ("mean", "median", "trimmed_mean", "ctma(median)", "geometric_median", "ctma(geometric_median)", "krum")
 #: Share of a memory that is free which rows may take; results and yardsticks need the rest.
@@ -41,38 +41,6 @@ LEAST_ROWS, LEAST_COLUMNS, MOST_ROWS = 3, 100, 4096
 
 
 # ---- what is asked for -----------------------------------------------------------------------------------------
-
-
-def _numbers(text: str, option: str, least: int, most: int) -> tuple[int, ...]:
-    """Read "8,16" or "1e4..1e9" (powers of ten) or "1e4..1e9:2" (two a decade)."""
-    what = f"{option}: expected whole numbers from {least} to {most:,} such as 1e4,2e5, or 1e4..1e9, or 1e4..1e9:2"
-    found: list[float] = []
-    try:
-        for part in text.split(","):
-            ends, _, steps = part.partition(":")
-            if ".." not in ends:
-                found.append(float(part))
-                continue
-            low, high = (float(end) for end in ends.split(".."))
-            each = int(steps or 1)
-            if not (least <= low <= high <= most and each >= 1):
-                raise ValueError
-            count = math.floor(each * math.log10(high / low) + 1e-9) + 1
-            found.extend(round(low * 10 ** (k / each)) for k in range(count))
-    except (ValueError, OverflowError):
-        raise ValueError(f"{what}; got {text!r}") from None
-    for number in found:
-        if not (least <= number <= most and number == int(number)):
-            raise ValueError(f"{what}; got {number:g}")
-    return tuple(sorted({int(number) for number in found}))
-
-
-def _names(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option}: {name!r} is not known (known: {', '.join(known)}; several with commas)")
-    return names
 
 
 @dataclass(frozen=True)
@@ -96,37 +64,6 @@ class Plan:
     d: tuple[int, ...]
     models: tuple[str, ...] = ()
     seconds: float = 1.0
-
-    @classmethod
-    def of(
-        cls,
-        *,
-        devices: str,
-        n: str,
-        d: str,
-        dtype: str = "float32",
-        rules: Sequence[str] | None = None,
-        model: str = "",
-        seconds: float = 1.0,
-    ) -> Plan:
-        """Read the options of the command line.
-
-        Raises
-        ------
-        ValueError, TypeError
-            If one is not understood; the message names it.
-        """
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"--seconds: expected a number above 0, the time of each point; got {seconds:g}")
-        return cls(
-            devices=_names(devices, "--devices", tuple(DEVICES)),
-            rules=tuple(dict.fromkeys(str(robustkern.parse_rule(rule)) for rule in rules or RULES)),
-            dtypes=_names(dtype, "--dtype", [known.name for known in DTYPES]),
-            n=_numbers(n, "--n", LEAST_ROWS, MOST_ROWS),
-            d=_numbers(d, "--d", LEAST_COLUMNS, 10**12),
-            models=_names(model, "--model", tuple(MODELS)) if model else (),
-            seconds=seconds,
-        )
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------
@@ -385,6 +322,12 @@ def study(plan: Plan, devices: Sequence[Device]) -> Iterator[Point]:
             yield from _speed_up(device, largest, plan)
 
 
+def points_of(plan: Plan, devices: Sequence[Device]) -> int:
+    """Return how many points `study` yields at most."""
+    cases = len(plan.dtypes) * len(plan.n) * len(plan.d) * (len(devices) + len(plan.models))
+    return len(plan.rules) * (cases + len(_threads()) * sum(not device.transfers for device in devices))
+
+
 def _models(plan: Plan, n: int, d: int, f: int, dtype: str) -> Iterator[Point]:
     for name, rule in itertools.product(plan.models, plan.rules):
         gpu, itemsize = MODELS[name], _itemsize(dtype)
@@ -489,8 +432,8 @@ def _bandwidth(points: Sequence[Point], device: str) -> float | None:
 
 def save(
     plan: Plan, points: Sequence[Point], devices: dict[str, dict[str, Any]], missing: dict[str, str], out: Path
-) -> None:
-    """Write results.csv and results.json.
+) -> dict[str, Any]:
+    """Write results.csv and results.json, and return what the latter holds.
 
     Parameters
     ----------
@@ -523,3 +466,4 @@ def save(
         "points": [asdict(point) for point in points],
     }
     (out / "results.json").write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    return saved

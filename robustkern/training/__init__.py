@@ -6,18 +6,17 @@
 
 from __future__ import annotations
 
-try:
-    import torch as _torch  # noqa: F401
-except ImportError as missing:
-    raise ImportError(f"{missing}; robustkern.training needs: pip install 'robustkern[train]'") from None
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from robustkern.training.attacks import Attack, Situation, alie_z, available_attacks, parse_attack
-from robustkern.training.data import DataSet, load_data, split
-from robustkern.training.models import make_model
-from robustkern.training.optimizers import MomentumWorker, Mu2Server, Mu2Worker
-from robustkern.training.schedules import Schedule
-from robustkern.training.settings import Settings
-from robustkern.training.simulation import Simulation, TooManyLost
+if TYPE_CHECKING:
+    from robustkern.training.attacks import Attack, Situation, alie_z, available_attacks, parse_attack
+    from robustkern.training.data import DataSet, load_data, split
+    from robustkern.training.models import make_model
+    from robustkern.training.optimizers import MomentumWorker, Mu2Server, Mu2Worker
+    from robustkern.training.schedules import Schedule
+    from robustkern.training.settings import Settings
+    from robustkern.training.simulation import Simulation, TooManyLost
 
 __all__ = [
     "Attack",
@@ -37,3 +36,19 @@ __all__ = [
     "parse_attack",
     "split",
 ]
+
+#: Where the names are; from "models" on, torch is needed.
+_MODULES = ("attacks", "data", "schedules", "settings", "models", "optimizers", "simulation")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: settings and attacks are there before torch, and without it."""
+    if name in __all__:
+        for module in _MODULES:
+            try:
+                names = vars(import_module(f"{__name__}.{module}"))
+            except ImportError as missing:
+                raise ImportError(f"{missing}; robustkern.training needs: pip install 'robustkern[train]'") from None
+            if name in names:
+                return names[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-__all__ = ["MODELS", "make_model"]
+from robustkern.training.settings import MODELS
+
+__all__ = ["make_model"]
 
 
 def make_model(name: str, shape: tuple[int, int, int], classes: int, seed: int) -> nn.Module:
@@ -32,7 +34,7 @@ def make_model(name: str, shape: tuple[int, int, int], classes: int, seed: int) 
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {name!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MODELS[name](shape, classes)
+        return _MAKERS[name](shape, classes)
 
 
 def _softmax(shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -97,5 +99,4 @@ def _resnet18(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
-#: What `make_model` knows.
-MODELS = {"softmax": _softmax, "mlp": _mlp, "cnn": _cnn, "resnet18": _resnet18}
+_MAKERS = dict(zip(MODELS, (_softmax, _mlp, _cnn, _resnet18), strict=True))

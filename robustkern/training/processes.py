@@ -21,7 +21,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from robustkern.cli.supervisor import HEARTBEAT
 from robustkern.errors import RobustkernError
 from robustkern.training.attacks import parse_attack
 from robustkern.training.data import DataSet
@@ -240,17 +239,16 @@ class ProcessServer:
 # ---- a worker --------------------------------------------------------------------------------------------------
 
 
-def _beat(finished_host: str, port: int) -> None:
-    """Tell the supervisor that this process lives, and end it where training has ended without its notice."""
-    pipe = os.environ.get(HEARTBEAT)
+def _beat(finished_host: str, port: int, pipe: int | None) -> None:
+    """Tell who listens that this process lives, and end it where training has ended without its notice."""
     store = TCPStore(finished_host, port, is_master=False)
     left = GRACE_S
     while True:
         try:
             if pipe is not None:
-                os.write(int(pipe), b".")
+                os.write(pipe, b".")
             over = store.check([_finished()])
-        except (RuntimeError, OSError):  # torchrun itself, or the supervisor, has ended
+        except (RuntimeError, OSError):  # torchrun itself, or who listens, has ended
             over = True
         if over:
             left -= 1
@@ -259,19 +257,21 @@ def _beat(finished_host: str, port: int) -> None:
         time.sleep(1)
 
 
-def work(settings: Settings, data: DataSet, *, timeout_s: float) -> str:
+def work(settings: Settings, data: DataSet, *, timeout_s: float, heartbeat: int | None = None) -> str:
     """Be the worker of this process's rank until the server ends the training; return why it ended.
 
     Parameters
     ----------
     settings, data, timeout_s
         As for `ProcessServer`.
+    heartbeat : int, optional
+        Of a pipe, into which a byte a second is written.
     """
     rank = int(os.environ["RANK"])
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     task = Task(settings, data)
     group = _connect(settings, timeout_s)[rank]
-    threading.Thread(target=_beat, args=address, daemon=True).start()
+    threading.Thread(target=_beat, args=(*address, heartbeat), daemon=True).start()
     honest = settings.workers - settings.byzantine
     attack = parse_attack(settings.attack)
     attacks = rank >= honest

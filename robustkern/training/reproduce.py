@@ -6,13 +6,14 @@ import functools
 import json
 import os
 import platform
+import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,19 @@ def reproduce(
 
 
 def _completed(pool: ProcessPoolExecutor, runs: list[Settings]) -> Iterator[Record]:
-    yield from pool.map(train_once, runs, chunksize=4)
+    """Train; Ctrl-C, which reaches all processes of a terminal, is this process's to answer: it ends the others."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what they start with
+    try:
+        futures = [pool.submit(train_once, settings) for settings in runs]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        for future in futures:
+            yield future.result()
+    except BaseException:
+        for process in active_children():
+            process.terminate()
+        raise
 
 
 # ---- what the time goes to -------------------------------------------------------------------------------------

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from robustkern.measure import style
 from robustkern.training.reproduce import BASES, FORMS, WORKERS, Plan, Record
 
-__all__ = ["Comparison", "Results", "compare", "write_page"]
+__all__ = ["Comparison", "Results", "claims", "compare", "write_page"]
 
 PAGE, GRID_PICTURE, RATES_PICTURE = "reproduction.md", "reproduction-rules.png", "reproduction-rates.png"
 #: A difference counts where it is at least a point of accuracy, and twice its standard error over the seeds.
@@ -148,8 +150,9 @@ def _no_worse(c: Comparison) -> str:
     return "held mostly" if 4 * c.worse <= c.pairs else "mixed" if 2 * c.worse <= c.pairs else "did not hold"
 
 
-def _claims(r: Results, times: list[Record]) -> list[list[str]]:
-    plan = r.plan
+def claims(plan: Plan, records: list[Record], times: list[Record]) -> list[list[str]]:
+    """Return the paper's claims: each in words, what became of it here, and by how much; see `write_page`."""
+    r = Results(plan, records)
     few, many = min(plan.byzantine), max(plan.byzantine)
     lifted = {b: compare(r.pairs("+CTMA", "alone", byzantine=[b])) for b in plan.byzantine}
     rows = [
@@ -327,14 +330,11 @@ def _times(times: list[Record]) -> str:
 
 
 def _draw_grid(r: Results, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     plan = r.plan
     shown = [(b, o) for b in plan.byzantine for o in plan.grid_optimizers]
     labels = [f"{base} {name}" if name != "alone" else base for base in BASES for name in FORMS]
-    figure = Figure(figsize=(3.4 * len(shown) + 2, 7.5), layout="constrained")
-    for k, (b, o) in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), k + 1)
+    figure = style.figure(3.4 * len(shown) + 2, 7.5)
+    for k, (axes, (b, o)) in enumerate(zip(figure.subplots(1, len(shown), squeeze=False).flat, shown, strict=True)):
         values = [
             [
                 100 * r.mean(b, attack, form.format(base), o, plan.lr) if name in plan.forms(b) else float("nan")
@@ -343,52 +343,46 @@ def _draw_grid(r: Results, path: Path) -> None:
             for base in BASES
             for name, form in FORMS.items()
         ]
-        image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+        image = axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                if not math.isnan(value):
-                    axes.text(
-                        j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="w" if value < 70 else "k"
-                    )
+                said = "none" if math.isnan(value) else f"{value:.0f}"  # buckets of one row are no bucketing
+                colour = "0.6" if math.isnan(value) else "w" if value < 55 else "k"
+                axes.text(j, i, said, ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(plan.attacks)), plan.attacks, rotation=60, ha="right", fontsize=8)
         axes.set_yticks(range(len(labels)), labels if k == 0 else [], fontsize=8)
         axes.set_title(f"{NAMES[o]}, delta = {_delta(b)}", fontsize=10)
         for border in range(len(FORMS), len(labels), len(FORMS)):
             axes.axhline(border - 0.5, color="w", linewidth=2)
     figure.colorbar(image, ax=figure.axes, label="test accuracy, %", shrink=0.6)
-    figure.savefig(path, dpi=90)
+    style.save(figure, path)
 
 
 def _draw_rates(r: Results, path: Path) -> None:
-    from matplotlib.figure import Figure
-
     plan, rule = r.plan, r.plan.rate_rules[0]
-    figure = Figure(figsize=(2.6 * len(plan.attacks) + 1, 2.6 * len(plan.byzantine) + 0.8), layout="constrained")
-    for row, b in enumerate(plan.byzantine):
-        for column, attack in enumerate(plan.attacks):
-            axes = figure.add_subplot(len(plan.byzantine), len(plan.attacks), row * len(plan.attacks) + column + 1)
-            for colour, o in zip(("C3", "C0", "0.5"), plan.optimizers, strict=False):
-                seeds = [r.of(b, attack, rule, o, lr) for lr in plan.rates]
-                axes.plot(
-                    plan.rates,
-                    [100 * statistics.fmean(s) for s in seeds],
-                    color=colour,
-                    marker="o",
-                    markersize=3,
-                    label=NAMES[o],
-                )
-                axes.fill_between(
-                    plan.rates, [100 * min(s) for s in seeds], [100 * max(s) for s in seeds], color=colour, alpha=0.2
-                )
-            axes.set(xscale="log", ylim=(0, 100))
-            axes.set_title(f"{attack}, delta = {_delta(b)}", fontsize=9)
-            axes.grid(alpha=0.3)
-            if column == 0:
-                axes.set_ylabel("test accuracy, %")
-            if row == len(plan.byzantine) - 1:
-                axes.set_xlabel("learning rate")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=90)
+    looks = style.looks(NAMES)
+    figure = style.figure(2.6 * len(plan.attacks) + 1.6, 2.6 * len(plan.byzantine) + 0.6)
+    grid = figure.subplots(len(plan.byzantine), len(plan.attacks), sharex=True, sharey=True, squeeze=False)
+    for (row, b), (column, attack) in itertools.product(enumerate(plan.byzantine), enumerate(plan.attacks)):
+        axes, ends = grid[row][column], []
+        for o in plan.optimizers:
+            seeds = [r.of(b, attack, rule, o, lr) for lr in plan.rates]
+            means = [100 * statistics.fmean(s) for s in seeds]
+            spread = [100 * statistics.stdev(s) if len(s) > 1 else 0.0 for s in seeds]
+            low, high = ([m + sign * d for m, d in zip(means, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(plan.rates, low, high, color=looks[o]["color"], alpha=0.15, linewidth=0)
+            axes.plot(plan.rates, means, **looks[o])
+            ends.append(((plan.rates[-1], means[-1]), NAMES[o], looks[o]["color"]))
+        axes.set(xscale="log", ylim=(0, 100))
+        axes.set_title(f"{attack}, delta = {_delta(b)}", fontsize=9)
+        style.plain_ticks(axes)
+        if column == 0:
+            axes.set_ylabel("test accuracy, %")
+        if row == len(plan.byzantine) - 1:
+            axes.set_xlabel("learning rate")
+        if column == len(plan.attacks) - 1:
+            style.name_ends(axes, ends)
+    style.save(figure, path)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------
@@ -464,7 +458,7 @@ def _page(r: Results, times: list[Record], facts: dict[str, Any]) -> str:
         f"A pair is one base rule, attack, share of attackers and optimizer, with {plan.seeds} seeds. A difference "
         f"is clear where it is at "
         f"least {100 * LEAST:g} point of accuracy and at least twice its standard error over the seeds.",
-        _table(["claim", "here it", "by how much"], _claims(r, times)),
+        _table(["claim", "here it", "by how much"], claims(plan, r.records, times)),
         "## Rules",
         f"![Accuracy of all rules under all attacks]({GRID_PICTURE})",
     ]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.measure import style
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Server, Times
 
@@ -253,26 +254,23 @@ def run(
 
 
 def draw(lines: list[Line], path: Path) -> None:
-    """Draw accuracy and loss over the rounds."""
-    from matplotlib.figure import Figure
-
+    """Draw accuracy and, below it, loss over the rounds."""
     settings, points = lines[0]["settings"], lines[1:]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure = style.figure(8, 5.5)
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 2))
     rounds = [line["round"] for line in points]
-    axes.plot(rounds, [line["accuracy"] for line in points], color="C0", linewidth=2, label="test accuracy")
-    axes.set(
-        xlabel="round",
-        ylabel="test accuracy",
-        ylim=(0, 1),
-        title=f"{settings['data']}, {settings['model']}, {settings['optimizer']}: {settings['byzantine']} of "
+    accuracy, loss = style.looks(["accuracy", "loss"]).values()
+    thin = {"linewidth": 2, "markersize": 5, "markevery": max(len(rounds) // 25, 1)}
+    upper.plot(rounds, [line["accuracy"] for line in points], **accuracy | thin)
+    lower.plot(rounds, [math.nan if line["loss"] is None else line["loss"] for line in points], **loss | thin)
+    upper.set(ylabel="test accuracy", ylim=(0, 1))
+    lower.set(ylabel="test loss", xlabel="round")
+    upper.set_title(
+        f"{settings['data']}, {settings['model']}, {settings['optimizer']}: {settings['byzantine']} of "
         f"{settings['workers']} workers attack ({settings['attack']}), {settings['rule']}",
+        fontsize="medium",
+        wrap=True,
     )
-    axes.title.set_fontsize(10)
-    axes.grid(alpha=0.3)
-    losses = axes.twinx()
-    values = [math.nan if line["loss"] is None else line["loss"] for line in points]
-    losses.plot(rounds, values, color="0.6", linewidth=1, label="test loss")
-    losses.set_ylabel("test loss")
-    figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    style.save(figure, path)

@@ -1,59 +1,33 @@
-"""Everything that decides a training run's result."""
+"""Everything that decides a training run's result. Without torch: the command line reads its options here."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from robustkern.rules import parse_rule
-from robustkern.training.attacks import parse_attack
+from robustkern.training.attacks import available_attacks, parse_attack
 from robustkern.training.data import DATA_SETS
-from robustkern.training.models import MODELS
-from robustkern.training.schedules import Schedule
+from robustkern.training.schedules import SCHEDULES, Schedule
 
-__all__ = ["OPTIMIZERS", "Settings"]
+__all__ = ["MODELS", "OPTIMIZERS", "Settings"]
 
+MODELS = ("softmax", "mlp", "cnn", "resnet18")
 OPTIMIZERS = ("mu2sgd", "momentum", "sgd")
+
+
+def _setting(default: Any, said: str) -> Any:
+    """Make a field; what it is said to be is also the help of its option in ``robustkern train``."""
+    return field(default=default, metadata={"help": said})
 
 
 @dataclass(frozen=True)
 class Settings:
     """A training run. The same settings give the same result.
 
-    Parameters
-    ----------
-    data, model : str
-        See `load_data` and `make_model`.
-    workers, byzantine : int
-        How many workers, and how many of them, the last ones, attack.
-    f : int, optional
-        How many the rule tolerates; default `byzantine`.
-    attack, rule : str
-        In their text forms.
-    optimizer : {"mu2sgd", "momentum", "sgd"}
-        What workers send, and how the server steps.
-    schedule, beta, gamma : str, float, float
-        Of mu^2-SGD, see `Schedule`.
-    radius : float, optional
-        Of the ball around the start that mu^2-SGD's iterates are projected onto.
-    momentum : float
-        Of the momentum baseline.
-    lr : float
-        Learning rate.
-    batch : int
-        Samples of each worker in a round, drawn with replacement.
-    clip : float
-        Norm that each gradient is clipped to; 0: not at all.
-    rounds : int
-        Steps of the server.
-    dirichlet : float, optional
-        See `split`.
-    failures : tuple of (int, int, str)
-        Worker, round, and "crash" or "stall": what shall happen to it then.
-    seed : int
-        Of the model, the split and the batches.
+    The fields say of themselves what they are: ``dataclasses.fields(Settings)``, or ``robustkern train --help``.
 
     Raises
     ------
@@ -61,26 +35,26 @@ class Settings:
         If something is out of its bounds; the message says which and why.
     """
 
-    data: str = "digits"
-    model: str = "mlp"
-    workers: int = 17
-    byzantine: int = 8
-    f: int | None = None
-    attack: str = "alie"
-    rule: str = "ctma(median)"
-    optimizer: str = "mu2sgd"
-    schedule: str = "practical"
-    beta: float | None = None
-    gamma: float | None = None
-    radius: float | None = None
-    momentum: float = 0.9
-    lr: float = 0.1
-    batch: int = 4
-    clip: float = 2.0
-    rounds: int = 500
-    dirichlet: float | None = None
-    failures: tuple[tuple[int, int, str], ...] = ()
-    seed: int = 0
+    data: str = _setting("digits", f"{', '.join(DATA_SETS)}; digits needs no files, see load_data.")
+    model: str = _setting("mlp", f"{', '.join(MODELS)}.")
+    workers: int = _setting(17, "Workers, attackers included.")
+    byzantine: int = _setting(8, "How many of them, the last ones, attack.")
+    f: int | None = _setting(None, "How many the rule tolerates. Default: as many as attack.")
+    attack: str = _setting("alie", f"{', '.join(available_attacks())}; with parameters such as 'ipm(epsilon=0.1)'.")
+    rule: str = _setting("ctma(median)", "Such as 'ctma(median)' or 'nnm | geometric_median'.")
+    optimizer: str = _setting("mu2sgd", f"{', '.join(OPTIMIZERS)}: what workers send, and how the server steps.")
+    schedule: str = _setting("practical", f"Of mu2sgd: {', '.join(SCHEDULES)}.")
+    beta: float | None = _setting(None, "Of mu2sgd, fixed instead of the schedule's.")
+    gamma: float | None = _setting(None, "Of mu2sgd, fixed instead of the schedule's.")
+    radius: float | None = _setting(None, "Of mu2sgd: project the iterates onto this ball around the start.")
+    momentum: float = _setting(0.9, "Of momentum.")
+    lr: float = _setting(0.1, "Learning rate.")
+    batch: int = _setting(4, "Samples of each worker in a round, drawn with replacement.")
+    clip: float = _setting(2.0, "Clip each gradient to this norm; 0: not at all.")
+    rounds: int = _setting(500, "Steps of the server.")
+    dirichlet: float | None = _setting(None, "Uneven split of the classes: 0.1 very, 100 hardly. Default: even.")
+    failures: tuple[tuple[int, int, str], ...] = _setting((), "Worker, round, and 'crash' or 'stall': its fate then.")
+    seed: int = _setting(0, "Of the model, the split, the batches and the attack.")
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without data."""

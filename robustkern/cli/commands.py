@@ -1,0 +1,47 @@
+"""All commands together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from robustkern import __version__
+from robustkern.cli.aggregate import aggregate
+from robustkern.cli.bench import bench
+from robustkern.cli.demo import demo
+from robustkern.cli.info import info
+from robustkern.cli.reproduce import reproduce
+from robustkern.cli.scaling import scaling
+from robustkern.cli.train import train
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="robustkern",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"robustkern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _robustkern(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Byzantine-robust aggregation of updates at the speed of memory.
+
+    Exit codes: 0 done; 1 it cannot be done; 2 the command was not understood, or a package is missing; 130 Ctrl-C.
+    """
+
+
+for _command in (aggregate, demo, bench, scaling, train, reproduce, info):
+    app.command()(_command)

@@ -1,0 +1,131 @@
+"""``robustkern scaling``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from robustkern.cli.console import CANNOT, Wrong, bar, command, fail, note, print_json, print_table
+from robustkern.cli.options import Json, Rules, folder_to_write, listed, names, numbers, rule_of
+from robustkern.contract.rows import DTYPES
+from robustkern.measure import scaling as measured
+from robustkern.measure.devices import DEVICES, Device, open_devices
+from robustkern.measure.roofline import MODELS
+from robustkern.measure.scaling import Plan, Point
+
+__all__ = ["plan_of", "scaling"]
+
+NUMBERS = "1e4..1e9 are powers of ten, 1e4..1e9:2 two a decade; or 1e4,2e5"
+
+
+@command(extra="bench")
+def scaling(
+    out: Annotated[Path, typer.Option(help="Folder for results.csv, results.json and the pictures.")],
+    devices: Annotated[list[str], typer.Option(help=f"{', '.join(DEVICES)}.")] = ["cpu,cuda"],  # noqa: B006
+    n: Annotated[list[str], typer.Option("--n", help="Rows: 8,16.")] = ["8,16,32,64"],  # noqa: B006
+    d: Annotated[list[str], typer.Option("--d", help=f"Columns: {NUMBERS}.")] = ["1e4..1e9"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help=f"{', '.join(known.name for known in DTYPES)}.")] = ["float32"],  # noqa: B006
+    rules: Rules = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(MODELS)}: what they could do at best, as a line that nobody measured."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each point; one measurement is always made.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Measure how rules scale over devices, rows, columns and dtypes, into a folder of tables and pictures.
+
+    Every result is checked. Points that do not fit into memory, and whatever
+    fails, are recorded with the reason. A device that is not here is named, and
+    the rest goes on. Ctrl-C keeps what was measured. Exit code 1: none of the
+    devices is here, or a result was wrong.
+    """
+    plan = plan_of(devices, n, d, dtype, rules, model, seconds)
+    folder_to_write(out, "scaling")
+    there, missing = open_devices(list(plan.devices))
+    for name, reason in missing.items():
+        note(f"{name} is not here: {reason}")
+    points: list[Point] = []
+    try:
+        _measure(plan, there, points)
+    finally:  # also after Ctrl-C
+        facts = {device.name: device.facts() for device in there}
+        saved = measured.save(plan, points, facts, missing, out)
+        if as_json:
+            print_json(saved)
+        else:
+            _print_points(points)
+        files = [out / "results.csv", out / "results.json", *_draw(points, out, there)]
+        if not as_json:
+            print(f"{out}: {', '.join(path.name for path in files)}")
+    if not there:
+        fail(f"none of the devices is here ({', '.join(plan.devices)}); see above, or robustkern info", CANNOT)
+    wrong = [point for point in points if point.checked == "wrong"]
+    if wrong:
+        fail(f"{len(wrong)} results are wrong, see results.csv; the first: {wrong[0].reason}", CANNOT)
+
+
+def plan_of(
+    devices: Sequence[str],
+    n: Sequence[str],
+    d: Sequence[str],
+    dtype: Sequence[str],
+    rules: Sequence[str] | None,
+    model: Sequence[str] | None,
+    seconds: float,
+) -> Plan:
+    """Read the options."""
+    if not 0 < seconds < math.inf:
+        raise Wrong(f"--seconds: expected a number above 0, the time of each point; got {seconds:g}")
+    return Plan(
+        devices=names(devices, "devices", tuple(DEVICES)),
+        rules=tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in listed(rules) or measured.RULES)),
+        dtypes=names(dtype, "dtype", [known.name for known in DTYPES]),
+        n=numbers(n, "n", measured.LEAST_ROWS, measured.MOST_ROWS),
+        d=numbers(d, "d", measured.LEAST_COLUMNS, 10**12),
+        models=names(model, "model", tuple(MODELS)),
+        seconds=seconds,
+    )
+
+
+def _measure(plan: Plan, there: Sequence[Device], points: list[Point]) -> None:
+    """Measure, and append what comes out."""
+    with bar("scaling", measured.points_of(plan, there)) as shown:
+        for point in measured.study(plan, there):
+            points.append(point)
+            shown.show(len(points), f"{point.device}: {point.rule}, n={point.n}, d={point.d:,}")
+
+
+def _draw(points: Sequence[Point], out: Path, there: Sequence[Device]) -> list[Path]:
+    try:
+        from robustkern.measure.pictures import draw
+
+        return draw(points, out, {device.name: device.facts()["name"] for device in there if device.transfers})
+    except ModuleNotFoundError as error:
+        note(f"no pictures: {error} (run: pip install 'robustkern[plot]')")
+        return []
+
+
+def _print_points(points: Sequence[Point]) -> None:
+    """Print the largest d of each rule, device and n, why other points have no figures, and where devices overtake."""
+    largest = {
+        (p.device, p.rule, p.dtype, p.n): p for p in points if (p.kind, p.part) == ("measured", "sizes") and p.seconds
+    }
+    print_table(
+        "at the largest d that was measured",
+        ("device", "rule", "dtype", "n", "d", "seconds", "reads", "checked"),
+        [
+            (device, rule, dtype, str(n), f"{p.d:,}", f"{p.seconds:.3g}", f"{p.reads:.2f}", p.checked)
+            for (device, rule, dtype, n), p in largest.items()
+        ],
+        numbers=("n", "d", "seconds", "reads"),
+    )
+    for reason, times in Counter(p.reason for p in points if p.reason).items():
+        print(f"{times} points: {reason}")
+    for each in measured.crossovers(points):
+        print(f"{each.device}, {each.rule}, n={each.n}, {each.dtype}, transfer: {each.transfer}: {each.said}")
