@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -467,3 +468,98 @@ def test_a_script_of_its_own_needs_nothing_but_the_file(own: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1.]"
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def robustkern(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "robustkern", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160", **environment}
+    )
+
+
+def test_a_file_of_rules_on_the_command_line(tmp_path: Path) -> None:
+    own = tmp_path / "stranger.py"
+    own.write_text(SOURCE)
+    x = attacked()
+    for i, row in enumerate(x):
+        np.save(tmp_path / f"{i}.npy", row)
+    paths = [tmp_path / f"{i}.npy" for i in range(len(x))]
+    out = tmp_path / "out" / "merged.npy"
+    out.parent.mkdir()
+    done = robustkern("aggregate", *paths, "--import", own, "--rule", "ctma(mda)", "--f", 2, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["rule"] == "ctma(mda)"
+    assert [w["verdict"] for w in json.loads(done.stdout)["workers"]] == ["dropped"] * 2 + ["kept"] * 5
+    done = robustkern("rules", "--import", own, "--json")
+    assert "mda" in [rule["rule"] for rule in json.loads(done.stdout)["rules"]]
+    done = robustkern("rules", "--import", own)
+    assert "mean of the n-f rows of smallest diameter; also: minimal_diameter" in done.stdout
+    done = robustkern("bench", "--import", own, "--n", 8, "--d", 20000, "--rounds", 1, "--against", "numpy", "--json")
+    assert done.returncode == 0, done.stderr
+    measured = [(result["rule"], result["library"], result["goal"]) for result in json.loads(done.stdout)["results"]]
+    assert ("mda", "robustkern", 2.4) in measured
+    assert ("mda", "numpy", None) in measured
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "--import: expected a Python file, FILE.py; got"),
+        ("1 +", "SyntaxError: invalid syntax"),
+        ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+        (
+            "import robustkern as rk\nfrom dataclasses import dataclass\n@rk.register\n@dataclass(frozen=True)\n"
+            "class M(rk.Aggregator):\n    name = 'median'",
+            "the name 'median' stands for",
+        ),
+    ],
+)
+def test_files_of_rules_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
+    own = tmp_path / "bad.py"
+    if content is not None:
+        own.write_text(content)
+    done = robustkern("rules", "--import", own)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_rules_that_packages_offer(tmp_path: Path) -> None:
+    """Entry points: loaded where their name is used, and only there; the text form itself imports nothing."""
+    (tmp_path / "offered.py").write_text(SOURCE)
+    (tmp_path / "broken.py").write_text("raise RuntimeError('no luck')")
+    facts = tmp_path / "offers-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: offers\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(
+        "[robustkern.rules]\nmda = offered:MDA\nbroken = broken\nabsent = offered\n"
+    )
+    for i, row in enumerate(attacked()):
+        np.save(tmp_path / f"{i}.npy", row)
+    common = ("aggregate", *(tmp_path / f"{i}.npy" for i in range(7)), "--f", 2, "--out", tmp_path / "out.npy")
+    done = robustkern(*common, "--rule", "ctma(mda)", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    done = robustkern(*common, "--rule", "median", PYTHONPATH=str(tmp_path))  # a broken offer is nobody's business
+    assert done.returncode == 0, done.stderr
+    for rule, message in [
+        ("broken", "--rule: broken is offered by broken, which cannot be loaded: RuntimeError: no luck"),
+        ("absent", "--rule: offered offers a rule 'absent', and registers none of that name"),
+        ("nobody", "--rule: 'nobody' is not known"),
+    ]:
+        done = robustkern(*common, "--rule", rule, PYTHONPATH=str(tmp_path))
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split())
+    done = robustkern("rules", PYTHONPATH=str(tmp_path))
+    assert "mda: offered by offered:MDA, loaded when it is named" in done.stdout
+    code = "import robustkern as rk; rk.parse_rule('mda')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert "ValueError: rule: 'mda' is not known" in done.stderr

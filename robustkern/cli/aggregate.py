@@ -15,9 +15,10 @@ import robustkern
 from robustkern.cli.console import Wrong, bar, command, print_json
 from robustkern.cli.options import Json, TolerateOption, file_to_write, rule_of
 from robustkern.cli.report import facts, print_workers
+from robustkern.cli.rules import Import
 from robustkern.errors import ConvergenceWarning, NonFiniteError
 from robustkern.files import FileError, aggregate_files, expand
-from robustkern.rules import Aggregator
+from robustkern.rules import Aggregator, available_rules
 
 __all__ = ["aggregate"]
 
@@ -30,9 +31,10 @@ def aggregate(
         list[Path], typer.Argument(help="One safetensors, npz or npy file a worker; directories are searched.")
     ],
     out: Annotated[Path, typer.Option(help="Where the result goes; its suffix decides the kind.")],
-    rule: Annotated[str, typer.Option(help="Such as 'median' or 'nnm | ctma(geometric_median)'.")] = (
+    rule: Annotated[str, typer.Option(help=f"Such as 'nnm | ctma(median)', of {', '.join(available_rules())}.")] = (
         "ctma(geometric_median)"
     ),
+    own: Import = None,
     f: TolerateOption = None,
     delta: Annotated[float | None, typer.Option(help="Instead of --f: their share.")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the workers: 1,1,0.5,...")] = None,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from robustkern.cli.console import Wrong, bar, command, print_json, print_table
 from robustkern.cli.options import Json, Rules, file_to_write, listed, names, numbers, rule_of
+from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
 from robustkern.measure import peers, reads
 from robustkern.measure.style import SUFFIXES
@@ -25,6 +26,7 @@ SIZES = (8, 16, 32, 64, 128, 256, 1024)
 @command(extra="bench")
 def bench(
     rules: Rules = None,
+    own: Import = None,
     n: Annotated[list[str] | None, typer.Option("--n", help="Rows: 8,16. Default: 8 to 1024.")] = None,
     d: Annotated[str | None, typer.Option("--d", help="Columns. Default: n * d = 1.6e8 for rules.")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(known.name for known in DTYPES)}.")] = "float32",

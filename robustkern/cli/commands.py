@@ -12,6 +12,7 @@ from robustkern.cli.bench import bench
 from robustkern.cli.demo import demo
 from robustkern.cli.info import info
 from robustkern.cli.reproduce import reproduce
+from robustkern.cli.rules import rules
 from robustkern.cli.scaling import scaling
 from robustkern.cli.train import train
 
@@ -43,5 +44,5 @@ def _robustkern(
     """
 
 
-for _command in (aggregate, demo, bench, scaling, train, reproduce, info):
+for _command in (aggregate, demo, bench, scaling, train, reproduce, rules, info):
     app.command()(_command)

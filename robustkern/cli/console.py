@@ -36,6 +36,7 @@ __all__ = [
     "Wrong",
     "bar",
     "command",
+    "errors",
     "fail",
     "in_options",
     "note",
@@ -72,6 +73,8 @@ def fail(message: str, code: int) -> NoReturn:
 
 def in_options(message: str, names: Collection[str]) -> str:
     """Return a message that speaks of Python arguments ("f=5", "f must") as one that speaks of options ("--f 5")."""
+    if not names:
+        return message
     known = "|".join(sorted(names, key=len, reverse=True))
     message = re.sub(rf"^({known})(?= must\b|:)", lambda found: "--" + found[1].replace("_", "-"), message)
     return re.sub(
@@ -82,7 +85,8 @@ def in_options(message: str, names: Collection[str]) -> str:
 
 
 @contextlib.contextmanager
-def _errors(names: Collection[str], extra: str, much: str) -> Iterator[None]:
+def errors(names: Collection[str] = (), extra: str = "cli", much: str = "this") -> Iterator[None]:
+    """Turn what users can do something about into a message and an exit code; `names` are the options."""
     try:
         yield
     except KeyboardInterrupt:
@@ -118,7 +122,7 @@ def command(extra: str = "demo", much: str = "one tensor of all files") -> Calla
 
         @functools.wraps(function)
         def run(*arguments: Any, **options: Any) -> None:
-            with _errors(names, extra, much):
+            with errors(names, extra, much):
                 function(*arguments, **options)
 
         return run
@@ -196,7 +200,11 @@ def print_json(facts: Any) -> None:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], numbers: Collection[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str | Text]],
+    numbers: Collection[str] = (),
+    prose: Collection[str] = (),
 ) -> None:
     """Print a table.
 
@@ -210,10 +218,12 @@ def print_table(
         Their cells; plain text, no markup.
     numbers : collection of str
         Names of the columns that end on the right.
+    prose : collection of str
+        Names of the columns that may be broken into lines.
     """
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=column not in prose)
     for row in rows:
         table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     console = Console()

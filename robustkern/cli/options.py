@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from robustkern.cli.console import Wrong, said
-from robustkern.rules import Aggregator, parse_rule
+from robustkern.cli.rules import load_named
+from robustkern.rules import Aggregator, names_in, parse_rule
 
 __all__ = [
     "Json",
@@ -39,6 +40,7 @@ MARK, LOCK = ".robustkern", ".lock"
 def rule_of(text: str, option: str = "rule") -> Aggregator:
     """Read a rule; every command does it here."""
     with said(option):
+        load_named(names_in(text))
         return parse_rule(text)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from robustkern.cli.console import CANNOT, Wrong, bar, command, fail, note, print_json, print_table
 from robustkern.cli.options import Json, Rules, folder_to_write, listed, names, numbers, rule_of
+from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
 from robustkern.measure import scaling as measured
 from robustkern.measure.devices import DEVICES, Device, open_devices
@@ -31,6 +32,7 @@ def scaling(
     d: Annotated[list[str], typer.Option("--d", help=f"Columns: {NUMBERS}.")] = ["1e4..1e9"],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help=f"{', '.join(known.name for known in DTYPES)}.")] = ["float32"],  # noqa: B006
     rules: Rules = None,
+    own: Import = None,
     model: Annotated[
         list[str] | None,
         typer.Option(help=f"{', '.join(MODELS)}: what they could do at best, as a line that nobody measured."),

@@ -16,6 +16,7 @@ import typer
 
 from robustkern.cli.console import Wrong, bar, command, note, print_json, print_table
 from robustkern.cli.options import Json, folder_to_write, listed, rule_of
+from robustkern.cli.rules import Import
 from robustkern.cli.supervisor import HEARTBEAT, launched_rank, supervise
 from robustkern.training.settings import Settings
 
@@ -52,6 +53,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Folder for log, checkpoint and picture; the same command goes on there.")
     ] = Path("train-output"),
+    own: Import = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the files of mnist or cifar10 are.")] = None,
     crash: Annotated[list[str] | None, typer.Option(help="3@20,5@30: worker 3 dies in round 20, 5 in 30.")] = None,
     stall: Annotated[list[str] | None, typer.Option(help="3@20: worker 3 hangs from round 20.")] = None,

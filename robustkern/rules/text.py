@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 if TYPE_CHECKING:
     from robustkern.rules.base import Rule
 
-__all__ = ["available_rules", "make", "names_in", "parse", "registered", "set_name"]
+__all__ = ["available_rules", "known_names", "make", "names_in", "parse", "registered", "set_name"]
 
 MAX_RULE_TEXT = 1000
 _RULES: dict[str, type[Rule]] = {}
@@ -53,6 +53,11 @@ def set_name(name: str, rule: type[Rule] | Rule, aliases: Sequence[str] = ()) ->
 def registered() -> dict[str, type[Rule]]:
     """Return the classes of rules by name."""
     return dict(sorted(_RULES.items()))
+
+
+def known_names() -> set[str]:
+    """Return every name that the text form understands, aliases included."""
+    return {*_RULES, *_PRESETS, *_ALIASES}
 
 
 def available_rules() -> tuple[str, ...]:
