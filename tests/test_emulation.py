@@ -12,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+#: What these tests build is built once, by one of the processes that run tests side by side.
+pytestmark = pytest.mark.xdist_group("emulation")
+
 ROOT = pathlib.Path(__file__).parent.parent
 SCHEDULER = ROOT / "csrc" / "emulation" / "scheduler.cpp"
 SOURCES = ROOT / "tests" / "emulation"

@@ -17,6 +17,9 @@ from typing import Any
 import pytest
 from support import REQUIRED
 
+#: What these tests build is built once, by one of the processes that run tests side by side.
+pytestmark = pytest.mark.xdist_group("install")
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 CHECK = """

@@ -22,6 +22,7 @@ import robustkern as rk
 from robustkern.files import aggregate_files
 from robustkern.measure import peers, reads, roofline
 from robustkern.rules import registered, table, text
+from robustkern.rules.geometry import share_of_origin
 
 #: What a stranger writes: minimal-diameter averaging, centred clipping, and a mixer.
 SOURCE = '''
@@ -287,6 +288,32 @@ class Mixes(rk.Mixer):
 def test_nonsense_mixtures_are_said(what: Any) -> None:
     with pytest.raises(TypeError, match=r"mixes: mixing\(view\) must return a Mixture: finite weights \(m, 5\)"):
         rk.aggregate(np.eye(5), Mixes(what) | rk.Mean())
+
+
+@dataclass(frozen=True)
+class Shrunk(rk.Aggregator):
+    """Half of the mean: the other half lies on the origin."""
+
+    name: ClassVar[str] = "shrunk"
+    points: ClassVar[tuple[str, ...]] = ("origin",)
+
+    def solve(self, view: rk.View) -> rk.Solution:
+        view.measured(self.name)
+        return rk.Solution(np.full(view.n, 0.5), float(view.n))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e9])
+def test_what_weights_leave_lies_on_the_origin(offset: float) -> None:
+    x = make_rows("normal", 7, 12, np.dtype(np.float64)) + offset
+    got, info = rk.aggregate(x, Shrunk(), return_info=True)
+    np.testing.assert_allclose(got, x.mean(axis=0) / 2, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(info.sq_distances, ((x - got) ** 2).sum(axis=1), rtol=1e-9)
+    kept = rk.aggregate(x, rk.CTMA(Shrunk()), f=2)
+    nearest = np.argsort(((x - got) ** 2).sum(axis=1), kind="stable")[:5]
+    np.testing.assert_allclose(kept, x[np.sort(nearest)].mean(axis=0), rtol=1e-14, atol=1e-14)
+    with pytest.raises(ValueError, match=r"returns.*: the weights sum to 0.5 instead of 1, so that the rest lies on"):
+        rk.aggregate(x, Returns(lambda view: rk.Solution(np.full(7, 0.5), 7.0)))
+    assert share_of_origin(np.full(7, 1 / 7), 1e-16) == 0  # sums of 1 but for rounding leave nothing there
 
 
 def test_scores_that_are_none_are_said() -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "Selection",
     "TooCloseError",
     "as_cells",
+    "share_of_origin",
     "unscaled",
 ]
 
@@ -152,7 +153,7 @@ class Geometry:
         """
         products = np.asarray(self.gram @ weights)
         square = 0.0
-        rest = 1.0 - weights.sum() - centre_weight
+        rest = share_of_origin(weights, centre_weight)
         for reference, share in ((self.centre, centre_weight), (self.origin, rest)):
             if reference is not None and share != 0.0:
                 square += share * float(weights @ reference.products)
@@ -160,7 +161,7 @@ class Geometry:
         square += float(weights @ products)
         if self.centre is not None and centre_weight != 0.0:
             square += centre_weight**2 * self.centre.square
-        if self.origin is not None:
+        if self.origin is not None and rest != 0.0:
             square += rest**2 * self.origin.square
         result = np.maximum(np.diagonal(self.gram) - 2 * products + square, 0.0)
         return np.where(self.finite, result, np.inf)
@@ -197,9 +198,9 @@ class Geometry:
     def errors_to(self, weights: Vector, centre_weight: float = 0.0) -> Vector:
         """Error bounds of `sq_distances_to`."""
         length = abs(weights) @ self.lengths
-        rest = 1.0 - weights.sum() - centre_weight
+        rest = share_of_origin(weights, centre_weight)
         for reference, share in ((self.centre, centre_weight), (self.origin, rest)):
-            if reference is not None:
+            if reference is not None and share != 0.0:
                 length += abs(share) * math.sqrt(max(reference.square, 0.0))
         return np.asarray(self.rounding * (self.lengths + length) ** 2)
 
@@ -420,6 +421,12 @@ class Given:
         return scale < 1 or (
             _middle(after, weights) > 0 and tolerated(_measurable(before) & ~_measurable(after), self.f, weights)
         )
+
+
+def share_of_origin(weights: Vector, centre_weight: float) -> float:
+    """Return what shares leave for the origin; none where they sum to 1 but for rounding, which far rows would feel."""
+    rest = 1.0 - float(weights.sum()) - centre_weight
+    return rest if abs(rest) > 1e-9 else 0.0
 
 
 def _reference(gram: Matrix, at: int, finite: Mask) -> Reference:

@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,11 +28,20 @@ from robustkern.rules.geometry import (
     Reference,
     Selection,
     as_cells,
+    share_of_origin,
     tolerated,
     unscaled,
 )
 
 __all__ = ["Mixture", "Solution", "View"]
+
+
+class HasPoints(Protocol):
+    """A rule, of which only this matters here."""
+
+    @property
+    def points(self) -> tuple[str, ...]:
+        """See `robustkern.rules.base.Rule`."""
 
 
 class Solution(NamedTuple):
@@ -313,7 +322,7 @@ class View:
         order = np.asarray(rows, dtype=np.intp)
         return Solution(weights, float(len(order)), kept=weights > 0, order=order)
 
-    def check(self, solution: object, rule: object) -> None:
+    def check(self, solution: object, rule: HasPoints) -> None:
         """Raise where a rule returned what nobody can go on with."""
         if isinstance(solution, Solution):
             weights = solution.weights
@@ -328,7 +337,13 @@ class View:
                 and 0 < solution.divisor < math.inf
                 and math.isfinite(solution.centre_weight)
             ):
-                return
+                if "origin" in rule.points or not share_of_origin(_shares(solution), solution.centre_weight):
+                    return
+                total = float(weights.sum()) / solution.divisor + solution.centre_weight
+                raise ValueError(
+                    f"{rule}: the weights sum to {total:.6g} instead of 1, so that the rest lies on the origin (name it "
+                    "in the rule's points: 'origin')"
+                )
         raise TypeError(
             f"{rule}: solve(view) must return a Solution with finite float64 weights ({self.n},), or one that "
             f"view.mean_of or view.window makes; got {solution!r:.120}"
