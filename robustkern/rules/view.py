@@ -341,8 +341,8 @@ class View:
                     return
                 total = float(weights.sum()) / solution.divisor + solution.centre_weight
                 raise ValueError(
-                    f"{rule}: the weights sum to {total:.6g} instead of 1, so that the rest lies on the origin (name it "
-                    "in the rule's points: 'origin')"
+                    f"{rule}: the weights sum to {total:.6g} instead of 1, so that the rest lies on the origin (name "
+                    "it in the rule's points: 'origin')"
                 )
         raise TypeError(
             f"{rule}: solve(view) must return a Solution with finite float64 weights ({self.n},), or one that "
