@@ -58,20 +58,18 @@ def oracle_select(x: Array, window: Window, multiplicities: Array | None = None)
 
 
 def oracle_nearest(x: Array, window: Window, nearest: int) -> Array:
-    """Order each column by distance, lower side first, then by rank, and average in longdouble."""
+    """Order each column by distance, lower side first, then by rank, and average, all in longdouble."""
     lo, hi = window
     with np.errstate(all="ignore"):
-        ranked = np.sort(x if x.dtype == np.float64 else x.astype(np.float32), axis=0)
-        low, high = ranked[lo], ranked[hi - 1]
-        centre = np.where(np.isfinite(low + high), (low + high) / 2, low / 2 + high / 2)
-        wide, middle = ranked.astype(np.longdouble), centre.astype(np.longdouble)
-        away = np.abs(ranked - centre).astype(np.longdouble)
-        away = np.where(np.isinf(away), np.abs(wide - middle), away)  # finite where only the dtype overflows
-        above = ranked > centre
+        ranked = np.sort(x, axis=0)
+        wide = ranked.astype(np.longdouble)
+        centre = (wide[lo] + wide[hi - 1]) / 2
+        away = np.abs(wide - centre)
+        above = wide > centre
         rank = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
         order = np.lexsort((np.where(above, rank, -rank), above, away, np.isnan(ranked)), axis=0)
         mean = (np.take_along_axis(wide, order[:nearest], axis=0) / nearest).sum(axis=0)
-        return np.asarray(np.where(np.isfinite(centre) | np.isnan(ranked[nearest - 1]), mean, middle))
+        return np.asarray(np.where(np.isfinite(centre) | np.isnan(wide[nearest - 1]), mean, centre))
 
 
 def windows(n: int) -> list[Window]:
@@ -610,8 +608,9 @@ def test_bindings_refuse_other_arrays() -> None:
         hi: int = 3,
         nearest: int = 0,
         multiplicities: Any = None,
+        mixes: Any = (None, None, None, None),
     ) -> None:
-        others = (multiplicities, None, None, 1.0, out.addresses, None)
+        others = (multiplicities, *mixes, 1.0, out.addresses, None)
         _cpu.select_columns(_cpu.supported_isas()[0], addresses, offsets, 2, 1, hi, nearest, *others, flags, 1)
 
     call()
@@ -647,6 +646,15 @@ def test_bindings_refuse_other_arrays() -> None:
             )
     with pytest.raises(ValueError, match="multiplicities must not be negative"):
         call(multiplicities=np.arange(-1, 3))
+    mix, divisors = np.ones((4, 4)), np.ones(4)
+    call(mixes=(mix, divisors, mix, divisors))
+    for bad in (0.0, -1.0, np.inf, np.nan):
+        for mixes in ((mix, np.full(4, bad), None, None), (None, None, mix, np.full(4, bad))):
+            with pytest.raises(ValueError, match="divisors must be positive and finite"):
+                call(mixes=mixes)
+    for mixes in ((mix, divisors[:3], None, None), (None, divisors, None, None)):
+        with pytest.raises(ValueError, match="one divisor for each row of weights"):
+            call(mixes=mixes)
 
 
 def test_addresses() -> None:

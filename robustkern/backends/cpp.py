@@ -54,7 +54,9 @@ class Cpp:
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
@@ -72,7 +74,9 @@ class Cpp:
             nearest or 0,
             multiplicities,
             mix,
+            mix_divisors,
             measure,
+            measure_divisors,
             scale,
             None if out is None else out.addresses,
             sq_distances,
@@ -121,10 +125,17 @@ class Cpp:
         )
         return out
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         self._cpu.weighted_row_sum(
-            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], weights, out.addresses, requested_threads()
+            self.isa,
+            rows.addresses,
+            rows.offsets,
+            _CODES[rows.dtype],
+            weights,
+            divisors,
+            out.addresses,
+            requested_threads(),
         )
 
     def update_momenta(
