@@ -337,7 +337,7 @@ class Kernels(Protocol):
 
         Notes
         -----
-        Summed in float64 in row order, divided once, and then rounded once: equal rows of weight 1 over their number
+        Summed in float64, divided once, and then rounded once: equal rows of weight 1 over their number
         are that row, whole numbers give the number nearest to their mean, however many they are. Of float64 rows sums
         carry their rounding errors (doubled float64), so that errors are those of one rounding whatever n. An average
         (weights that are not negative and add up to the divisor) of finite rows is finite: where sums overflow they

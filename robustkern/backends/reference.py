@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -187,6 +188,16 @@ def _product(a: NDArray[Any], b: NDArray[Any]) -> tuple[Matrix, Matrix]:
     return product, ((a_head * b_head - product) + a_head * b_tail + a_tail * b_head) + a_tail * b_tail
 
 
+def _sum(high: Matrix, low: Matrix) -> tuple[Vector, Vector]:
+    """Return the sum of rows of doubled numbers, two by two."""
+    while len(high) > 1:
+        half = len(high) // 2
+        total, lost = _two_sum(high[:half], high[half : 2 * half])
+        low = np.concatenate([low[:half] + low[half : 2 * half] + lost, low[2 * half :]])
+        high = np.concatenate([total, high[2 * half :]])
+    return high[0], low[0]
+
+
 def _quotient(high: NDArray[Any], low: NDArray[Any], divisor: NDArray[Any] | float) -> Matrix:
     """Return (high + low) / divisor, rounded once; an infinity or a NaN stays."""
     near = high / divisor
@@ -200,30 +211,25 @@ ROOM = 2.0**-32
 
 def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
     """Return weights @ x / divisors in doubled float64, without ever multiplying by a weight of 0."""
-    by = np.ones((len(weights), 1)) if divisors is None else divisors[:, None]
-
-    def quotient(factors: Matrix, by: Matrix, room: float) -> Matrix:
-        high = np.zeros((len(weights), x.shape[1]))
-        low = np.zeros_like(high)
-        for i, row in enumerate(x):
-            used = factors[:, i] != 0
-            product, lost = _product(factors[used, i, None], (row * room)[None])
-            high[used], carried = _two_sum(high[used], product)
-            low[used] += carried + lost
-        return _quotient(high, low, by)
-
-    mixed = quotient(weights, by, 1.0)
-    if not np.isfinite(mixed).all():
+    mixed = np.zeros((len(weights), x.shape[1]))
+    for r, row in enumerate(weights):
+        used = row != 0
+        if not used.any():
+            continue
+        factors, values, by = row[used, None], x[used], 1.0 if divisors is None else float(divisors[r])
+        mixed[r] = _quotient(*_sum(*_product(factors, values)), by)
+        if np.isfinite(mixed[r]).all():
+            continue
         # Once more with weights that add up to 1 at most, and smaller values: no sum of numbers overflows then.
-        size = (np.abs(weights) * 2.0**-16).sum(axis=1, keepdims=True)
-        shrink = np.ldexp(1.0, -np.frexp(size)[1] - 16)
-        again = quotient(weights * shrink, by * shrink, ROOM)
+        size = (np.abs(row) * 2.0**-16).sum()
+        shrink = math.ldexp(1.0, -math.frexp(size)[1] - 16)
+        again = _quotient(*_sum(*_product(factors * shrink, values * ROOM)), by * shrink)
         grown = again / ROOM
-        # An average is within the largest numbers, whatever the rounding of its weights says.
-        average = np.isfinite(again) & (size <= by * 2.0**-16 * (1 + 2.0**-40))
-        largest = np.finfo(np.float64).max
-        grown = np.where(average, np.clip(grown, -largest, largest), grown)
-        mixed = np.where(np.isfinite(mixed), mixed, grown)
+        if size <= by * 2.0**-16 * (1 + 2.0**-40):
+            # An average is within the largest numbers, whatever the rounding of its weights says.
+            largest = np.finfo(np.float64).max
+            grown = np.where(np.isfinite(again), np.clip(grown, -largest, largest), grown)
+        mixed[r] = np.where(np.isfinite(mixed[r]), mixed[r], grown)
     return mixed
 
 
@@ -254,15 +260,13 @@ def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | 
     covered = np.clip(np.minimum(end, window.hi) - np.maximum(begin, window.lo), 0, None)
 
     def mean(room: float) -> Vector:
-        high, low = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-        for count, row in zip(covered.astype(np.float64), ranked, strict=True):
-            product, lost = _product(count, row * room)
-            product, lost = np.where(count, product, 0.0), np.where(count, lost, 0.0)
-            high, carried = _two_sum(high, product)
-            low += carried + lost
+        product, lost = _product(covered.astype(np.float64), ranked * room)
+        high, low = _sum(np.where(covered, product, 0.0), np.where(covered, lost, 0.0))
         return _quotient(high, low, float(window.hi - window.lo)) / room
 
     plain = mean(1.0)
+    if not np.isfinite(plain).all():
+        plain = np.where(np.isfinite(plain), plain, mean(ROOM))
     # A middle of two equal parts is theirs alone, and so is a single value: their counts need not be exact numbers.
     used = covered > 0
     first = np.take_along_axis(ranked, used.argmax(axis=0)[None], axis=0)[0]
@@ -270,5 +274,4 @@ def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | 
     two = (used.sum(axis=0) == 2) & (2 * covered.max(axis=0) == window.hi - window.lo)
     middle = (first + last) * 0.5
     middle = np.where(np.isfinite(middle), middle, first * 0.5 + last * 0.5)
-    plain = np.where(np.isfinite(plain), plain, mean(ROOM))
     return np.asarray(np.where(used.sum(axis=0) == 1, first, np.where(two, middle, plain)))
