@@ -93,10 +93,10 @@ RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by) {
 // The quotient of a sum of values times kRoom, and of weights that were shrunk: finite where the values are and it is
 // an average. A sum of an infinity or a NaN is itself the result.
 RK_INLINE F64 grown(const DoubledSum& sum, double divisor, bool averaging) {
-  F64 value = divided(sum, splat<F64>(divisor)) * (1 / kRoom);
-  if (averaging)  // whose weights may have been rounded up
-    value = vmax(vmin(value, splat<F64>(__DBL_MAX__)), splat<F64>(-__DBL_MAX__));
-  return sum.high - sum.high == 0 ? value : sum.high;
+  const F64 plain = sum.high / divisor * (1 / kRoom), largest = splat<F64>(__DBL_MAX__);
+  const F64 value = plain - plain == 0 ? divided(sum, splat<F64>(divisor)) * (1 / kRoom) : plain;
+  if (!averaging) return value;
+  return sum.high - sum.high == 0 ? vmax(vmin(value, largest), -largest) : value;  // weights may have been rounded up
 }
 
 // To as many bits as float32 and 16 bits more than need, the last one set where others are lost: what is rounded to 16

@@ -196,9 +196,9 @@ __device__ __forceinline__ double moved(double base, double sum, double divisor)
 // The quotient of a sum of values times kRoom, and of weights that were shrunk: finite where the values are and it is
 // an average. A sum of an infinity or a NaN is itself the result.
 __device__ __forceinline__ double grown(const DoubledSum& sum, double divisor, bool averaging) {
-  if (!is_finite(sum.high)) return sum.high;
-  const double value = divided(sum, divisor) * (1 / kRoom);
-  if (is_finite(value) || !averaging) return value;
+  const double plain = sum.high / divisor * (1 / kRoom);
+  const double value = is_finite(plain) ? divided(sum, divisor) * (1 / kRoom) : plain;
+  if (is_finite(value) || !averaging || !is_finite(sum.high)) return value;
   return value < 0 ? -kLargest : kLargest;  // the weights may have been rounded up
 }
 

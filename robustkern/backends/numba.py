@@ -309,11 +309,11 @@ def _mend(weights, divisor, tile, count, result):  # type: ignore[no-untyped-def
     _add_products(weights * shrink, tile, ROOM, count, high, low)
     for j in range(count):
         if result[j] - result[j] != 0:
-            if high[j] - high[j] != 0:
-                result[j] = high[j]
-                continue
-            value = _quotient(high[j], low[j], divisor * shrink) / ROOM
-            result[j] = min(max(value, -LARGEST), LARGEST) if average else value
+            value = high[j] / (divisor * shrink) / ROOM
+            if value - value == 0:
+                value = _quotient(high[j], low[j], divisor * shrink) / ROOM
+            bounded = average and high[j] - high[j] == 0  # the weights may have been rounded up
+            result[j] = min(max(value, -LARGEST), LARGEST) if bounded else value
 
 
 @njit(nogil=True, cache=True)

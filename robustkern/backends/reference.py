@@ -223,12 +223,13 @@ def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
         # Once more with weights that add up to 1 at most, and smaller values: no sum of numbers overflows then.
         size = (np.abs(row) * 2.0**-16).sum()
         shrink = math.ldexp(1.0, -math.frexp(size)[1] - 16)
-        again = _quotient(*_sum(*_product(factors * shrink, values * ROOM)), by * shrink)
-        grown = again / ROOM
+        high, low = _sum(*_product(factors * shrink, values * ROOM))
+        plain = high / (by * shrink) / ROOM
+        grown = np.where(np.isfinite(plain), _quotient(high, low, by * shrink) / ROOM, plain)
         if size <= by * 2.0**-16 * (1 + 2.0**-40):
             # An average is within the largest numbers, whatever the rounding of its weights says.
             largest = np.finfo(np.float64).max
-            grown = np.where(np.isfinite(again), np.clip(grown, -largest, largest), grown)
+            grown = np.where(np.isfinite(high), np.clip(grown, -largest, largest), grown)
         mixed[r] = np.where(np.isfinite(mixed[r]), mixed[r], grown)
     return mixed
 
