@@ -61,13 +61,12 @@ def oracle_nearest(x: Array, window: Window, nearest: int) -> Array:
     """Order each column by distance, lower side first, then by rank, and average, all in longdouble."""
     lo, hi = window
     with np.errstate(all="ignore"):
-        ranked = np.sort(x, axis=0)
-        wide = ranked.astype(np.longdouble)
+        wide = np.sort(x.astype(np.longdouble), axis=0)
         centre = (wide[lo] + wide[hi - 1]) / 2
         away = np.abs(wide - centre)
         above = wide > centre
         rank = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
-        order = np.lexsort((np.where(above, rank, -rank), above, away, np.isnan(ranked)), axis=0)
+        order = np.lexsort((np.where(above, rank, -rank), above, away, np.isnan(wide)), axis=0)
         mean = (np.take_along_axis(wide, order[:nearest], axis=0) / nearest).sum(axis=0)
         return np.asarray(np.where(np.isfinite(centre) | np.isnan(wide[nearest - 1]), mean, centre))
 

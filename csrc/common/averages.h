@@ -6,12 +6,15 @@
 
 namespace rk {
 
+// Weights and divisor are lifted by a power of two, to weights that add up to about 2^64: no product vanishes then, and
+// sums of numbers times kRoom do not overflow.
 struct Average {
-  double divisor, reciprocal;
-  double whole;    // the sum of the weights over the divisor: 1 of an average
-  double shrink;   // a power of two by which the weights add up to 1 at most, so that no sum of numbers overflows
-  bool averaging;  // up to the rounding of the weights the result lies between the values
+  double lift;
+  double divisor, reciprocal;  // lifted
+  double whole;                // the sum of the weights over the divisor: 1 of an average
+  bool averaging;              // up to the rounding of the weights the result lies between the values
 };
+constexpr double kRoom = 0x1p-96;
 
 __attribute__((always_inline)) inline Average average_of(const double* weights, int64_t n, double divisor) {
   double high = 0, low = 0, size = 0;  // the sum carries what its roundings lose
@@ -23,8 +26,8 @@ __attribute__((always_inline)) inline Average average_of(const double* weights, 
   }
   int exponent = 0;
   (void)frexp(size, &exponent);
-  return {divisor, 1 / divisor, (high + low) / divisor, ldexp(1.0, -exponent - 16),
-          size <= divisor * 0x1p-16 * (1 + 0x1p-40)};
+  const double lift = ldexp(1.0, exponent > -900 ? 48 - exponent : 948), lifted = divisor * lift;
+  return {lift, lifted, 1 / lifted, (high + low) / divisor, size <= divisor * 0x1p-16 * (1 + 0x1p-40)};
 }
 
 // The first row of n that all of `count` sums take, from `first` on; n where there is none.

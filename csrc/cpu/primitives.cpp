@@ -59,7 +59,7 @@ class Mixing {
         bool any = false;
         for (int64_t p = 0; p < kMixRows; ++p) {
           const int64_t r = first_[g] + p;
-          factor_[used * kMixRows + p] = r < first_[g + 1] ? weights[r * n + i] : 0;
+          factor_[used * kMixRows + p] = r < first_[g + 1] ? weights[r * n + i] * average_[r].lift : 0;
           any |= factor_[used * kMixRows + p] != 0;
         }
         row_[used] = i;
@@ -146,16 +146,16 @@ class Mixing {
     const Average& average = average_[r];
     const F64 base = base_of(g, x, tile);
     F64 sum = {};
-    DoubledSum shrunk{};
+    DoubledSum shrunken{};
     for (int64_t i = 0; i < n_; ++i) {
-      const double weight = weights_[r * n_ + i];
+      const double weight = weights_[r * n_ + i] * average.lift;
       if (weight == 0) continue;
       const F64 value = load(x + i * tile);
       sum = fmadd(splat<F64>(weight), value - base, sum);
-      add_product(shrunk, splat<F64>(weight * average.shrink), value * kRoom);
+      add_product(shrunken, splat<F64>(weight), value * kRoom);
     }
     const F64 result = finished(r, base, sum);
-    return result - result == 0 ? result : grown(shrunk, average.divisor * average.shrink, average.averaging);
+    return result - result == 0 ? result : grown(shrunken, average.divisor, average.averaging);
   }
 
   Workspace outline_, space_;
@@ -472,14 +472,14 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
     C* rounded = space.part<C>(thread, at_rounded);
     S* stored = space.part<S>(thread, at_stored);
     // One sum of some columns of a segment; only rows with some weight are looked at, in row order.
-    const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed, auto shrunk,
-                                 double shrink) {
+    const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, double lift, auto tailed,
+                                 auto shrunk) {
       constexpr bool kShrunk = shrunk.value != 0;
       int64_t n_used = 0;
       for (int64_t i = 0; i < n; ++i)
         if (weights[r * n + i] != 0) {
           used[n_used] = i;
-          w[n_used++] = weights[r * n + i] * shrink;
+          w[n_used++] = weights[r * n + i] * lift;
         }
       const int64_t padded = round_up(columns, kDoubles);
       for (int64_t i = 0; i < n_used; i += kSumRows) {
@@ -516,27 +516,26 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
       return padded;
     };
     const auto sum_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
-      const double divisor = divisors ? divisors[r] : 1;
-      const int64_t padded = add_columns(r, segment, first, columns, tailed, Count<0>{}, 1);
+      const Average average = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
+      const int64_t padded = add_columns(r, segment, first, columns, average.lift, tailed, Count<0>{});
       if constexpr (sizeof(S) == 8) {
         F64 check = {};
         for (int64_t j = 0; j < padded; j += kDoubles) {
-          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, splat<F64>(divisor));
+          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, splat<F64>(average.divisor));
           check = fmadd(value, F64{}, check);
           store(rounded + j, value);
         }
         if (__builtin_expect(any_nan(check), false)) {
-          const Average average = average_of(weights + r * n, n, divisor);
-          add_columns(r, segment, first, columns, tailed, Count<1>{}, average.shrink);
+          add_columns(r, segment, first, columns, average.lift, tailed, Count<1>{});
           for (int64_t j = 0; j < padded; j += kDoubles) {
             const F64 value = load(rounded + j);
             const DoubledSum sum{load(sums + j), load(sums + run + j)};
-            store(rounded + j, value - value == 0 ? value : grown(sum, divisor * average.shrink, average.averaging));
+            store(rounded + j, value - value == 0 ? value : grown(sum, average.divisor, average.averaging));
           }
         }
       } else {
         for (int64_t j = 0; j < padded; j += kDoubles) {
-          const F64 value = load(sums + j) / divisor;
+          const F64 value = load(sums + j) / average.divisor;
           store_rounded(rounded + j, sizeof(S) == 2 ? to_odd(value) : value);
         }
       }

@@ -6,9 +6,6 @@
 namespace rk {
 namespace RK_ISA {
 
-// By this values are multiplied where sums of them overflow; it leaves room for the products' errors too.
-constexpr double kRoom = 0x1p-32;
-
 template <class V>
 RK_INLINE void two_sum(V a, V b, V& sum, V& error) {  // Knuth
   sum = a + b;
@@ -90,8 +87,8 @@ RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by) {
   return total + fmadd(rest, by.reciprocal, lost);
 }
 
-// The quotient of a sum of values times kRoom, and of weights that were shrunk: finite where the values are and it is
-// an average. A sum of an infinity or a NaN is itself the result.
+// The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity
+// or a NaN is itself the result.
 RK_INLINE F64 grown(const DoubledSum& sum, double divisor, bool averaging) {
   const F64 plain = sum.high / divisor * (1 / kRoom), largest = splat<F64>(__DBL_MAX__);
   const F64 value = plain - plain == 0 ? divided(sum, splat<F64>(divisor)) * (1 / kRoom) : plain;

@@ -152,7 +152,6 @@ __device__ __forceinline__ Tile tile_at(const Table& table, int64_t index, int w
 // ---- sums that carry their rounding errors, and quotients that are rounded once ----------------------------
 
 constexpr double kLargest = 1.7976931348623157e308;
-constexpr double kRoom = 0x1p-32;  // by this values are multiplied where sums of them overflow
 
 template <class C>
 __device__ __forceinline__ void two_sum(C a, C b, C& sum, C& error) {  // Knuth
@@ -193,8 +192,8 @@ __device__ __forceinline__ double moved(double base, double sum, double divisor)
   two_sum(base, near, total, lost);
   return total + (lost + rest / divisor);
 }
-// The quotient of a sum of values times kRoom, and of weights that were shrunk: finite where the values are and it is
-// an average. A sum of an infinity or a NaN is itself the result.
+// The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity
+// or a NaN is itself the result.
 __device__ __forceinline__ double grown(const DoubledSum& sum, double divisor, bool averaging) {
   const double plain = sum.high / divisor * (1 / kRoom);
   const double value = is_finite(plain) ? divided(sum, divisor) * (1 / kRoom) : plain;

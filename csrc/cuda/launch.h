@@ -25,6 +25,7 @@ class UploadedWeights {
     std::vector<int64_t> first{0}, base, start{0}, row;
     std::vector<double> factor;
     std::vector<Average> average;
+    for (int64_t r = 0; r < k; ++r) average.push_back(average_of(weights + r * n, n, divisors ? divisors[r] : 1));
     for (int64_t r = 0; r < k; r = first.back()) {
       int64_t count = lesser(sums, k - r), shared = n;
       if (dtype == DType::float64)
@@ -32,7 +33,9 @@ class UploadedWeights {
       first.push_back(r + count);
       base.push_back(shared < n ? shared : -1);
       for (int64_t i = 0; i < n; ++i) {
-        const auto weight = [&](int64_t p) { return p < count ? weights[(r + p) * n + i] : 0.0; };
+        const auto weight = [&](int64_t p) {
+          return p < count ? weights[(r + p) * n + i] * average[static_cast<std::size_t>(r + p)].lift : 0.0;
+        };
         bool any = false;
         for (int64_t p = 0; p < sums; ++p) any |= weight(p) != 0;
         if (!any) continue;
@@ -41,7 +44,6 @@ class UploadedWeights {
       }
       start.push_back(static_cast<int64_t>(row.size()));
     }
-    for (int64_t r = 0; r < k; ++r) average.push_back(average_of(weights + r * n, n, divisors ? divisors[r] : 1));
     groups_ = static_cast<int64_t>(base.size());
     first_ = space.upload(first.data(), groups_ + 1);
     base_ = space.upload(base.data(), groups_);

@@ -100,10 +100,9 @@ __global__ void __launch_bounds__(kSumThreads, 1)
             for (int64_t u = begin; u < end; ++u) {
               const double factor = weights.factor[u * kSums + r];
               if (factor != 0)
-                shrunken.add_product(factor * average.shrink,
-                                     widened(rows.row<S>(tile.segment, weights.row[u])[column + v]) * kRoom);
+                shrunken.add_product(factor, widened(rows.row<S>(tile.segment, weights.row[u])[column + v]) * kRoom);
             }
-            total = grown(shrunken, average.divisor * average.shrink, average.averaging);
+            total = grown(shrunken, average.divisor, average.averaging);
           }
         result.cell[v] = rounded<O>(total);
       }

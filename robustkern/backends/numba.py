@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from robustkern._kernels import DTYPES, Matrix, Rows, Selected, Vector, Window
 from robustkern._threads import requested_threads
-from robustkern.backends.reference import ROOM, rounded
+from robustkern.backends.reference import ROOM, lift, rounded
 
 __all__ = ["Numba", "load"]
 
@@ -300,18 +300,14 @@ def _mend(weights, divisor, tile, count, result):  # type: ignore[no-untyped-def
         careful |= result[j] - result[j] != 0
     if not careful:
         return
-    size = 0.0
-    for weight in weights:
-        size += abs(weight) * 2.0**-16
-    shrink = math.ldexp(1.0, -math.frexp(size)[1] - 16)
-    average = size <= divisor * 2.0**-16 * (1 + 2.0**-40)
+    average = np.abs(weights).sum() <= divisor * (1 + 2.0**-40)
     high, low = np.empty(count), np.empty(count)
-    _add_products(weights * shrink, tile, ROOM, count, high, low)
+    _add_products(weights, tile, ROOM, count, high, low)
     for j in range(count):
         if result[j] - result[j] != 0:
-            value = high[j] / (divisor * shrink) / ROOM
+            value = high[j] / divisor / ROOM
             if value - value == 0:
-                value = _quotient(high[j], low[j], divisor * shrink) / ROOM
+                value = _quotient(high[j], low[j], divisor) / ROOM
             bounded = average and high[j] - high[j] == 0  # the weights may have been rounded up
             result[j] = min(max(value, -LARGEST), LARGEST) if bounded else value
 
@@ -662,8 +658,12 @@ def _task_columns(rows: Rows) -> int:
     return max(TASK_VALUES // rows.n // TILE, 4) * TILE
 
 
-def _divisors(weights: Matrix, divisors: Vector | None) -> Vector:
-    return np.ones(len(weights)) if divisors is None else divisors
+def _lifted(weights: Matrix | None, divisors: Vector | None, n: int) -> tuple[Matrix, Vector]:
+    """Return weights and divisors times a power of two with which products do not vanish."""
+    if weights is None:
+        return np.empty((0, n)), np.empty(0)
+    by = np.array([lift(row) for row in weights])
+    return np.ascontiguousarray(weights * by[:, None]), by if divisors is None else divisors * by
 
 
 class Numba:
@@ -693,10 +693,8 @@ class Numba:
         whole = nearest is not None or multiplicities is not None
         network = _network(k, 0, k) if whole else _network(k, window.lo, window.hi)
         cells = k if multiplicities is None else int(multiplicities.sum())
-        none = np.empty((0, rows.n))
         n_measured = rows.n if measure is None else len(measure)
-        mixing = none if mix is None else mix
-        measuring = none if measure is None else measure
+        mixing, measuring = _lifted(mix, mix_divisors, rows.n), _lifted(measure, measure_divisors, rows.n)
         same = measure is mix and measure_divisors is mix_divisors
         n_tasks, pieces = _tasks(rows, _task_columns(rows))
 
@@ -714,10 +712,8 @@ class Numba:
                     network,
                     (window.lo, window.hi, nearest or 0, cells),
                     np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities,
-                    mixing,
-                    _divisors(mixing, mix_divisors),
-                    measuring,
-                    _divisors(measuring, measure_divisors),
+                    *mixing,
+                    *measuring,
                     not same,
                     scale,
                     finite,
@@ -818,13 +814,12 @@ class Numba:
         """See the contract."""
         like, empty, table, _ = _storage(rows.dtype)
         used = np.flatnonzero((weights != 0).any(axis=0))
-        rows, weights = rows.take(used), np.ascontiguousarray(weights[:, used])
+        rows, (weights, by) = rows.take(used), _lifted(weights[:, used], divisors, len(used))
         n_tasks, pieces = _tasks(out, _task_columns(out))
 
         def run(task: int) -> None:
             for s, first, count in pieces(task):
                 values = np.empty((len(weights), count))
-                by = _divisors(weights, divisors)
                 _weighted_piece(rows.addresses[s], first, count, like, table, weights, by, empty, values)
                 with np.errstate(all="ignore"):
                     for r, row in enumerate(rounded(values, out.dtype)):

@@ -205,8 +205,17 @@ def _quotient(high: NDArray[Any], low: NDArray[Any], divisor: NDArray[Any] | flo
     return np.where(np.isfinite(high), near + (((high - product) - lost) + low) / divisor, high)
 
 
-# By this values are multiplied where sums of them overflow; it leaves room for the products' errors too.
-ROOM = 2.0**-32
+# By this values are multiplied where sums of them overflow.
+ROOM = 2.0**-96
+
+
+def lift(weights: Vector) -> float:
+    """Return a power of two with which weights add up to about 2**64.
+
+    Products do not vanish then, and sums of numbers times ROOM do not overflow.
+    """
+    exponent = math.frexp(float((np.abs(weights) * 2.0**-16).sum()))[1]
+    return math.ldexp(1.0, min(48 - exponent, 948))
 
 
 def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
@@ -216,17 +225,15 @@ def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
         used = row != 0
         if not used.any():
             continue
-        factors, values, by = row[used, None], x[used], 1.0 if divisors is None else float(divisors[r])
+        divisor = 1.0 if divisors is None else float(divisors[r])
+        by, factors, values = divisor * lift(row), row[used, None] * lift(row), x[used]
         mixed[r] = _quotient(*_sum(*_product(factors, values)), by)
         if np.isfinite(mixed[r]).all():
             continue
-        # Once more with weights that add up to 1 at most, and smaller values: no sum of numbers overflows then.
-        size = (np.abs(row) * 2.0**-16).sum()
-        shrink = math.ldexp(1.0, -math.frexp(size)[1] - 16)
-        high, low = _sum(*_product(factors * shrink, values * ROOM))
-        plain = high / (by * shrink) / ROOM
-        grown = np.where(np.isfinite(plain), _quotient(high, low, by * shrink) / ROOM, plain)
-        if size <= by * 2.0**-16 * (1 + 2.0**-40):
+        high, low = _sum(*_product(factors, values * ROOM))
+        plain = high / by / ROOM
+        grown = np.where(np.isfinite(plain), _quotient(high, low, by) / ROOM, plain)
+        if np.abs(factors).sum() <= by * (1 + 2.0**-40):
             # An average is within the largest numbers, whatever the rounding of its weights says.
             largest = np.finfo(np.float64).max
             grown = np.where(np.isfinite(high), np.clip(grown, -largest, largest), grown)
