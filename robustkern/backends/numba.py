@@ -7,7 +7,6 @@ threading layers abort when several Python threads call at once, or in a forked 
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
