@@ -64,15 +64,14 @@ __device__ __forceinline__ bool is_less(C low, C high, C a, C b) {
   return sum < other || (sum == other && lost < other_lost);
 }
 
-// Mean of the `nearest` values nearest to the middle of the ends of [lo, hi): consecutive ranks, of which one is not
-// among them where that many ranks above lies a value nearer to the middle.
+// The rank from which on the `nearest` values nearest to the middle of the ends of [lo, hi) lie: they are consecutive,
+// and one is not among them where that many ranks above lies a value nearer to the middle.
 template <class C, int kStride>
-__device__ double nearest_mean(const Sorted<C, kStride>& sorted, int64_t n, int64_t lo, int64_t hi, int64_t nearest) {
+__device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, int64_t lo, int64_t hi, int64_t nearest) {
   const C a = sorted[lo], b = sorted[hi - 1];
-  if (!is_finite(a) || !is_finite(b)) return static_cast<double>(a + b);
   int64_t begin = 0;
   for (int64_t k = 0; k + nearest < n; ++k) begin += is_less<C>(sorted[k], sorted[k + nearest], a, b);
-  return window_mean(sorted, begin, begin + nearest);
+  return begin;
 }
 
 // One thread sorts V columns: as many as 16 bytes of a row hold and the registers allow.
@@ -93,7 +92,10 @@ struct NetworkShape {
   // Blocks that share a multiprocessor at least: so the values and what loads them need fewer than 256 registers.
   static constexpr int kValues = N * kColumns * static_cast<int>(sizeof(ComputeOf<S>) / 4);
   static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
-  static constexpr int kBlocks = (kValues <= 64 ? (N == 64 ? 3 : 4) : kDoubles || N == 64 ? 2 : 3) * 128 / kThreads;
+  static constexpr int kBlocks = (kValues <= 64         ? (N == 64 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
+                                  : kDoubles || N == 64 ? 2
+                                                        : 3) *
+                                 128 / kThreads;
 };
 
 template <class S, int N, bool kMedian>
@@ -154,8 +156,11 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
           const Sorted<C, Shape::kThreads> sorted{cells + threadIdx.x};
 #pragma unroll
           for (int i = 0; i < N; ++i) sorted[i] = x[v][i];
-          const double value = args.nearest ? nearest_mean(sorted, n, args.lo, args.hi, args.nearest)
-                                            : window_mean(sorted, args.lo, args.hi);
+          const double ends = static_cast<double>(sorted[args.lo] + sorted[args.hi - 1]);
+          const bool usual = is_finite(sorted[args.lo]) && is_finite(sorted[args.hi - 1]);
+          const int64_t lo = args.nearest ? nearest_rank(sorted, n, args.lo, args.hi, args.nearest) : args.lo;
+          const double mean = window_mean(sorted, lo, args.nearest ? lo + args.nearest : args.hi);
+          const double value = usual || !args.nearest ? mean : ends;  // an infinite middle is itself the result
           result.cell[v] = rounded<S>(spoilt ? not_a_number<double>() : value);
         }
         if (args.partials) centre[at + v] = widened(result.cell[v]);
