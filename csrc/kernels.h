@@ -23,19 +23,21 @@ struct Rows {
 
 // select_columns: the mean of the cells [lo, hi) of each column's sorted values.
 // Without multiplicities a row is one cell; with them row i stands for multiplicities[i] equal cells.
-// With a mix, the selection is over the rows mix @ rows (never stored beyond one column tile).
-// With sq_distances, the squared distance of every row of measure @ rows (of the rows themselves
+// With a mix, the selection is over the rows mix @ rows / mix_divisors (never stored beyond one column tile).
+// With sq_distances, the squared distance of every row of measure @ rows / measure_divisors (of the rows themselves
 // where measure is null) to the selected row as it is stored, summed in float64.
 // NaN ranks above +inf; a window that reaches a NaN gives NaN.
 // With nearest, the window (then of at most two cells, without multiplicities) is a centre, and the result the mean of
-// so many values nearest to it.
+// so many values nearest to it, by exact distances.
 struct Select {
   std::int64_t lo, hi;
   std::int64_t nearest;                // 0: the mean of the window itself
   const std::int64_t* multiplicities;  // (selected rows) or null; their sum is below 2^62
   const double* mix;                   // (n_mixed, n) or null; entries equal to 0 are never multiplied
+  const double* mix_divisors;          // (n_mixed) or null: all 1
   std::int64_t n_mixed;
-  const double* measure;  // (n_measured, n) or null; may be the same pointer as mix
+  const double* measure;  // (n_measured, n) or null; may be, as its divisors, the same pointer as mix
+  const double* measure_divisors;
   std::int64_t n_measured;
   double scale;             // power of two by which differences are multiplied before squaring
   void* const* out;         // (n_segments) in the rows' dtype, or null: only distances are wanted
@@ -67,9 +69,10 @@ struct Kernels {
   // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last
   // bit but for rounding of about 1e-30. A NaN or Inf in the row or the centre gives NaN or Inf.
   Status (*row_sq_distances)(const Rows&, const void* const* centre, double scale, double* out, int threads);
-  // out[s * k + j] = segment s of row j of weights (k, n) @ rows, summed in float64 in row order.
-  // Rows of weight 0 are never read.
-  Status (*weighted_row_sum)(const Rows&, const double* weights, std::int64_t k, void* const* out, int threads);
+  // out[s * k + j] = segment s of row j of weights (k, n) @ rows / divisors (k, or null: all 1): sums in float64, of
+  // float64 rows with what their roundings lose, divided and rounded once. Rows of weight 0 are never read.
+  Status (*weighted_row_sum)(const Rows&, const double* weights, const double* divisors, std::int64_t k,
+                             void* const* out, int threads);
   // For training, no primitive: each value of the n momenta (same segments and dtype, contiguous, no overlap with
   // anything), in place, computed in float64. Three reads and a write of the data.
   Status (*update_momenta)(const Rows& gradients, const Momenta&, void* const* momenta, int threads);

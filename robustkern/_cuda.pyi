@@ -24,7 +24,9 @@ def select_columns(
     nearest: int,
     multiplicities: NDArray[int64] | None,
     mix: NDArray[float64] | None,
+    mix_divisors: NDArray[float64] | None,
     measure: NDArray[float64] | None,
+    measure_divisors: NDArray[float64] | None,
     scale: float,
     out: NDArray[uint64] | None,
     sq_distances: NDArray[float64] | None,
@@ -62,5 +64,6 @@ def weighted_row_sum(
     offsets: NDArray[int64],
     dtype: int,
     weights: NDArray[float64],
+    divisors: NDArray[float64] | None,
     out: NDArray[uint64],
 ) -> None: ...

@@ -224,16 +224,16 @@ def _write(
     source, n = given.source, given.n
     nonfinite, poisoned = np.zeros(n, dtype=np.bool_), False
     squares = np.zeros(n) if wants_info and solution.selection is not None and solution.sq_distances is None else None
-    weights = None
+    weights, divisors = None, np.array([solution.divisor])
     if solution.weights is not None:
-        weights = solution.weights / solution.divisor
+        weights = solution.weights
         if source.has_centre:
-            weights = np.append(weights, solution.centre_weight)
+            weights = np.append(weights, solution.centre_weight * solution.divisor)
         weights = np.ascontiguousarray(weights[None])
     for block in source.results():
         for rows, out in zip(block.rows, block.out, strict=True):
             if weights is not None:
-                given.kernels.weighted_row_sum(rows, weights, out)
+                given.kernels.weighted_row_sum(rows, weights, out, divisors=divisors)
             else:
                 assert solution.selection is not None
                 found = given.select(solution.selection, rows, out, distances=squares is not None)

@@ -188,8 +188,10 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     return total
 
 
-def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, backend: str = "auto") -> Any:
-    """Weighted sum of the rows.
+def weighted_row_sum(
+    updates: Any, weights: ArrayLike, /, *, divisor: float = 1.0, out: Any = None, backend: str = "auto"
+) -> Any:
+    """Weighted sum of the rows over a divisor.
 
     Parameters
     ----------
@@ -197,6 +199,9 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
         The rows.
     weights : array_like of shape (n,)
         Finite; rows of weight exactly 0 are never read.
+    divisor : float
+        Positive and finite. Means are sums divided once: weights of 1 and their number as the divisor give equal rows
+        back as they are, and whole numbers' means as near as the dtype can; weights of 1/n do not.
     out : like one update, optional
         Receives the result.
     backend : str
@@ -210,12 +215,13 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
     Raises
     ------
     TypeError, ValueError, BackendUnavailable
-        As `robustkern.aggregate`; or if the weights are not n finite numbers.
+        As `robustkern.aggregate`; or if the weights are not n finite numbers, or the divisor is not one above 0.
 
     Notes
     -----
-    Summed in float64 in row order, rounded once. One read of the rows that have some weight. For several weighted sums
-    call it several times, or use ``mix`` of the backend's primitive.
+    Summed in float64 in row order (of float64 rows with what the roundings lose), divided and rounded once. One read of
+    the rows that have some weight. For several weighted sums call it several times, or use ``mix`` of the backend's
+    primitive.
     """
     source, result, kernels = _open("weighted_row_sum", updates, out, backend)
     values = np.ascontiguousarray(np.asarray(weights, dtype=np.float64))
@@ -223,9 +229,12 @@ def weighted_row_sum(updates: Any, weights: ArrayLike, /, *, out: Any = None, ba
         raise ValueError(
             f"weighted_row_sum: weights must be {source.n} finite numbers, one for each row; got shape {values.shape}"
         )
+    if isinstance(divisor, bool) or not isinstance(divisor, (int, float, np.number)) or not 0 < divisor < math.inf:
+        raise ValueError(f"weighted_row_sum: divisor must be a finite number above 0; got {divisor!r}")
+    divisors = np.array([divisor], dtype=np.float64)
     for block in source.blocks():
         for rows, target in zip(block.rows, block.out, strict=True):
-            kernels.weighted_row_sum(rows, values[None], target)
+            kernels.weighted_row_sum(rows, values[None], target, divisors=divisors)
     return result
 
 

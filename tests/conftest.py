@@ -75,9 +75,9 @@ def _quiet_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests choose backends and threads themselves."""
     for name in ("ROBUSTKERN_BACKEND", "ROBUSTKERN_ISA", "ROBUSTKERN_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    for read_once in (registry._from_environment, threads._from_environment):
+    for read_once in (registry._from_environment, threads.requested_threads):
         read_once.cache_clear()
     yield
-    for read_once in (registry._from_environment, threads._from_environment):
+    for read_once in (registry._from_environment, threads.requested_threads):
         read_once.cache_clear()
     rk.set_num_threads(None)

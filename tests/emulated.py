@@ -201,10 +201,10 @@ class StagedCuda(Cuda):
         """See the base class."""
         return super().row_sq_distances(self._there(rows), self._there(centre), scale=scale)
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the base class."""
         target = self._there(out)
-        super().weighted_row_sum(self._there(rows), weights, target)
+        super().weighted_row_sum(self._there(rows), weights, target, divisors=divisors)
         self._back(target, out)
 
 

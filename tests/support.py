@@ -68,10 +68,7 @@ if _absent:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`spread` in units of the rows' root mean square distance to the result; `ulps` of the result's own rounding.
-
-    A float64 result cannot be summed in a wider type, so there a sum of n terms is given sqrt(n) times the ulps.
-    """
+    """`spread` in units of the rows' root mean square distance to the result; `ulps` of the result's own rounding."""
 
     spread: float
     ulps: float
@@ -94,8 +91,8 @@ def ulp(x: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.exp2(exponent) * np.longdouble(info.eps)
 
 
-def assert_close(got: NDArray[Any], want: NDArray[Any], rows: NDArray[Any], terms: int = 1) -> None:
-    """Compare a result, a sum of so many terms, with an oracle's in units of the spread of the finite rows."""
+def assert_close(got: NDArray[Any], want: NDArray[Any], rows: NDArray[Any]) -> None:
+    """Compare a result with an oracle's in units of the spread of the finite rows."""
     dtype = rows.dtype
     assert got.dtype == dtype
     x = rows.astype(np.longdouble)
@@ -111,8 +108,7 @@ def assert_close(got: NDArray[Any], want: NDArray[Any], rows: NDArray[Any], term
     difference = (x[use][:, ok] - want[ok]) if use.any() else np.zeros((1, int(ok.sum())))
     spread = np.sqrt((difference**2).sum(axis=1).mean())
     # Each coordinate within the rounding of the result; what exceeds it, in norm, within the share of the spread.
-    ulps = tolerance.ulps * (np.sqrt(terms) if dtype == np.float64 else 1)
-    excess = np.maximum(np.abs(got[ok] - want[ok]) - ulps * ulp(want[ok], dtype), 0)
+    excess = np.maximum(np.abs(got[ok] - want[ok]) - tolerance.ulps * ulp(want[ok], dtype), 0)
     assert np.sqrt((excess**2).sum()) <= tolerance.spread * spread
 
 

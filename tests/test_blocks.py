@@ -101,10 +101,10 @@ class Counting:
         self.nbytes += rows.nbytes
         return self.inner.row_sq_distances(rows, centre, **options)
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         self.calls.append("weighted_row_sum")
         self.nbytes += rows.nbytes * int((weights != 0).any(axis=0).sum()) // rows.n
-        self.inner.weighted_row_sum(rows, weights, out)
+        self.inner.weighted_row_sum(rows, weights, out, divisors=divisors)
 
 
 @pytest.mark.parametrize(

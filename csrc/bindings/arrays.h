@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <type_traits>
@@ -54,6 +55,7 @@ class Array {
 using Addresses = Array<const std::uint64_t, 2>;  // (n_segments, n) pointers
 using Offsets = Array<const std::int64_t, 1>;     // (n_segments + 1)
 using Matrix = Array<const double, 2>;
+using Divisors = std::optional<Array<const double, 1>>;
 using Cells = std::optional<Array<const std::int64_t, 1>>;  // multiplicities
 
 inline void require(bool condition, const char* message) {
@@ -70,6 +72,16 @@ inline Rows rows_of(const Addresses& data, const Offsets& offsets, int dtype) {
           static_cast<std::int64_t>(data.shape(1)), static_cast<DType>(dtype)};
 }
 
+// None: all 1.
+inline const double* divisors_of(const Divisors& divisors, std::size_t count) {
+  if (!divisors) return nullptr;
+  require(divisors->shape(0) == count, "one divisor for each row of weights");
+  for (std::size_t r = 0; r < count; ++r)
+    require(divisors->data()[r] > 0 && divisors->data()[r] <= std::numeric_limits<double>::max(),
+            "divisors must be positive and finite");
+  return divisors->data();
+}
+
 inline std::int64_t cells_of(const Array<const std::int64_t, 1>& multiplicities) {
   std::int64_t cells = 0;
   for (std::size_t i = 0; i < multiplicities.shape(0); ++i) {
@@ -80,9 +92,10 @@ inline std::int64_t cells_of(const Array<const std::int64_t, 1>& multiplicities)
 }
 
 inline Select select_of(const Rows& rows, std::int64_t lo, std::int64_t hi, std::int64_t nearest,
-                        const Cells& multiplicities, const std::optional<Matrix>& mix,
-                        const std::optional<Matrix>& measure, double scale, const std::optional<Addresses>& out,
-                        const std::optional<Array<double, 1>>& sq_distances, const Array<std::uint8_t, 1>& nonfinite) {
+                        const Cells& multiplicities, const std::optional<Matrix>& mix, const Divisors& mix_divisors,
+                        const std::optional<Matrix>& measure, const Divisors& measure_divisors, double scale,
+                        const std::optional<Addresses>& out, const std::optional<Array<double, 1>>& sq_distances,
+                        const Array<std::uint8_t, 1>& nonfinite) {
   const std::size_t n = static_cast<std::size_t>(rows.n), selected = mix ? mix->shape(0) : n;
   require(!mix || (mix->shape(1) == n && mix->shape(0) >= 1 && mix->shape(0) <= 65535), "mix must have shape (k, n)");
   require(!measure || measure->shape(1) == n, "measure must have shape (m, n)");
@@ -103,8 +116,10 @@ inline Select select_of(const Rows& rows, std::int64_t lo, std::int64_t hi, std:
           nearest,
           multiplicities ? multiplicities->data() : nullptr,
           mix ? mix->data() : nullptr,
+          divisors_of(mix_divisors, mix ? mix->shape(0) : 0),
           static_cast<std::int64_t>(selected),
           measure ? measure->data() : nullptr,
+          divisors_of(measure_divisors, measure ? measure->shape(0) : 0),
           measure ? static_cast<std::int64_t>(measure->shape(0)) : 0,
           scale,
           out ? targets(*out) : nullptr,

@@ -36,13 +36,14 @@ int threads_for(const rk::Rows& rows, int requested) {
 }
 
 void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype, std::int64_t lo, std::int64_t hi,
-                    std::int64_t nearest, Cells multiplicities, std::optional<Matrix> mix,
-                    std::optional<Matrix> measure, double scale, std::optional<Addresses> out,
-                    std::optional<Array<double, 1>> sq_distances, Array<std::uint8_t, 1> nonfinite, int threads) {
+                    std::int64_t nearest, Cells multiplicities, std::optional<Matrix> mix, Divisors mix_divisors,
+                    std::optional<Matrix> measure, Divisors measure_divisors, double scale,
+                    std::optional<Addresses> out, std::optional<Array<double, 1>> sq_distances,
+                    Array<std::uint8_t, 1> nonfinite, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = rows_of(data, offsets, dtype);
-  const rk::Select select =
-      select_of(rows, lo, hi, nearest, multiplicities, mix, measure, scale, out, sq_distances, nonfinite);
+  const rk::Select select = select_of(rows, lo, hi, nearest, multiplicities, mix, mix_divisors, measure,
+                                      measure_divisors, scale, out, sq_distances, nonfinite);
   rk::Status status;
   {
     nb::gil_scoped_release release;
@@ -78,15 +79,16 @@ void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtyp
   check(status);
 }
 
-void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtype, Matrix weights, Addresses out,
-                      int threads) {
+void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtype, Matrix weights, Divisors divisors,
+                      Addresses out, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = rows_of(data, offsets, dtype);
   check_sum(rows, weights, out);
+  const double* by = divisors_of(divisors, weights.shape(0));
   rk::Status status;
   {
     nb::gil_scoped_release release;
-    status = table.weighted_row_sum(rows, weights.data(), static_cast<std::int64_t>(weights.shape(0)), targets(out),
+    status = table.weighted_row_sum(rows, weights.data(), by, static_cast<std::int64_t>(weights.shape(0)), targets(out),
                                     threads_for(rows, threads));
   }
   check(status);
@@ -173,14 +175,14 @@ NB_MODULE(_cpu, m) {
   m.def("address_of", &address_of, "array"_a);
   m.def("addresses_of", &addresses_of, "arrays"_a);
   m.def("select_columns", &select_columns, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "lo"_a, "hi"_a, "nearest"_a,
-        "multiplicities"_a.none(), "mix"_a.none(), "measure"_a.none(), "scale"_a, "out"_a.none(),
-        "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);
+        "multiplicities"_a.none(), "mix"_a.none(), "mix_divisors"_a.none(), "measure"_a.none(),
+        "measure_divisors"_a.none(), "scale"_a, "out"_a.none(), "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);
   m.def("gram", &gram, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "multiplicities"_a.none(), "origin"_a, "scale"_a,
         "single"_a, "out"_a, "threads"_a);
   m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "centre"_a, "scale"_a,
         "out"_a, "threads"_a);
-  m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a, "out"_a,
-        "threads"_a);
+  m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a,
+        "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,
         "gradient_scales"_a, "correction_scales"_a.none(), "momenta"_a, "threads"_a);
   m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);

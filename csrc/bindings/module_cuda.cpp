@@ -30,12 +30,12 @@ rk::cuda::Call call_on(int device, std::uintptr_t stream, nb::handle allocator) 
 
 void select_columns(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
                     int dtype, std::int64_t lo, std::int64_t hi, std::int64_t nearest, Cells multiplicities,
-                    std::optional<Matrix> mix, std::optional<Matrix> measure, double scale,
-                    std::optional<Addresses> out, std::optional<Array<double, 1>> sq_distances,
-                    Array<std::uint8_t, 1> nonfinite) {
+                    std::optional<Matrix> mix, Divisors mix_divisors, std::optional<Matrix> measure,
+                    Divisors measure_divisors, double scale, std::optional<Addresses> out,
+                    std::optional<Array<double, 1>> sq_distances, Array<std::uint8_t, 1> nonfinite) {
   const rk::Rows rows = rows_of(data, offsets, dtype);
-  const rk::Select select =
-      select_of(rows, lo, hi, nearest, multiplicities, mix, measure, scale, out, sq_distances, nonfinite);
+  const rk::Select select = select_of(rows, lo, hi, nearest, multiplicities, mix, mix_divisors, measure,
+                                      measure_divisors, scale, out, sq_distances, nonfinite);
   nb::gil_scoped_release release;
   rk::cuda::select_columns(rows, select, call_on(device, stream, allocator));
 }
@@ -58,11 +58,12 @@ void row_sq_distances(int device, std::uintptr_t stream, nb::callable allocator,
 }
 
 void weighted_row_sum(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
-                      int dtype, Matrix weights, Addresses out) {
+                      int dtype, Matrix weights, Divisors divisors, Addresses out) {
   const rk::Rows rows = rows_of(data, offsets, dtype);
   check_sum(rows, weights, out);
+  const double* by = divisors_of(divisors, weights.shape(0));
   nb::gil_scoped_release release;
-  rk::cuda::weighted_row_sum(rows, weights.data(), static_cast<std::int64_t>(weights.shape(0)), targets(out),
+  rk::cuda::weighted_row_sum(rows, weights.data(), by, static_cast<std::int64_t>(weights.shape(0)), targets(out),
                              call_on(device, stream, allocator));
 }
 
@@ -94,14 +95,15 @@ NB_MODULE(_cuda, m) {
   m.def("runtime_version", &rk::cuda::runtime_version);
   m.def("driver_version", &rk::cuda::driver_version);
   m.def("select_columns", &select_columns, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
-        "lo"_a, "hi"_a, "nearest"_a, "multiplicities"_a.none(), "mix"_a.none(), "measure"_a.none(), "scale"_a,
-        "out"_a.none(), "sq_distances"_a.none(), "nonfinite"_a);
+        "lo"_a, "hi"_a, "nearest"_a, "multiplicities"_a.none(), "mix"_a.none(), "mix_divisors"_a.none(),
+        "measure"_a.none(), "measure_divisors"_a.none(), "scale"_a, "out"_a.none(), "sq_distances"_a.none(),
+        "nonfinite"_a);
   m.def("gram", &gram, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
         "multiplicities"_a.none(), "origin"_a, "scale"_a, "single"_a, "out"_a);
   m.def("row_sq_distances", &row_sq_distances, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
         "centre"_a, "scale"_a, "out"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
-        "weights"_a, "out"_a);
+        "weights"_a, "divisors"_a.none(), "out"_a);
 #if defined(RK_EMULATED)
   m.def("set_order", &rk::emulation::set_order, "order"_a);
   m.def("fail_launch", &rk::emulation::fail_launch, "nth"_a, "error"_a);

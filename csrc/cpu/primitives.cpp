@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include "select.h"
+#include "sums.h"
 #include "tiles.h"
 
 namespace rk {
@@ -19,77 +20,105 @@ struct Count {
 constexpr int64_t kMixRows = 4;                              // mixtures made together,
 constexpr int64_t kMixVectors = kVectorBytes == 64 ? 4 : 2;  // and vectors of each: the sums fit the registers
 
-// A matrix of weights in the order in which it is used: for each group of kMixRows mixtures the rows of which any of
-// them takes some, and their weights side by side. Room for whole groups.
+// A matrix of weights and divisors in the order in which it is used: for each group of up to kMixRows mixtures the rows
+// of which any of them takes some, and their weights side by side. Of float64 rows (kCentred) differences from a row
+// that all mixtures of a group take are summed: equal rows so come back as they are, at the speed of plain sums.
+template <bool kCentred>
 class Mixing {
  public:
-  bool prepare(const double* weights, int64_t k, int64_t n) {
+  bool prepare(const double* weights, const double* divisors, int64_t k, int64_t n) {
     weights_ = weights;
     k_ = k;
     n_ = n;
-    const int64_t groups = this->groups();
-    const int64_t starts = space_.reserve<int64_t>(groups + 1), rows = space_.reserve<int64_t>(groups * n);
-    const int64_t factors = space_.reserve<double>(groups * n * kMixRows);
+    const int64_t firsts = outline_.reserve<int64_t>(k + 1), bases = outline_.reserve<int64_t>(k);
+    const int64_t averages = outline_.reserve<Average>(k);
+    if (!outline_.allocate(1)) return false;
+    first_ = outline_.part<int64_t>(0, firsts);
+    base_ = outline_.part<int64_t>(0, bases);
+    average_ = outline_.part<Average>(0, averages);
+    for (int64_t r = 0; r < k; ++r) average_[r] = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
+    for (int64_t r = 0; r < k;) {
+      int64_t count = min64(kMixRows, k - r);
+      if (kCentred)
+        while ((base_[groups_] = shared_row(weights, n, r, count)) == n && count > 1) --count;
+      first_[groups_++] = r;
+      r += count;
+    }
+    first_[groups_] = k;
+
+    const int64_t starts = space_.reserve<int64_t>(groups_ + 1), rows = space_.reserve<int64_t>(groups_ * n);
+    const int64_t factors = space_.reserve<double>(groups_ * n * kMixRows);
     if (!space_.allocate(1)) return false;
     start_ = space_.part<int64_t>(0, starts);
     row_ = space_.part<int64_t>(0, rows);
     factor_ = space_.part<double>(0, factors);
     int64_t used = 0;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t g = 0; g < groups_; ++g) {
       start_[g] = used;
       for (int64_t i = 0; i < n; ++i) {
         bool any = false;
         for (int64_t p = 0; p < kMixRows; ++p) {
-          const int64_t r = g * kMixRows + p;
-          factor_[used * kMixRows + p] = r < k ? weights[r * n + i] : 0;
+          const int64_t r = first_[g] + p;
+          factor_[used * kMixRows + p] = r < first_[g + 1] ? weights[r * n + i] * average_[r].lift : 0;
           any |= factor_[used * kMixRows + p] != 0;
         }
         row_[used] = i;
         used += any;
       }
     }
-    start_[groups] = used;
+    start_[groups_] = used;
     return true;
   }
-  int64_t groups() const { return (k_ + kMixRows - 1) / kMixRows; }
+  int64_t groups() const { return groups_; }
 
-  // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], also or only rounded to C (either may be
-  // null). A row with a NaN or Inf (not finite[i]) is never multiplied by 0.
+  // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], over the divisor, also or only rounded to C
+  // (either may be null). A row with a NaN or Inf (not finite[i]) is never multiplied by 0.
   template <class C>
   void run(const double* x, int64_t columns, int64_t tile, const uint8_t* finite, double* mixed, C* rounded,
            Ahead& ahead) const {
-    for (int64_t g = 0; g < groups(); ++g) {
+    const auto put = [&](int64_t r, int64_t j, F64 value) {
+      if (mixed) store(mixed + r * tile + j, value);
+      if (rounded) store_rounded(rounded + r * tile + j, value);
+    };
+    for (int64_t g = 0; g < groups_; ++g) {
       ahead.step();
       bool special = false;
       for (int64_t u = start_[g]; u < start_[g + 1]; ++u) special |= !finite[row_[u]];
       int64_t j = 0;
       if (__builtin_expect(!special, true))
         for (; j + kMixVectors * kDoubles <= columns; j += kMixVectors * kDoubles)
-          mix<kMixVectors>(g, x + j, tile, mixed ? mixed + j : nullptr, rounded ? rounded + j : nullptr);
+          mix<kMixVectors>(g, x + j, tile, j, put);
       for (; j < columns; j += kDoubles)
         if (!special)
-          mix<1>(g, x + j, tile, mixed ? mixed + j : nullptr, rounded ? rounded + j : nullptr);
+          mix<1>(g, x + j, tile, j, put);
         else
-          for (int64_t r = g * kMixRows; r < min64((g + 1) * kMixRows, k_); ++r) {
-            F64 sum = {};
-            for (int64_t i = 0; i < n_; ++i)
-              if (weights_[r * n_ + i] != 0) sum = fmadd(splat<F64>(weights_[r * n_ + i]), load(x + i * tile + j), sum);
-            if (mixed) store(mixed + r * tile + j, sum);
-            if (rounded) store_rounded(rounded + r * tile + j, sum);
-          }
+          for (int64_t r = first_[g]; r < first_[g + 1]; ++r) put(r, j, mixture(g, r, x + j, tile));
     }
   }
 
  private:
-  template <int64_t kVectors, class C>
-  RK_INLINE void mix(int64_t g, const double* x, int64_t tile, double* mixed, C* rounded) const {
-    F64 sum[kMixRows][kVectors];
+  RK_INLINE F64 base_of(int64_t g, const double* x, int64_t tile) const {
+    return kCentred && base_[g] < n_ ? load(x + base_[g] * tile) : F64{};
+  }
+  RK_INLINE F64 finished(int64_t r, F64 base, F64 sum) const {
+    const Divisor divisor(average_[r].divisor, average_[r].reciprocal);
+    return kCentred ? moved(base * average_[r].whole, sum, divisor) : divided(sum, divisor);
+  }
+
+  template <int64_t kVectors, class Put>
+  RK_INLINE void mix(int64_t g, const double* x, int64_t tile, int64_t j, Put&& put) const {
+    F64 sum[kMixRows][kVectors], base[kVectors], check = {};
     clear(sum);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) base[v] = base_of(g, x + v * kDoubles, tile);
     for (int64_t u = start_[g]; u < start_[g + 1]; ++u) {
       const double *row = x + row_[u] * tile, *factor = factor_ + u * kMixRows;
       F64 value[kVectors];
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < kVectors; ++v) value[v] = load(row + v * kDoubles);
+      for (int64_t v = 0; v < kVectors; ++v) {
+        value[v] = load(row + v * kDoubles);
+        if (kCentred) value[v] -= base[v];
+      }
 #pragma GCC unroll 4
       for (int64_t p = 0; p < kMixRows; ++p) {
         const F64 weight = splat<F64>(factor[p]);
@@ -97,20 +126,45 @@ class Mixing {
         for (int64_t v = 0; v < kVectors; ++v) sum[p][v] = fmadd(weight, value[v], sum[p][v]);
       }
     }
+    const int64_t count = first_[g + 1] - first_[g];
 #pragma GCC unroll 4
     for (int64_t p = 0; p < kMixRows; ++p)
+      if (p < count)
 #pragma GCC unroll 4
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t at = (g * kMixRows + p) * tile + v * kDoubles;
-        if (mixed) store(mixed + at, sum[p][v]);
-        if (rounded) store_rounded(rounded + at, sum[p][v]);
-      }
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const F64 result = finished(first_[g] + p, base[v], sum[p][v]);
+          check = fmadd(result, F64{}, check);
+          put(first_[g] + p, j + v * kDoubles, result);
+        }
+    if (__builtin_expect(any_nan(check), false))
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t v = 0; v < kVectors; ++v)
+          put(first_[g] + p, j + v * kDoubles, mixture(g, first_[g] + p, x + v * kDoubles, tile));
+  }
+  // The same of one mixture, where rows are no numbers or sums overflow.
+  __attribute__((noinline)) F64 mixture(int64_t g, int64_t r, const double* x, int64_t tile) const {
+    const Average& average = average_[r];
+    const F64 base = base_of(g, x, tile);
+    F64 sum = {};
+    DoubledSum shrunken{};
+    for (int64_t i = 0; i < n_; ++i) {
+      const double weight = weights_[r * n_ + i] * average.lift;
+      if (weight == 0) continue;
+      const F64 value = load(x + i * tile);
+      sum = fmadd(splat<F64>(weight), value - base, sum);
+      add_product(shrunken, splat<F64>(weight), value * kRoom);
+    }
+    const F64 result = finished(r, base, sum);
+    return result - result == 0 ? result : grown(shrunken, average.divisor, average.averaging);
   }
 
-  Workspace space_;
+  Workspace outline_, space_;
   const double* weights_ = nullptr;
   double* factor_ = nullptr;
-  int64_t *start_ = nullptr, *row_ = nullptr, k_ = 0, n_ = 0;
+  Average* average_ = nullptr;
+  // Of each group: its first mixture, the row that they are differences from, and where its rows begin.
+  int64_t *first_ = nullptr, *base_ = nullptr, *start_ = nullptr, *row_ = nullptr;
+  int64_t groups_ = 0, k_ = 0, n_ = 0;
 };
 
 // A tile as float64, and which rows of it are numbers throughout.
@@ -159,7 +213,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   using C = ComputeOf<S>;
   const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
   const int64_t n_measured = select.measure ? select.n_measured : n;
-  const bool remeasure = select.sq_distances && select.measure && select.measure != select.mix;
+  const bool same = select.measure == select.mix && select.measure_divisors == select.mix_divisors;
+  const bool remeasure = select.sq_distances && select.measure && !same;
   // Mixtures take room of their own; distances read the tile a second time, so it should still be in the first-level
   // cache.
   const bool small_tile = select.sq_distances && n <= 32;
@@ -172,20 +227,22 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
   const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
 
-  Mixing mixing, measuring;
-  if (select.mix && !mixing.prepare(select.mix, k, n)) return Status::out_of_memory;
-  if (remeasure && !measuring.prepare(select.measure, n_measured, n)) return Status::out_of_memory;
+  Mixing<sizeof(S) == 8> mixing, measuring;
+  if (select.mix && !mixing.prepare(select.mix, select.mix_divisors, k, n)) return Status::out_of_memory;
+  if (remeasure && !measuring.prepare(select.measure, select.measure_divisors, n_measured, n))
+    return Status::out_of_memory;
   Window window{k, select.lo, select.hi, select.multiplicities, select.nearest};
+  window.narrow = sizeof(S) == 2;
   if (!prepare_window(window)) return Status::out_of_memory;
   Workspace space;
   SelectParts<S> at;
   at.buffer = space.reserve<S>(n * kStored<S>);
   at.src = space.reserve<const S*>(n);
   at.wide = space.reserve<double>(select.mix || remeasure ? n * tile : 0);
-  at.mixed = space.reserve<double>(select.mix ? (k + kMixRows) * tile : 0);
-  at.mixed_rounded = space.reserve<C>(select.mix ? (k + kMixRows) * tile : 0);
+  at.mixed = space.reserve<double>(select.mix ? k * tile : 0);
+  at.mixed_rounded = space.reserve<C>(select.mix ? k * tile : 0);
   at.mixed_src = space.reserve<const C*>(k);
-  at.measured = space.reserve<double>(remeasure ? (n_measured + kMixRows) * tile : 0);
+  at.measured = space.reserve<double>(remeasure ? n_measured * tile : 0);
   // Mixed rows are of the compute type.
   const int64_t scratch = select.mix ? select_scratch<C>(window) : select_scratch<S>(window);
   at.network = space.reserve<C>(scratch);
@@ -229,7 +286,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
           ahead_of<S>(rows, segment, first + columns, columns, select.mix ? mixing.groups() : padded / kStored<S>);
       read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
       if (select.mix) {
-        const bool keep = distances && select.measure == select.mix;
+        const bool keep = distances && same;
         widen_tile(src, n, padded, tile, wide, finite);
         mixing.run(wide, padded, tile, finite, keep ? mixed : nullptr, mixed_rounded, ahead);
         for (int64_t r = 0; r < k; ++r) mixed_src[r] = mixed_rounded + r * tile;
@@ -249,7 +306,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
       if (remeasure) {
         if (!select.mix) widen_tile(src, n, padded, tile, wide, finite);
-        measuring.run<C>(wide, padded, tile, finite, measured, nullptr, ahead);
+        measuring.run(wide, padded, tile, finite, measured, static_cast<C*>(nullptr), ahead);
       }
       const double* virtual_rows = remeasure ? measured : mixed;
       for (int64_t i = 0; i < n_measured; ++i)
@@ -281,36 +338,6 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 // ---- row_sq_distances ----------------------------------------------------------------------------------
 
 constexpr int64_t kChains = 4;  // sums of a row, because each waits for the one before
-
-// A sum of float64 and what its roundings lost (Dekker; Knuth's two-sum): about 106 bits.
-struct DoubledSum {
-  F64 high, low;
-};
-
-RK_INLINE F64 product_error(F64 a, F64 product) {
-#if defined(__AVX512F__) || defined(__FMA__)
-  return fmadd(a, a, -product);
-#else
-  const F64 split = a * 134217729.0, head = split - (split - a), tail = a - head;
-  return ((head * head - product) + 2.0 * head * tail) + tail * tail;
-#endif
-}
-
-RK_INLINE void two_sum(F64 a, F64 b, F64& sum, F64& error) {
-  sum = a + b;
-  const F64 virtual_b = sum - a;
-  error = (a - (sum - virtual_b)) + (b - virtual_b);
-}
-
-RK_INLINE void add_square(DoubledSum& total, F64 a, F64 b) {
-  F64 difference, lost;
-  two_sum(a, -b, difference, lost);
-  const F64 square = difference * difference;
-  const F64 square_lost = product_error(difference, square) + 2.0 * difference * lost;
-  F64 carried;
-  two_sum(total.high, square, total.high, carried);
-  total.low += carried + square_lost;
-}
 
 RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
   const double sum = high + more_high, virtual_b = sum - high;
@@ -384,12 +411,15 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
 
 // ---- weighted_row_sum ----------------------------------------------------------------------------------
 
-constexpr int64_t kSumColumns = 2048;  // a row at a time: memory likes long runs (mean of 64 rows: 2.2 reads, 1.1 so)
-constexpr int64_t kSumRows = 4;        // or some rows: sums are loaded and stored once for them
+// A row at a time: memory likes long runs (mean of 64 rows: 2.2 reads, 1.1 so).
+template <class S>
+constexpr int64_t kSumColumns = sizeof(S) == 8 ? 1024 : 2048;
+constexpr int64_t kSumRows = 4;  // or some rows: sums are loaded and stored once for them
 
 // sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile
-// fetches as much of the rows `next`.
-template <int64_t kCount, class S>
+// fetches as much of the rows `next`. Of float64 rows with what the roundings lost, after the sums; kShrunk: of values
+// times kRoom.
+template <int64_t kCount, bool kShrunk, class S>
 RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double* weights, int64_t columns, bool begin,
                         double* sums) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
@@ -399,23 +429,37 @@ RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double
     if (j % line == 0)
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kSumRows; ++i) __builtin_prefetch(next[i] + j, 0, 2);
-    F64 sum = begin ? F64{} : load(sums + j);
+    if constexpr (sizeof(S) == 8) {
+      double *high = sums + j, *low = sums + kSumColumns<S> + j;
+      DoubledSum sum = {};
+      if (!begin) sum = {load(high), load(low)};
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kCount; ++i) sum = fmadd(factor[i], load_double(rows[i] + j), sum);
-    store(sums + j, sum);
+      for (int64_t i = 0; i < kCount; ++i)
+        add_product(sum, factor[i], kShrunk ? load(rows[i] + j) * kRoom : load(rows[i] + j));
+      store(high, sum.high);
+      store(low, sum.low);
+    } else {
+      F64 sum = begin ? F64{} : load(sums + j);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kCount; ++i) sum = fmadd(factor[i], load_double(rows[i] + j), sum);
+      store(sums + j, sum);
+    }
   }
 }
 
 template <class S>
-Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
+Status weighted_row_sum_of(const Rows& rows, const double* weights, const double* divisors, int64_t k, void* const* out,
+                           int threads) {
   using C = ComputeOf<S>;
+  constexpr int64_t run = kSumColumns<S>;
   const int64_t n = rows.n;
-  const Grid grid = make_grid(rows.columns(), max64((int64_t{1} << 18) / max64(n, 1) / kSumColumns, 1) * kSumColumns);
+  const Grid grid = make_grid(rows.columns(), max64((int64_t{1} << 18) / max64(n, 1) / run, 1) * run);
   const bool streamed = rows.columns() * static_cast<int64_t>(sizeof(S)) >= kStreamedBytes;
   Workspace space;
   const int64_t at_used = space.reserve<int64_t>(n), at_weights = space.reserve<double>(n);
-  const int64_t width = min64(kSumColumns, round_up(rows.columns(), kDoubles));
-  const int64_t at_sums = space.reserve<double>(width), at_tail = space.reserve<S>(kSumRows * kDoubles);
+  const int64_t width = min64(run, round_up(rows.columns(), kDoubles));
+  const int64_t at_sums = space.reserve<double>(sizeof(S) == 8 ? run + width : width);
+  const int64_t at_tail = space.reserve<S>(kSumRows * kDoubles);
   const int64_t at_rounded = space.reserve<C>(width), at_stored = space.reserve<S>(width);
   if (!space.allocate(threads)) return Status::out_of_memory;
 
@@ -428,12 +472,14 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
     C* rounded = space.part<C>(thread, at_rounded);
     S* stored = space.part<S>(thread, at_stored);
     // One sum of some columns of a segment; only rows with some weight are looked at, in row order.
-    const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
+    const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, double lift, auto tailed,
+                                 auto shrunk) {
+      constexpr bool kShrunk = shrunk.value != 0;
       int64_t n_used = 0;
       for (int64_t i = 0; i < n; ++i)
         if (weights[r * n + i] != 0) {
           used[n_used] = i;
-          w[n_used++] = weights[r * n + i];
+          w[n_used++] = weights[r * n + i] * lift;
         }
       const int64_t padded = round_up(columns, kDoubles);
       for (int64_t i = 0; i < n_used; i += kSumRows) {
@@ -455,16 +501,44 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
           }
         }
         if (count == 4)
-          add_rows<4>(src, next, w + i, padded, i == 0, sums);
+          add_rows<4, kShrunk>(src, next, w + i, padded, i == 0, sums);
         else if (count == 3)
-          add_rows<3>(src, next, w + i, padded, i == 0, sums);
+          add_rows<3, kShrunk>(src, next, w + i, padded, i == 0, sums);
         else if (count == 2)
-          add_rows<2>(src, next, w + i, padded, i == 0, sums);
+          add_rows<2, kShrunk>(src, next, w + i, padded, i == 0, sums);
         else
-          add_rows<1>(src, next, w + i, padded, i == 0, sums);
+          add_rows<1, kShrunk>(src, next, w + i, padded, i == 0, sums);
       }
-      if (n_used == 0) memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
-      for (int64_t j = 0; j < padded; j += kDoubles) store_rounded(rounded + j, load(sums + j));
+      if (n_used == 0) {
+        memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
+        if (sizeof(S) == 8) memset(sums + run, 0, sizeof(double) * static_cast<size_t>(padded));
+      }
+      return padded;
+    };
+    const auto sum_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
+      const Average average = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
+      const int64_t padded = add_columns(r, segment, first, columns, average.lift, tailed, Count<0>{});
+      if constexpr (sizeof(S) == 8) {
+        F64 check = {};
+        for (int64_t j = 0; j < padded; j += kDoubles) {
+          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, splat<F64>(average.divisor));
+          check = fmadd(value, F64{}, check);
+          store(rounded + j, value);
+        }
+        if (__builtin_expect(any_nan(check), false)) {
+          add_columns(r, segment, first, columns, average.lift, tailed, Count<1>{});
+          for (int64_t j = 0; j < padded; j += kDoubles) {
+            const F64 value = load(rounded + j);
+            const DoubledSum sum{load(sums + j), load(sums + run + j)};
+            store(rounded + j, value - value == 0 ? value : grown(sum, average.divisor, average.averaging));
+          }
+        }
+      } else {
+        for (int64_t j = 0; j < padded; j += kDoubles) {
+          const F64 value = load(sums + j) / average.divisor;
+          store_rounded(rounded + j, sizeof(S) == 2 ? to_odd(value) : value);
+        }
+      }
       narrow_run(rounded, columns, stored);
       write_run(static_cast<char*>(out[segment * k + r]) + first * static_cast<int64_t>(sizeof(S)),
                 reinterpret_cast<const char*>(stored), columns * static_cast<int64_t>(sizeof(S)), streamed);
@@ -472,11 +546,11 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, int64_t k, v
     for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
         const int64_t whole = count / kDoubles * kDoubles;
-        for (int64_t j = 0; j < whole; j += kSumColumns)
+        for (int64_t j = 0; j < whole; j += run)
           for (int64_t r = 0; r < k; ++r)  // all sums of a tile that stays in cache: one read of the data
-            add_columns(r, segment, first + j, min64(kSumColumns, whole - j), Count<0>{});
+            sum_columns(r, segment, first + j, min64(run, whole - j), Count<0>{});
         if (whole < count)
-          for (int64_t r = 0; r < k; ++r) add_columns(r, segment, first + whole, count - whole, Count<1>{});
+          for (int64_t r = 0; r < k; ++r) sum_columns(r, segment, first + whole, count - whole, Count<1>{});
       });
   });
   return Status::ok;
@@ -578,8 +652,10 @@ Status row_sq_distances(const Rows& rows, const void* const* centre, double scal
   return by_dtype(rows.dtype,
                   [&](auto s) { return row_sq_distances_of<decltype(s)>(rows, centre, scale, out, threads); });
 }
-Status weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void* const* out, int threads) {
-  return by_dtype(rows.dtype, [&](auto s) { return weighted_row_sum_of<decltype(s)>(rows, weights, k, out, threads); });
+Status weighted_row_sum(const Rows& rows, const double* weights, const double* divisors, int64_t k, void* const* out,
+                        int threads) {
+  return by_dtype(rows.dtype,
+                  [&](auto s) { return weighted_row_sum_of<decltype(s)>(rows, weights, divisors, k, out, threads); });
 }
 Status update_momenta(const Rows& gradients, const Momenta& how, void* const* momenta, int threads) {
   return by_dtype(gradients.dtype,

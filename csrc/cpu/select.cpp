@@ -10,6 +10,7 @@
 #include "../common/networks.h"
 #include "merge.h"
 #include "pivot.h"
+#include "sums.h"
 #include "tiles.h"
 
 namespace rk {
@@ -22,14 +23,17 @@ constexpr int kPrefetchVectors = kVectorBytes == 64 ? 16 : 8;
 // How many rows the hardware follows; above, whole runs of rows are fetched (Ahead). Median of 32 rows: 1.0 against 1.3
 // reads on Granite Rapids, but 2.3 against 1.9 on Zen 3.
 constexpr int kFollowedRows = kVectorBytes == 64 ? 32 : 16;
-constexpr int64_t kSingleCells = 64;  // float32 sums in four parts keep so many within 2e-7 of their spread
 
 // ---- from sorted values to the result ------------------------------------------------------------------
 
-// Mean of sorted[lo..hi) per lane, written to out. Summed as differences from the smallest, so that a large common
-// offset costs no digits; where that overflows or meets an infinity, as a plain scaled sum in float64.
+// Some values' sums over their number, times kRoom, as they were summed where plain sums overflow.
+RK_INLINE F64 shrunken_mean(const DoubledSum& sum, double count) { return grown(sum, count, false); }
+
+// Mean of sorted[lo..hi) per lane, written to out: a sum divided once, and rounded once. Of float64 values differences
+// from the smallest are summed, so that a large common offset costs no digits and equal values come back; float64 holds
+// sums of float32 values themselves. What is rounded to 16 bits next is so as well, in the end (narrow).
 template <class C>
-RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, int64_t hi, C* out) {
+RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, int64_t hi, bool narrow, C* out) {
   using V = typename Simd<C>::V;
   if (hi - lo == 1) {
     store(out, sorted[lo]);
@@ -44,9 +48,8 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
     return;
   }
   constexpr int lanes = Simd<C>::lanes;
-  V single = V{} + infinity<C>();  // what a column's mean is where it is finite, whatever the columns beside it
-  if (sizeof(C) == 4 && hi - lo <= kUnrolledRows) {
-    // Few enough that float32 keeps them within 3e-7 of the spread.
+  if (sizeof(C) == 4 && narrow && hi - lo <= kUnrolledRows) {
+    // float32 holds sums of so few 16-bit values, and its roundings are far below theirs.
     const V base = sorted[lo];
     V sum[4] = {};
     int64_t r = lo + 1;
@@ -54,34 +57,48 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) sum[k] += sorted[r + k] - base;
     for (; r < hi; ++r) sum[0] += sorted[r] - base;
-    single = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) * (1 / static_cast<C>(hi - lo));
-    if (__builtin_expect(!any_nan(single * static_cast<C>(0)), true)) {
-      store(out, single);
+    const V mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / static_cast<C>(hi - lo);
+    if (__builtin_expect(!any_nan(mean * static_cast<C>(0)), true)) {
+      store(out, mean);
       return;
     }
   }
   const C* cells = reinterpret_cast<const C*>(sorted);
-  const double count = static_cast<double>(hi - lo);
+  const Divisor count(static_cast<double>(hi - lo));
   for (int part = 0; part < lanes; part += kDoubles) {
-    const F64 base = load_double(cells + lo * lanes + part);
+    const auto value = [&](int64_t r) { return load_double(cells + r * lanes + part); };
+    const F64 base = sizeof(C) == 4 ? F64{} : value(lo);
     F64 sum[4] = {};
-    int64_t r = lo + 1;
+    int64_t r = sizeof(C) == 4 ? lo : lo + 1;
     for (; r + 4 <= hi; r += 4)
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) sum[k] += load_double(cells + (r + k) * lanes + part) - base;
-    for (; r < hi; ++r) sum[0] += load_double(cells + r * lanes + part) - base;
-    F64 mean = base + ((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
+      for (int k = 0; k < 4; ++k) sum[k] += value(r + k) - base;
+    for (; r < hi; ++r) sum[0] += value(r) - base;
+    sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    F64 mean = sizeof(C) == 4 ? divided(sum[0], count) : moved(base, sum[0], count);
     if (__builtin_expect(any_nan(mean * 0.0), false)) {
-      F64 plain = load_double(cells + lo * lanes + part) / count;
-      for (r = lo + 1; r < hi; ++r) plain += load_double(cells + r * lanes + part) / count;
-      mean = mean - mean == 0 ? mean : plain;  // only there: a plain sum of the largest number may overflow
+      DoubledSum shrunken{};
+      for (r = lo; r < hi; ++r) add(shrunken, value(r) * kRoom);
+      mean = mean - mean == 0 ? mean : shrunken_mean(shrunken, static_cast<double>(hi - lo));
     }
-    store_rounded(out + part, mean);
+    store_rounded(out + part, narrow ? to_odd(mean) : mean);
   }
-  store(out, single - single == 0 ? single : load(out));
 }
 
-// Mean of the window.nearest values nearest to the window's middle m, written to out; sorted[0, n) is overwritten.
+// Whether low + high < a + b, which are rounded to the same number, by what the roundings lose. Halves do not overflow.
+template <class C>
+__attribute__((noinline)) typename Simd<C>::Index less_exactly(typename Simd<C>::V low, typename Simd<C>::V high,
+                                                               typename Simd<C>::V a, typename Simd<C>::V b) {
+  using V = typename Simd<C>::V;
+  const V middle = a + b;
+  const V scale = middle - middle == 0 ? V{} + static_cast<C>(1) : V{} + static_cast<C>(0.5);
+  V sum, lost, other, other_lost;
+  two_sum(low * scale, high * scale, sum, lost);
+  two_sum(a * scale, b * scale, other, other_lost);
+  return (sum < other) | ((sum == other) & (lost < other_lost));
+}
+
+// Mean of the window.nearest values nearest to the window's middle, written to out; sorted[0, n) is overwritten.
 // Ranks that lie `nearest` apart compete: of each pair the nearer one goes on to the place of the upper, so that the
 // last `nearest` places end up with the values taken. Where a lower rank stays, all above it that compete with it do.
 template <class C>
@@ -89,17 +106,17 @@ __attribute__((noinline)) void store_nearest_mean(const Window& window, typename
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   const int64_t n = window.n, nearest = window.nearest;
-  store_window_mean<C>(sorted, window.lo, window.hi, out);
-  const V m = load(out);
-  const bool careful = any_nan((sorted[0] - m) * static_cast<C>(0) + (sorted[n - 1] - m) * static_cast<C>(0));
+  const V a = sorted[window.lo], b = sorted[window.hi - 1], middle = a + b;
   for (int64_t k = 0; k + nearest < n; ++k) {
-    const V low = sorted[k], high = sorted[k + nearest];
-    Index nearer = high - m < m - low;
-    if (__builtin_expect(careful, false)) nearer |= (low == -infinity<C>()) & (high < infinity<C>());
+    const V low = sorted[k], high = sorted[k + nearest], sum = low + high;
+    Index nearer = sum < middle;
+    const Index tied = sum == middle;
+    if (__builtin_expect(any_set(tied), false)) nearer |= tied & less_exactly<C>(low, high, a, b);
     sorted[k + nearest] = nearer ? high : low;
   }
-  store_window_mean<C>(sorted, n - nearest, n, out);
-  if (__builtin_expect(careful, false)) store(out, m - m == 0 ? load(out) : m);
+  store_window_mean<C>(sorted, n - nearest, n, window.narrow, out);
+  const V unusual = (a - a) + (b - b);  // an infinite middle is itself the result
+  if (__builtin_expect(any_nan(unusual), false)) store(out, unusual == 0 ? load(out) : middle);
 }
 
 // How the values of a storage type are sorted: V is a vector of them, with NaN as +inf (they sort alike). A check
@@ -130,8 +147,8 @@ struct Sorted {
     }
     return nan_cells;
   }
-  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, S* out) {
-    store_window_mean<S>(sorted, lo, hi, out);
+  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, bool narrow, S* out) {
+    store_window_mean<S>(sorted, lo, hi, narrow, out);
   }
 };
 
@@ -161,7 +178,7 @@ struct SortedShort {
     }
     return nan_cells;
   }
-  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, float* out) {
+  static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, bool, float* out) {
     constexpr int lanes = Simd<float>::lanes;
     F32 wide[2][kUnrolledRows];
     for (int64_t r = lo; r < hi; ++r) {
@@ -171,8 +188,8 @@ struct SortedShort {
       wide[0][r - lo] = load_single(cells);
       wide[1][r - lo] = load_single(cells + lanes);
     }
-    store_window_mean<float>(wide[0], 0, hi - lo, out);
-    store_window_mean<float>(wide[1], 0, hi - lo, out + lanes);
+    store_window_mean<float>(wide[0], 0, hi - lo, true, out);
+    store_window_mean<float>(wide[1], 0, hi - lo, true, out + lanes);
   }
 };
 template <>
@@ -204,9 +221,9 @@ struct Unrolled {
       constexpr int low = (N - 1) / 2, high = N / 2;
       const V middle[2] = {window.lo == low ? x[low] : x[high], x[high]};
       if (window.hi - window.lo == 2)
-        Sorted<S>::store_mean(middle, 0, 2, out);
+        Sorted<S>::store_mean(middle, 0, 2, window.narrow, out);
       else
-        Sorted<S>::store_mean(middle, 0, 1, out);
+        Sorted<S>::store_mean(middle, 0, 1, window.narrow, out);
     } else {
       V sorted[N];
 #pragma GCC unroll 32  // as a loop it would be compiled to a slow block copy
@@ -216,7 +233,7 @@ struct Unrolled {
           store_nearest_mean<C>(window, sorted, out);
           return;
         }
-      Sorted<S>::store_mean(sorted, window.lo, window.hi, out);
+      Sorted<S>::store_mean(sorted, window.lo, window.hi, window.narrow, out);
     }
   }
 
@@ -272,18 +289,18 @@ bool is_unrolled(const Window& w) { return w.n <= kUnrolledRows && !w.multiplici
 
 // ---- more rows than registers ----------------------------------------------------------------------------
 
-// A lane of the window mean where differences from the smallest value overflow or meet an infinity.
+// A lane of the window mean where sums overflow or meet an infinity.
 template <class C>
-C plain_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, double copies_low, double low,
-                    double copies_high, double high) {
+double careful_window_mean(const C* x, int64_t n, int64_t cells, C from, C below, int64_t copies_low, double low,
+                           int64_t copies_high, double high) {
   constexpr int lanes = Simd<C>::lanes;
-  const double count = static_cast<double>(cells);
-  double mean = 0;
-  if (copies_low > 0) mean += low * (copies_low / count);
+  DoubledSum sum{};
+  const auto add_value = [&](double value) { add(sum, splat<F64>(value * kRoom)); };
   for (int64_t i = 0; i < n; ++i)
-    if (x[i * lanes] >= from && !(x[i * lanes] >= below)) mean += static_cast<double>(x[i * lanes]) / count;
-  if (copies_high > 0) mean += high * (copies_high / count);
-  return static_cast<C>(mean);
+    if (x[i * lanes] >= from && !(x[i * lanes] >= below)) add_value(static_cast<double>(x[i * lanes]));
+  for (int64_t i = 0; i < copies_low; ++i) add_value(low);
+  for (int64_t i = 0; i < copies_high; ++i) add_value(high);
+  return shrunken_mean(sum, static_cast<double>(cells))[0];
 }
 
 // Sorts n values in two parts, filled up with `top`.
@@ -310,9 +327,11 @@ struct Run {
   typename Simd<C>::Index low_tied, copies_high;
 };
 
-// The run of the `nearest` values nearest to m; distances are put in the n vectors after x.
+// The run of the `nearest` values nearest to the middle of a and b, neighbours in rank; distances are put in the n
+// vectors after x.
 template <class C>
-Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename Simd<C>::V m, Guess<C>& guess) {
+Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename Simd<C>::V a, typename Simd<C>::V b,
+                   Guess<C>& guess) {
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   using I = typename Simd<C>::IndexScalar;
@@ -324,25 +343,44 @@ Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename 
     run.low = run.high = smallest_from<C>(x, n, run.from);
     return run;
   }
-  // Differences from a large m may overflow, which their halves do not; what halves lose is far below such an m.
-  const V half = (m < 0 ? -m : m) > static_cast<C>(0x1p100) ? V{} + static_cast<C>(0.5) : V{} + static_cast<C>(1);
+  // Differences of large numbers may overflow, which those of their halves do not.
+  const V far = vmax(vmax(a, -a), vmax(b, -b));
+  const V half = far > static_cast<C>(0x1p100) ? V{} + static_cast<C>(0.5) : V{} + static_cast<C>(1);
+  // Distances from the middle are those from b below it, and from a above, less half of what lies between.
+  const auto ends_of = [&](V value, V& greater, V& less) {
+    const Index lower = value <= a;
+    greater = (lower ? b : value) * half;
+    less = (lower ? value : a) * half;
+  };
   V* away = x + n;
   for (int64_t i = 0; i < n; ++i) {
-    const V difference = x[i] * half - m * half;
-    away[i] = vmax(difference, -difference);
+    V greater, less;
+    ends_of(x[i], greater, less);
+    away[i] = greater - less;
   }
-  const Cut<C> cut = find_cut<C>(away, n, nearest, nearest, guess);
+  Cut<C> cut = find_cut<C>(away, n, nearest, nearest, guess);
+  if (any_set(cut.tied)) {  // distances that are rounded to the same number are told apart by what that loses
+    for (int64_t i = 0; i < n; ++i) {
+      V greater, less, rounded, lost;
+      ends_of(x[i], greater, less);
+      two_sum(greater, -less, rounded, lost);
+      lost = lost == lost ? lost : V{};  // infinite
+      away[i] = away[i] < cut.at ? -none : cut.tied & (away[i] == cut.at) ? lost : none;
+    }
+    Guess<C> fresh{V{}, V{} + static_cast<C>(1e-30)};
+    cut = find_cut<C>(away, n, nearest, nearest, fresh);
+  }
   V first = none, last = -none, low = -none, high = none;
   Index tied_low = {};
   for (int64_t i = 0; i < n; ++i) {
-    const Index inside = away[i] < cut.at, tied = away[i] == cut.at, lower = x[i] < m;
+    const Index inside = away[i] < cut.at, tied = away[i] == cut.at, lower = x[i] <= a;
     first = inside ? vmin(first, x[i]) : first;
     last = inside ? vmax(last, x[i]) : last;
     low = tied & lower ? vmax(low, x[i]) : low;
     high = tied & ~lower ? vmin(high, x[i]) : high;
     tied_low -= tied & lower;
   }
-  // Of equally far values the lower ones come first; those on one side differ by less than the distance's rounding.
+  // Of equally far values the lower ones come first.
   const Index missing = cut.tied & (static_cast<I>(nearest) - cut.below);
   const Index copies_low = missing < tied_low ? missing : tied_low, any_inside = cut.below > 0;
   run.low_tied = copies_low > 0;
@@ -366,7 +404,7 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   const auto is = [](Index mask, V yes, V no) { return mask ? yes : no; };
   // The first and the last value of the window; values in [from, below) lie inside, and so do some copies of the two.
   V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
-  V centre = {}, single = V{} + infinity<C>();
+  V centre = {};
   Index low_tied = {}, copies_high = {};
   if (n <= kSortedRows) {
     const Parts parts(n);
@@ -393,7 +431,7 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
     const Cut<C> cut = find_cut<C>(x, n, least, most, guess[0]);
     low = is(cut.tied, cut.at, largest_below<C>(x, n, cut.at)) + static_cast<C>(0);
     high = is(cut.tied, cut.at, smallest_from<C>(x, n, cut.at)) + static_cast<C>(0);
-    if (cells == 1) low = is(cut.below == static_cast<I>(window.hi), low, high);
+    if (cells == 1) low = high = is(cut.below == static_cast<I>(window.hi), low, high);
   } else {
     if (window.lo > 0) {
       const Cut<C> cut = find_cut<C>(x, n, window.lo, window.lo, guess[0]);
@@ -410,11 +448,12 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
   }
   if (cells <= 2) {
     const V ends[2] = {low, high};
-    store_window_mean<C>(ends, 0, cells, out);
+    store_window_mean<C>(ends, 0, cells, window.narrow, out);
     if (!window.nearest) return;
     centre = load(out);
     cells = window.nearest;
-    const Run<C> run = nearest_run<C>(x, n, cells, centre - centre == 0 ? centre : V{}, guess[1]);
+    const Index usual = centre - centre == 0;
+    const Run<C> run = nearest_run<C>(x, n, cells, is(usual, low, V{}), is(usual, high, V{}), guess[1]);
     low = run.low;
     high = run.high;
     from = run.from;
@@ -422,50 +461,41 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
     low_tied = run.low_tied;
     copies_high = run.copies_high;
   }
-  if (sizeof(C) == 4 && n <= kSortedRows && cells <= kSingleCells) {
-    V sum[4] = {};
-    for (int64_t i = 0; i < n; ++i) sum[i % 4] += is((x[i] < from) | (x[i] >= below), V{}, x[i] - low);
-    const V copies = __builtin_convertvector(copies_high, V) * (high - low);
-    single = low + ((sum[0] + sum[1]) + (sum[2] + sum[3]) + copies) * (1 / static_cast<C>(cells));
-    if (__builtin_expect(!any_nan(single * static_cast<C>(0)), true)) {
-      store(out, single);
-      return;
-    }
-  }
   constexpr int parts = lanes / kDoubles;
-  C base[lanes], differences[lanes];
-  store(base, low);
+  constexpr bool kCentred = sizeof(C) == 8;  // as in store_window_mean
+  C lows[lanes], highs[lanes], copies[lanes], values[lanes];
+  store(lows, low);
+  store(highs, high);
+  store(copies, __builtin_convertvector(copies_high, V));
   F64 sum[parts] = {};
   for (int64_t i = 0; i < n; ++i) {
     const Index outside = (x[i] < from) | (x[i] >= below);
-    store(differences, is(outside, low, x[i]));
-    for (int part = 0; part < parts; ++part)
-      sum[part] += load_double(differences + part * kDoubles) - load_double(base + part * kDoubles);
-  }
-  I copies[lanes], tied[lanes];
-  C ends[lanes];
-  memcpy(copies, &copies_high, sizeof(copies));
-  memcpy(tied, &low_tied, sizeof(tied));
-  store(ends, high);
-  for (int lane = 0; lane < lanes; ++lane) {
-    double total = sum[lane / kDoubles][lane % kDoubles];
-    const double first = static_cast<double>(base[lane]), last = static_cast<double>(ends[lane]);
-    const double copied = static_cast<double>(copies[lane]);
-    if (copied > 0) total += copied * (last - first);
-    double mean = first + total / static_cast<double>(cells);
-    if (__builtin_expect(mean - mean != 0, false)) {
-      int64_t inside = 0;
-      const C* column = reinterpret_cast<const C*>(x) + lane;
-      for (int64_t i = 0; i < n; ++i) inside += column[i * lanes] >= from[lane] && !(column[i * lanes] >= below[lane]);
-      const bool one_value = tied[lane] && copied > 0 && first == last;
-      mean = one_value ? first
-                       : static_cast<double>(plain_window_mean<C>(column, n, cells, from[lane], below[lane],
-                                                                  static_cast<double>(cells - inside) - copied, first,
-                                                                  copied, last));
+    store(values, is(outside, low, x[i]));
+    for (int part = 0; part < parts; ++part) {
+      const F64 value = load_double(values + part * kDoubles);
+      sum[part] += kCentred ? value - load_double(lows + part * kDoubles) : value;
     }
-    out[lane] = static_cast<C>(mean);
   }
-  store(out, single - single == 0 ? single : load(out));
+  const Divisor count(static_cast<double>(cells));
+  for (int part = 0; part < parts; ++part) {
+    const F64 first = load_double(lows + part * kDoubles), last = load_double(highs + part * kDoubles);
+    const F64 copied = load_double(copies + part * kDoubles);
+    F64 total = sum[part] + (copied > 0 ? copied * (last - first) : F64{});
+    F64 mean = kCentred ? moved(first, total, count) : divided(total + first * static_cast<double>(cells - n), count);
+    if (__builtin_expect(any_nan(mean * 0.0), false))
+      for (int at = 0; at < kDoubles; ++at) {
+        if (mean[at] - mean[at] == 0) continue;
+        const int lane = part * kDoubles + at;
+        const C* column = reinterpret_cast<const C*>(x) + lane;
+        int64_t inside = 0;
+        for (int64_t i = 0; i < n; ++i)
+          inside += column[i * lanes] >= from[lane] && !(column[i * lanes] >= below[lane]);
+        const int64_t copied_high = copies_high[lane];
+        mean[at] = careful_window_mean<C>(column, n, cells, from[lane], below[lane], cells - inside - copied_high,
+                                          first[at], copied_high, last[at]);
+      }
+    store_rounded(out + part * kDoubles, window.narrow ? to_odd(mean) : mean);
+  }
   store(out, centre - centre == 0 ? load(out) : centre);  // that of a window is a zero
 }
 
@@ -483,9 +513,9 @@ void run_many(const Window& window, const S* const* src, int64_t columns, Comput
       sort_parts(x, window.n, parts, Sorted<S>::top(), ahead);
       find_ends(window, x, parts, ends);
       if (window.hi - window.lo == 2)
-        Sorted<S>::store_mean(ends, 0, 2, result);
+        Sorted<S>::store_mean(ends, 0, 2, window.narrow, result);
       else
-        Sorted<S>::store_mean(ends, 0, 1, result);
+        Sorted<S>::store_mean(ends, 0, 1, window.narrow, result);
     } else {
       store_mean_of_many<C>(window, x, guess, result, ahead);
     }
@@ -566,7 +596,7 @@ struct UnrolledWeighted {
         ends[1] = before <= last ? x[r] : ends[1];
         before += cells[r];
       }
-      store_window_mean<C>(ends, 0, 2, out + at);
+      store_window_mean<C>(ends, 0, 2, window.narrow, out + at);
       if (__builtin_expect(careful, false)) {
         const Index reached = last >= static_cast<I>(window.reduced_total) - nan_cells;
         store(out + at, reached ? V{} + static_cast<C>(__builtin_nan("")) : load(out + at));
@@ -586,33 +616,34 @@ template <class C, class I>
 C weighted_window_mean(const Window& window, const C* sorted, const I* row) {
   constexpr int lanes = Simd<C>::lanes;
   const double cells = static_cast<double>(window.hi - window.lo);
-  int64_t before = 0;
+  int64_t before = 0, first_count = 0, last_count = 0;
   int contributions = 0;
-  double base = 0, centred = 0, plain = 0, first_share = 0, last_share = 0, last = 0;
+  double base = 0, sum = 0, plain = 0, last = 0;
   for (int64_t r = 0; r < window.n && before < window.hi; ++r) {
     const int64_t after = before + window.multiplicities[row[r * lanes]];
     const int64_t from = max64(before, window.lo), to = min64(after, window.hi);
     before = after;
     if (to <= from) continue;
-    const double share = static_cast<double>(to - from) / cells, x = static_cast<double>(sorted[r * lanes]);
+    const double count = static_cast<double>(to - from), x = static_cast<double>(sorted[r * lanes]);
     if (contributions++ == 0) {
       base = x;
-      first_share = share;
+      first_count = to - from;
     }
-    centred += share * (x - base);
-    plain += share * x;
+    sum += count * (x - base);
+    plain += count / cells * x;
     last = x;
-    last_share = share;
+    last_count = to - from;
   }
   if (contributions == 1) return static_cast<C>(base);
   // Two equal halves are the unweighted median's middle: the same rounding as there.
-  if (contributions == 2 && first_share == last_share) {
-    const C sum = static_cast<C>(base) + static_cast<C>(last);
-    if (sum - sum == 0) return sum * static_cast<C>(0.5);
+  if (contributions == 2 && first_count == last_count) {
+    const C both = static_cast<C>(base) + static_cast<C>(last);
+    if (both - both == 0) return both * static_cast<C>(0.5);
     return static_cast<C>(base) * static_cast<C>(0.5) + static_cast<C>(last) * static_cast<C>(0.5);
   }
-  const double mean = base + centred;
-  return static_cast<C>(mean - mean == 0 ? mean : plain);
+  F64 mean = moved(splat<F64>(base), splat<F64>(sum), Divisor(cells));
+  if (mean[0] - mean[0] != 0) mean = splat<F64>(plain);
+  return static_cast<C>(window.narrow ? to_odd(mean)[0] : mean[0]);
 }
 
 // Values and the rows they come from are sorted together.

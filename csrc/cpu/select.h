@@ -11,6 +11,7 @@ struct Window {
   int64_t n, lo, hi;
   const int64_t* multiplicities = nullptr;
   int64_t nearest = 0;      // 0: the mean of the window itself
+  bool narrow = false;      // results go on to be rounded to 16 bits
   int64_t total = 0;        // their sum
   void* network = nullptr;  // owned, with multiplicities
   int64_t comparators = 0;

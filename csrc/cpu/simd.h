@@ -192,10 +192,16 @@ RK_INLINE bool any_above(F32 v, float limit) {
 // True where some lane of a comparison's result is set.
 template <class M>
 RK_INLINE bool any_set(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#else
   uint64_t words[RK_VECTOR_BYTES / 8], any = 0;
   memcpy(words, &mask, sizeof(words));
   for (unsigned i = 0; i < RK_VECTOR_BYTES / 8; ++i) any |= words[i];
   return any != 0;
+#endif
 }
 
 // Lane by lane, for numbers: count += x < y; count += x <= y; the larger of a and x where x < y; the smaller of a and x

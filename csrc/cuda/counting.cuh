@@ -35,13 +35,35 @@ __device__ __forceinline__ C value_of(BitsOf<C> key) {
   using Bits = BitsOf<C>;
   return float_of(key & kTopBit<Bits> ? key & ~kTopBit<Bits> : ~key);
 }
-// A distance as an integer in the same order: that of an infinite value is above a number's that overflows, and that of
-// a NaN above all.
+// Distances from the middle of a and b, neighbours in rank, less half of what lies between: those from b below, and
+// from a above. As integers in the same order: an infinite value's is above a number's that overflows, a NaN's above
+// all; and what the rounding of one lost, which tells those apart that are rounded to the same number.
 template <class C>
-__device__ __forceinline__ BitsOf<C> distance_key(C x, C m) {
-  if (x != x) return ~BitsOf<C>{0};
-  return (float_bits(x - m) & ~kTopBit<BitsOf<C>>)+!is_finite(x);
-}
+struct Distances {
+  using Bits = BitsOf<C>;
+  C a, b, half;  // halves of large numbers, so that differences do not overflow
+
+  __device__ __forceinline__ Distances(C low, C high) : a(low), b(high) {
+    half = (a < 0 ? -a : a) > static_cast<C>(0x1p100) || (b < 0 ? -b : b) > static_cast<C>(0x1p100)
+               ? static_cast<C>(0.5)
+               : C{1};
+  }
+  __device__ __forceinline__ C rounded(C x, C& lost) const {
+    C difference;
+    two_sum((x <= a ? b : x) * half, (x <= a ? -x : -a) * half, difference, lost);
+    return difference;
+  }
+  __device__ __forceinline__ Bits key(C x) const {
+    if (x != x) return ~Bits{0};
+    C lost;
+    return (float_bits(rounded(x, lost)) & ~kTopBit<Bits>)+!is_finite(x);
+  }
+  __device__ __forceinline__ Bits lost_key(C x) const {
+    C lost;
+    rounded(x, lost);
+    return key_of(is_finite(lost) ? lost + C{0} : C{0});
+  }
+};
 
 constexpr int kCountedColumns = kWarp;  // of a tile: a lane each; every warp counts among some of the rows
 constexpr int kMaxWarps = 16;
@@ -167,7 +189,7 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
     // The ends of the window [lo, hi), whose cells are in a second round the values nearest to the first one's mean.
     Count lo = static_cast<Count>(args.lo), hi = static_cast<Count>(args.hi), up_to_first;
     Bits first, last;
-    C unusual = 0;  // a centre that is no finite number is itself the result
+    double unusual = 0;  // a centre that is no finite number is itself the result
 #pragma unroll 1
     for (bool near = false;; near = true) {
       const bool few = !near && args.hi - args.lo <= 2;
@@ -184,18 +206,28 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
         if (up_to_first < hi) last = next;
       }
       if (near || !args.nearest) break;
-      const C middle = middle_of(value_of<C>(first), value_of<C>(last));
-      const C m = is_finite(middle) ? middle : C{0};
-      unusual = middle - m;
+      const C a = value_of<C>(first), b = value_of<C>(last);
+      const bool usual = is_finite(a) && is_finite(b);
+      if (!usual) unusual = static_cast<double>(a + b);
+      const Distances<C> distances(usual ? a : C{0}, usual ? b : C{0});
       // The values taken have consecutive ranks, and the lowest follows from how many lower ones are left out: those
       // farther than the cut, and of those as far as it the ones that find no room.
       const Count nearest = static_cast<Count>(args.nearest);
-      const auto away = [&](Bits key) { return distance_key(value_of<C>(key), m); };
+      const auto away = [&](Bits key) { return distances.key(value_of<C>(key)); };
       const Bits cut = find(away, nearest - 1);
-      const Count inside = count([&](Bits key) { return away(key) < cut; });
-      const Count tied = count([&](Bits key) { return value_of<C>(key) < m && away(key) == cut; });
-      const Count missing = nearest - inside;
-      lo = count([&](Bits key) { return value_of<C>(key) < m && away(key) > cut; });
+      Count missing = nearest - count([&](Bits key) { return away(key) < cut; });
+      const Count as_far = count([&](Bits key) { return away(key) == cut; });
+      const bool tells = __syncthreads_or(as_far > missing);
+      const auto finer = [&](Bits key) { return tells ? distances.lost_key(value_of<C>(key)) : Bits{0}; };
+      Bits finer_cut = 0;
+      if (tells) {
+        finer_cut = find([&](Bits key) { return away(key) == cut ? finer(key) : ~Bits{0}; }, missing - 1);
+        missing -= count([&](Bits key) { return away(key) == cut && finer(key) < finer_cut; });
+      }
+      const auto lower = [&](Bits key) { return value_of<C>(key) <= distances.a; };
+      const Count tied = count([&](Bits key) { return lower(key) && away(key) == cut && finer(key) == finer_cut; });
+      lo = count(
+          [&](Bits key) { return lower(key) && (away(key) > cut || (away(key) == cut && finer(key) > finer_cut)); });
       if (missing < tied) lo += tied - missing;
       hi = lo + nearest;
       if (cut == ~Bits{0}) unusual = 0;  // a NaN is taken
@@ -220,13 +252,13 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
       plain = low * args.share * copies_low + tally.sum(plain);
       if (copies_high > 0) plain += high * args.share * copies_high;
     }
-    const double mean = plainly ? plain : low + sum / static_cast<double>(hi - lo);
-    C value = static_cast<C>(mean < low ? low : mean > high ? high : mean);
+    const double mean = plainly ? plain : moved(low, sum, static_cast<double>(hi - lo));
+    double value = mean < low ? low : mean > high ? high : mean;
     if (up_to_first == below_last && copies_low == copies_high)
-      value = middle_of(value_of<C>(first), value_of<C>(last));
-    if (first == last) value = value_of<C>(first);
+      value = static_cast<double>(middle_of(value_of<C>(first), value_of<C>(last)));
+    if (first == last) value = low;
     if (unusual != 0) value = unusual;
-    const S stored = narrowed<S>(value);
+    const S stored = rounded<S>(value);
     if (threadIdx.x < kWarp && valid) {
       if (args.out) static_cast<S*>(args.out[values.tile.segment])[values.tile.first - args.rows.first + lane] = stored;
       centre[lane] = widened(stored);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "../common/averages.h"
 #include "../common/half.h"
 #include "platform.h"
 
@@ -59,6 +60,20 @@ __device__ __forceinline__ S narrowed(ComputeOf<S> x) {
     return narrow(x, S{});
   else
     return x;
+}
+
+// From float64 to the storage type S, rounded once: what goes to 16 bits by way of float32 keeps as many bits as those
+// need, the last one set where others are lost.
+template <class S>
+__device__ __forceinline__ S rounded(double x) {
+  if constexpr (sizeof(S) == 2) {
+    constexpr uint64_t kLast = uint64_t{1} << 40;
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    bits = (bits & ~(kLast - 1)) | (bits & (kLast - 1) ? kLast : 0);
+    memcpy(&x, &bits, 8);
+  }
+  return narrowed<S>(static_cast<ComputeOf<S>>(x));
 }
 
 // V values of a row that are read or written at once; for V = 1 any alignment of whole values will do.
@@ -132,6 +147,58 @@ __device__ __forceinline__ Tile tile_at(const Table& table, int64_t index, int w
   }
   const int64_t skipped = (index - before) * width, left = columns - skipped;
   return {segment, begin + skipped, static_cast<int>(left < width ? left : width)};
+}
+
+// ---- sums that carry their rounding errors, and quotients that are rounded once ----------------------------
+
+constexpr double kLargest = 1.7976931348623157e308;
+
+template <class C>
+__device__ __forceinline__ void two_sum(C a, C b, C& sum, C& error) {  // Knuth
+  sum = a + b;
+  const C virtual_b = sum - a;
+  error = (a - (sum - virtual_b)) + (b - virtual_b);
+}
+
+// A sum of float64 and what its roundings lost: about 106 bits.
+struct DoubledSum {
+  double high, low;
+
+  __device__ __forceinline__ void add(double more_high, double more_low) {
+    double lost;
+    two_sum(high, more_high, high, lost);
+    low += lost + more_low;
+  }
+  __device__ __forceinline__ void add_product(double a, double b) {
+    const double product = a * b;
+    add(product, fma(a, b, -product));
+  }
+  __device__ __forceinline__ void add_square(double a, double b) {
+    double difference, lost;
+    two_sum(a, -b, difference, lost);
+    const double square = difference * difference;
+    add(square, fma(difference, difference, -square) + 2.0 * difference * lost);
+  }
+};
+
+__device__ __forceinline__ double divided(const DoubledSum& sum, double divisor) {
+  const double near = sum.high / divisor;
+  return near + (fma(-near, divisor, sum.high) + sum.low) / divisor;
+}
+// base + sum / divisor
+__device__ __forceinline__ double moved(double base, double sum, double divisor) {
+  const double near = sum / divisor, rest = fma(-near, divisor, sum);
+  double total, lost;
+  two_sum(base, near, total, lost);
+  return total + (lost + rest / divisor);
+}
+// The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity
+// or a NaN is itself the result.
+__device__ __forceinline__ double grown(const DoubledSum& sum, double divisor, bool averaging) {
+  const double plain = sum.high / divisor * (1 / kRoom);
+  const double value = is_finite(plain) ? divided(sum, divisor) * (1 / kRoom) : plain;
+  if (is_finite(value) || !averaging || !is_finite(sum.high)) return value;
+  return value < 0 ? -kLargest : kLargest;  // the weights may have been rounded up
 }
 
 // ---- flags and sums ------------------------------------------------------------------------------------

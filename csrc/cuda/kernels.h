@@ -31,7 +31,9 @@ void select_columns(const Rows&, const Select&, const Call&);
 void gram(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, double* out,
           const Call&);
 void row_sq_distances(const Rows&, const void* const* centre, double scale, double* out, const Call&);
-void weighted_row_sum(const Rows&, const double* weights, std::int64_t k, void* const* out, const Call&);
+// Reads the rows once for each sum: grouped sums (of mixtures) cost less, and are not as exact.
+void weighted_row_sum(const Rows&, const double* weights, const double* divisors, std::int64_t k, void* const* out,
+                      const Call&);
 
 // Waits for a stream: for libraries whose own streams do not wait for it.
 void synchronize(int device, void* stream);

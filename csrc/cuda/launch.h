@@ -15,45 +15,52 @@ inline void add_partials(Queue& queue, const double* partials, int64_t blocks, i
                dim3(kSumThreads), 0, partials, blocks, count, out);
 }
 
-// Rows of weights (k, n) as the kernels read them.
+// Rows of weights (k, n) and their divisors (k, or null: all 1) as the kernels read them, up to so many in a group; of
+// float64 rows only sums that share a row.
 class UploadedWeights {
  public:
-  UploadedWeights(Workspace& space, const double* weights, int64_t k, int64_t n, int64_t sums = kGroupedSums)
-      : groups_((k + sums - 1) / sums), k_(k) {
-    std::vector<int64_t> start(static_cast<std::size_t>(groups_) + 1), row;
+  UploadedWeights(Workspace& space, const double* weights, const double* divisors, int64_t k, int64_t n, DType dtype,
+                  int64_t sums = kGroupedSums)
+      : k_(k) {
+    std::vector<int64_t> first{0}, base, start{0}, row;
     std::vector<double> factor;
-    std::vector<std::uint8_t> averaging(static_cast<std::size_t>(k));
-    for (int64_t g = 0; g < groups_; ++g) {
+    std::vector<Average> average;
+    for (int64_t r = 0; r < k; ++r) average.push_back(average_of(weights + r * n, n, divisors ? divisors[r] : 1));
+    for (int64_t r = 0; r < k; r = first.back()) {
+      int64_t count = lesser(sums, k - r), shared = n;
+      if (dtype == DType::float64)
+        while ((shared = shared_row(weights, n, r, count)) == n && count > 1) --count;
+      first.push_back(r + count);
+      base.push_back(shared < n ? shared : -1);
       for (int64_t i = 0; i < n; ++i) {
-        const auto weight = [&](int64_t r) { return g * sums + r < k ? weights[(g * sums + r) * n + i] : 0.0; };
+        const auto weight = [&](int64_t p) {
+          return p < count ? weights[(r + p) * n + i] * average[static_cast<std::size_t>(r + p)].lift : 0.0;
+        };
         bool any = false;
-        for (int64_t r = 0; r < sums; ++r) any |= weight(r) != 0;
+        for (int64_t p = 0; p < sums; ++p) any |= weight(p) != 0;
         if (!any) continue;
         row.push_back(i);
-        for (int64_t r = 0; r < sums; ++r) factor.push_back(weight(r));
+        for (int64_t p = 0; p < sums; ++p) factor.push_back(weight(p));
       }
-      start[static_cast<std::size_t>(g) + 1] = static_cast<int64_t>(row.size());
+      start.push_back(static_cast<int64_t>(row.size()));
     }
-    for (int64_t r = 0; r < k; ++r) {
-      double total = 0;
-      for (int64_t i = 0; i < n; ++i) total += weights[r * n + i] < 0 ? -weights[r * n + i] : weights[r * n + i];
-      averaging[static_cast<std::size_t>(r)] = total <= 1 + 0x1p-40;
-    }
+    groups_ = static_cast<int64_t>(base.size());
+    first_ = space.upload(first.data(), groups_ + 1);
+    base_ = space.upload(base.data(), groups_);
     start_ = space.upload(start.data(), groups_ + 1);
     row_ = space.upload(row.data(), static_cast<int64_t>(row.size()));
     factor_ = space.upload(factor.data(), static_cast<int64_t>(factor.size()));
-    averaging_ = space.upload(averaging.data(), k);
+    average_ = space.upload(average.data(), k);
   }
-  int64_t groups() const { return groups_; }
   Weights on_device(const Workspace& space) const {
-    return {space[start_], space[row_], space[factor_], space[averaging_], k_};
+    return {space[first_], space[base_], space[start_], space[row_], space[factor_], space[average_], groups_, k_};
   }
 
  private:
-  int64_t groups_, k_;
-  Part<int64_t> start_, row_;
+  int64_t groups_ = 0, k_;
+  Part<int64_t> first_, base_, start_, row_;
   Part<double> factor_;
-  Part<std::uint8_t> averaging_;
+  Part<Average> average_;
 };
 
 // Several weighted sums of some columns of a segment, in groups.
@@ -61,9 +68,9 @@ template <class S, class O>
 void sum_run(Queue& queue, const UploadedRows& rows, int64_t segment, int64_t first, int64_t columns,
              const Weights& weights, void* const* out, bool vectorised) {
   const Table table = rows.run(segment, first, columns, kSumColumns<S, kGroupedSums> * kSumThreads);
-  const auto groups = static_cast<unsigned>((weights.k + kGroupedSums - 1) / kGroupedSums);
-  queue.launch("weighted_sums", &weighted_sums<S, O, kGroupedSums>, dim3(grid_for(table.n_tiles), groups),
-               dim3(kSumThreads), 0, table, weights, out, vectorised);
+  queue.launch("weighted_sums", &weighted_sums<S, O, kGroupedSums>,
+               dim3(grid_for(table.n_tiles), static_cast<unsigned>(weights.groups)), dim3(kSumThreads), 0, table,
+               weights, out, vectorised);
 }
 
 }  // namespace cuda

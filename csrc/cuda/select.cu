@@ -162,8 +162,9 @@ void select_mixed(const Rows& rows, const Select& select, Queue& queue) {
   Workspace space;
   const Found found(space, n, n_measured);
   const UploadedRows uploaded(space, rows, 1);
-  const UploadedWeights mixing(space, select.mix, select.mix ? k : 0, n);
-  const UploadedWeights measuring(space, select.measure, measures ? n_measured : 0, n);
+  const UploadedWeights mixing(space, select.mix, select.mix_divisors, select.mix ? k : 0, n, rows.dtype);
+  const UploadedWeights measuring(space, select.measure, select.measure_divisors, measures ? n_measured : 0, n,
+                                  rows.dtype);
   const auto multiplicities = space.upload(select.multiplicities, select.multiplicities ? k : 0);
   const int64_t blocks = summing_blocks(tiles_of(run, kRunColumns), n_measured);
   const auto partials = space.zeros<double>(blocks * n_measured);

@@ -32,36 +32,46 @@ struct Sorted {
   __device__ __forceinline__ C& operator[](int64_t rank) const { return cell[rank * kStride]; }
 };
 
-// Mean of sorted[lo..hi): summed as differences from the smallest, so that a common offset costs no digits; where that
-// overflows or meets an infinity, as a plain scaled sum. It never leaves the range of its values.
+// Mean of sorted[lo..hi): summed as differences from the smallest, so that a common offset costs no digits and equal
+// values come back. It never leaves the range of its values.
 template <class C, int kStride>
-__device__ C window_mean(const Sorted<C, kStride>& sorted, int64_t lo, int64_t hi) {
+__device__ double window_mean(const Sorted<C, kStride>& sorted, int64_t lo, int64_t hi) {
   const C first = sorted[lo], last = sorted[hi - 1];
-  if (first == last) return first;
-  if (hi - lo == 2) return middle_of(first, last);
+  if (first == last) return static_cast<double>(first);
+  if (hi - lo == 2) return static_cast<double>(middle_of(first, last));
   const double low = static_cast<double>(first), high = static_cast<double>(last);
   const double count = static_cast<double>(hi - lo);
   double sum = 0;
   for (int64_t r = lo + 1; r < hi; ++r) sum += static_cast<double>(sorted[r]) - low;
-  double mean = low + sum / count;
-  if (!is_finite(mean)) {
-    mean = 0;
-    for (int64_t r = lo; r < hi; ++r) mean += static_cast<double>(sorted[r]) / count;
+  double mean = moved(low, sum, count);
+  if (!is_finite(mean)) {  // differences overflow, or meet an infinity
+    DoubledSum shrunken{0, 0};
+    for (int64_t r = lo; r < hi; ++r) shrunken.add(static_cast<double>(sorted[r]) * kRoom, 0);
+    mean = grown(shrunken, count, false);
   }
-  return static_cast<C>(mean < low ? low : mean > high ? high : mean);
+  return mean < low ? low : mean > high ? high : mean;
 }
 
-// Mean of the `nearest` values nearest to the mean m of [lo, hi): consecutive ranks, of which one is not among them
-// where that many ranks above lies a value nearer to m.
+// Whether low + high < a + b, exactly: where both are rounded to the same number, by what that loses. Halves do not
+// overflow.
+template <class C>
+__device__ __forceinline__ bool is_less(C low, C high, C a, C b) {
+  C sum = low + high, other = a + b, lost, other_lost;
+  if (sum != other) return sum < other;
+  const C half = is_finite(other) ? C{1} : static_cast<C>(0.5);
+  two_sum(low * half, high * half, sum, lost);
+  two_sum(a * half, b * half, other, other_lost);
+  return sum < other || (sum == other && lost < other_lost);
+}
+
+// The rank from which on the `nearest` values nearest to the middle of the ends of [lo, hi) lie: they are consecutive,
+// and one is not among them where that many ranks above lies a value nearer to the middle.
 template <class C, int kStride>
-__device__ C nearest_mean(const Sorted<C, kStride>& sorted, int64_t n, int64_t lo, int64_t hi, int64_t nearest) {
-  const C m = window_mean(sorted, lo, hi);
+__device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, int64_t lo, int64_t hi, int64_t nearest) {
+  const C a = sorted[lo], b = sorted[hi - 1];
   int64_t begin = 0;
-  for (int64_t k = 0; k + nearest < n; ++k) {
-    const C low = sorted[k], high = sorted[k + nearest];
-    begin += high - m < m - low || (low == -infinity<C>() && high < infinity<C>());
-  }
-  return is_finite(m) ? window_mean(sorted, begin, begin + nearest) : m;
+  for (int64_t k = 0; k + nearest < n; ++k) begin += is_less<C>(sorted[k], sorted[k + nearest], a, b);
+  return begin;
 }
 
 // One thread sorts V columns: as many as 16 bytes of a row hold and the registers allow.
@@ -82,7 +92,10 @@ struct NetworkShape {
   // Blocks that share a multiprocessor at least: so the values and what loads them need fewer than 256 registers.
   static constexpr int kValues = N * kColumns * static_cast<int>(sizeof(ComputeOf<S>) / 4);
   static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
-  static constexpr int kBlocks = (kValues <= 64 ? (N == 64 ? 3 : 4) : kDoubles || N == 64 ? 2 : 3) * 128 / kThreads;
+  static constexpr int kBlocks = (kValues <= 64         ? (N == 64 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
+                                  : kDoubles || N == 64 ? 2
+                                                        : 3) *
+                                 128 / kThreads;
 };
 
 template <class S, int N, bool kMedian>
@@ -133,20 +146,23 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
           nan_cells = replace_nan(x[v]);
         }
         sort_wires<Network<N, kMedian>>(x[v]);
-        C value;
+        // A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
+        const bool spoilt = nan_cells > n - (args.hi > args.nearest ? args.hi : args.nearest);
         if constexpr (kMedian) {
           const C low = x[v][N / 2 - 1], high = x[v][N / 2];
-          value = args.hi - args.lo == 2 ? middle_of(low, high) : args.lo == (n - 1) / 2 ? low : high;
+          const C value = args.hi - args.lo == 2 ? middle_of(low, high) : args.lo == (n - 1) / 2 ? low : high;
+          result.cell[v] = narrowed<S>(spoilt ? not_a_number<C>() : value);
         } else {
           const Sorted<C, Shape::kThreads> sorted{cells + threadIdx.x};
 #pragma unroll
           for (int i = 0; i < N; ++i) sorted[i] = x[v][i];
-          value = args.nearest ? nearest_mean(sorted, n, args.lo, args.hi, args.nearest)
-                               : window_mean(sorted, args.lo, args.hi);
+          const double ends = static_cast<double>(sorted[args.lo] + sorted[args.hi - 1]);
+          const bool usual = is_finite(sorted[args.lo]) && is_finite(sorted[args.hi - 1]);
+          const int64_t lo = args.nearest ? nearest_rank(sorted, n, args.lo, args.hi, args.nearest) : args.lo;
+          const double mean = window_mean(sorted, lo, args.nearest ? lo + args.nearest : args.hi);
+          const double value = usual || !args.nearest ? mean : ends;  // an infinite middle is itself the result
+          result.cell[v] = rounded<S>(spoilt ? not_a_number<double>() : value);
         }
-        // A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
-        if (nan_cells > n - (args.hi > args.nearest ? args.hi : args.nearest)) value = not_a_number<C>();
-        result.cell[v] = narrowed<S>(value);
         if (args.partials) centre[at + v] = widened(result.cell[v]);
       }
       if (args.out) {

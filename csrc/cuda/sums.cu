@@ -4,27 +4,21 @@
 namespace rk {
 namespace cuda {
 
-void weighted_row_sum(const Rows& rows, const double* weights, int64_t k, void* const* out, const Call& call) {
+void weighted_row_sum(const Rows& rows, const double* weights, const double* divisors, int64_t k, void* const* out,
+                      const Call& call) {
   Queue queue(rows, call);
   if (rows.columns() == 0) return;
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
-    const auto run = [&](auto sums, auto* kernel) {
-      Workspace space;
-      const UploadedRows uploaded(space, rows, kSumColumns<S, decltype(sums)::value> * kSumThreads);
-      const UploadedWeights uploaded_weights(space, weights, k, rows.n, sums);
-      const auto targets = space.upload(out, rows.n_segments * k);
-      space.allocate(queue);
-      space.send(queue);
-      const bool aligned = all_aligned(rows.data, rows.n_segments * rows.n) && all_aligned(out, rows.n_segments * k);
-      queue.launch("weighted_sums", kernel,
-                   dim3(grid_for(uploaded.n_tiles()), static_cast<unsigned>(uploaded_weights.groups())),
-                   dim3(kSumThreads), 0, uploaded.table(), uploaded_weights.on_device(space), space[targets], aligned);
-    };
-    if (k == 1)
-      run(std::integral_constant<int, 1>{}, &weighted_sums<S, S, 1>);
-    else
-      run(std::integral_constant<int, kGroupedSums>{}, &weighted_sums<S, S, kGroupedSums>);
+    Workspace space;
+    const UploadedRows uploaded(space, rows, kSumColumns<S, 1> * kSumThreads);
+    const UploadedWeights uploaded_weights(space, weights, divisors, k, rows.n, rows.dtype, 1);
+    const auto targets = space.upload(out, rows.n_segments * k);
+    space.allocate(queue);
+    space.send(queue);
+    const bool aligned = all_aligned(rows.data, rows.n_segments * rows.n) && all_aligned(out, rows.n_segments * k);
+    queue.launch("weighted_sums", &weighted_sums<S, S, 1>, dim3(grid_for(uploaded.n_tiles()), static_cast<unsigned>(k)),
+                 dim3(kSumThreads), 0, uploaded.table(), uploaded_weights.on_device(space), space[targets], aligned);
   });
 }
 

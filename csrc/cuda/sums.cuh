@@ -6,18 +6,19 @@ namespace rk {
 namespace cuda {
 
 constexpr int kSumThreads = 128;
-constexpr double kLargest = 1.7976931348623157e308;
 
 // ---- weighted sums of rows -------------------------------------------------------------------------------
 
 // Weights of so many sums at a time, which share what is read: for each group of sums the rows of which any takes some,
 // in order, and their weights side by side.
 struct Weights {
-  const int64_t* start;      // (groups + 1)
-  const int64_t* row;        // (start[groups])
-  const double* factor;      // (start[groups], sums of a group)
-  const uint8_t* averaging;  // (k) weights that add up to 1 at most: the sum of numbers is a number
-  int64_t k;
+  const int64_t* first;    // (groups + 1) sums
+  const int64_t* base;     // (groups) a row that all of the group's sums take, or -1
+  const int64_t* start;    // (groups + 1)
+  const int64_t* row;      // (start[groups])
+  const double* factor;    // (start[groups], sums of a group)
+  const Average* average;  // (k)
+  int64_t groups, k;
 };
 
 // Sums of a group, and columns of a thread: 16 bytes of a row, but for several sums fewer registers.
@@ -25,11 +26,13 @@ constexpr int kGroupedSums = 4;
 template <class S, int kSums>
 constexpr int kSumColumns = kSums == 1 || sizeof(S) > 4 ? 16 / sizeof(S) : 4;
 
-// out[s * k + r] = sum r of segment s, or of a run of its columns.
+// out[s * k + r] = sum r of segment s, or of a run of its columns, over its divisor. Single sums of float64 rows carry
+// their rounding errors; grouped ones are of differences from a row that they share, which costs less.
 template <class S, class O, int kSums>
 __global__ void __launch_bounds__(kSumThreads, 1)
     weighted_sums(const Table rows, const Weights weights, void* const* out, bool vectorised) {
   constexpr int V = kSumColumns<S, kSums>, kWidth = V * kSumThreads;
+  constexpr bool kDoubled = sizeof(S) == 8 && kSums == 1, kCentred = sizeof(S) == 8 && kSums > 1;
   const int64_t group = blockIdx.y, begin = weights.start[group], end = weights.start[group + 1];
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, kWidth);
@@ -37,15 +40,8 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     if (valid <= 0) continue;
     const int64_t column = tile.first + at;
     const bool whole = vectorised && valid == V;
-    double sum[kSums][V];
-#pragma unroll
-    for (int r = 0; r < kSums; ++r)
-#pragma unroll
-      for (int v = 0; v < V; ++v) sum[r][v] = 0;
-#pragma unroll 4
-    for (int64_t u = begin; u < end; ++u) {
-      const S* source = rows.row<S>(tile.segment, weights.row[u]) + column;
-      double x[V];
+    const auto read = [&](int64_t row, double (&x)[V]) {
+      const S* source = rows.row<S>(tile.segment, row) + column;
       if (whole) {
         const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
 #pragma unroll
@@ -54,32 +50,61 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 #pragma unroll
         for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
       }
+    };
+    DoubledSum sum[kSums][V];
+    double base[V];
+#pragma unroll
+    for (int r = 0; r < kSums; ++r)
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        sum[r][v] = {0, 0};
+        base[v] = 0;
+      }
+    if constexpr (kCentred)
+      if (weights.base[group] >= 0) read(weights.base[group], base);
+#pragma unroll 4
+    for (int64_t u = begin; u < end; ++u) {
+      double x[V];
+      read(weights.row[u], x);
 #pragma unroll
       for (int r = 0; r < kSums; ++r) {
         const double factor = weights.factor[u * kSums + r];
-        if (kSums == 1 || factor != 0)
+        if (kSums > 1 && factor == 0) continue;
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[r][v] = fma(factor, x[v], sum[r][v]);
+        for (int v = 0; v < V; ++v) {
+          if constexpr (kDoubled)
+            sum[r][v].add_product(factor, x[v]);
+          else
+            sum[r][v].high = fma(factor, kCentred ? x[v] - base[v] : x[v], sum[r][v].high);
+        }
       }
     }
 #pragma unroll
     for (int r = 0; r < kSums; ++r) {
-      const int64_t which = group * kSums + r;
-      if (which >= weights.k) break;
+      const int64_t which = weights.first[group] + r;
+      if (which >= weights.first[group + 1]) break;
+      const Average average = weights.average[which];
       Pack<O, V> result;
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        double total = sum[r][v];
-        if constexpr (sizeof(ComputeOf<O>) == 8)
-          if (!is_finite(total) && weights.averaging[which] && v < valid) {
-            // Averages of numbers are numbers, which rounding pushed beyond the largest.
-            bool numbers = true;
-            for (int64_t u = begin; u < end; ++u)
-              if (weights.factor[u * kSums + r] != 0)
-                numbers &= is_finite(widened(rows.row<S>(tile.segment, weights.row[u])[column + v]));
-            if (numbers) total = total < 0 ? -kLargest : kLargest;
+        double total;
+        if constexpr (kDoubled)
+          total = divided(sum[r][v], average.divisor);
+        else if constexpr (kCentred)
+          total = moved(base[v] * average.whole, sum[r][v].high, average.divisor);
+        else
+          total = sum[r][v].high / average.divisor;
+        if constexpr (sizeof(S) == 8)
+          if (!is_finite(total) && v < valid) {
+            DoubledSum shrunken{0, 0};
+            for (int64_t u = begin; u < end; ++u) {
+              const double factor = weights.factor[u * kSums + r];
+              if (factor != 0)
+                shrunken.add_product(factor, widened(rows.row<S>(tile.segment, weights.row[u])[column + v]) * kRoom);
+            }
+            total = grown(shrunken, average.divisor, average.averaging);
           }
-        result.cell[v] = narrowed<O>(static_cast<ComputeOf<O>>(total));
+        result.cell[v] = rounded<O>(total);
       }
       O* target = static_cast<O*>(out[tile.segment * weights.k + which]) + (column - rows.first);
       if (whole) {
@@ -126,23 +151,6 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     __syncthreads();
   }
 }
-
-// A sum of float64 and what its roundings lost (Dekker; Knuth's two-sum): about 106 bits.
-struct DoubledSum {
-  double high, low;
-
-  __device__ __forceinline__ void add_square(double a, double b) {
-    const double difference = a - b, virtual_b = difference - a;
-    const double lost = (a - (difference - virtual_b)) + (-b - virtual_b);
-    const double square = difference * difference;
-    add(square, fma(difference, difference, -square) + 2.0 * difference * lost);
-  }
-  __device__ __forceinline__ void add(double more_high, double more_low) {
-    const double sum = high + more_high, virtual_b = sum - high;
-    low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
-    high = sum;
-  }
-};
 
 constexpr int kDoubledColumns = 8 * kSumThreads;  // of a tile
 

@@ -70,14 +70,17 @@ class Cpp:
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
     ) -> Selected:
         """See the contract."""
-        nonfinite = np.zeros(rows.n, dtype=np.bool_)
-        sq_distances = np.zeros(rows.n if measure is None else len(measure)) if distances else None
+        n = rows.addresses.shape[1]
+        nonfinite = np.zeros(n, dtype=np.bool_)
+        sq_distances = np.zeros(n if measure is None else len(measure)) if distances else None
         self._cpu.select_columns(
             self.isa,
             rows.addresses,
@@ -88,7 +91,9 @@ class Cpp:
             nearest or 0,
             multiplicities,
             mix,
+            mix_divisors,
             measure,
+            measure_divisors,
             scale,
             None if out is None else out.addresses,
             sq_distances,
@@ -107,7 +112,8 @@ class Cpp:
         single: bool = False,
     ) -> Matrix:
         """See the contract."""
-        out = np.zeros((rows.n + origin, rows.n + origin))
+        m = rows.addresses.shape[1] + origin
+        out = np.zeros((m, m))
         self._cpu.gram(
             self.isa,
             rows.addresses,
@@ -137,10 +143,17 @@ class Cpp:
         )
         return out
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         self._cpu.weighted_row_sum(
-            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], weights, out.addresses, requested_threads()
+            self.isa,
+            rows.addresses,
+            rows.offsets,
+            _CODES[rows.dtype],
+            weights,
+            divisors,
+            out.addresses,
+            requested_threads(),
         )
 
     def update_momenta(

@@ -100,7 +100,9 @@ class Cuda:
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
@@ -116,7 +118,9 @@ class Cuda:
             nearest or 0,
             multiplicities,
             mix,
+            mix_divisors,
             measure,
+            measure_divisors,
             scale,
             None if out is None else out.addresses,
             sq_distances,
@@ -144,6 +148,6 @@ class Cuda:
         self._call("row_sq_distances", rows, centre.addresses, scale, out)
         return out
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
-        self._call("weighted_row_sum", rows, weights, out.addresses)
+        self._call("weighted_row_sum", rows, weights, divisors, out.addresses)

@@ -17,6 +17,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
+from robustkern.backends.reference import ROOM, lift, rounded
 from robustkern.backends.threads import requested_threads
 from robustkern.contract.primitives import Selected, Window
 from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
@@ -27,6 +28,8 @@ TILE = 256  # columns sorted together: n rows of them stay in cache
 TASK_VALUES = 1 << 19
 GRAM_TASKS = 64
 LANES = 8  # independent sums in a loop that the compiler may not reorder
+LARGEST = float(np.finfo(np.float64).max)
+NO_CELLS, NO_ROWS = np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32)
 
 T = TypeVar("T")
 
@@ -99,35 +102,84 @@ def _sort_with_rows(x, rows, low, high, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
+def _two_sum(a, b):  # type: ignore[no-untyped-def]
+    """Knuth's: a + b and what its rounding lost."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+@njit(nogil=True, cache=True)
+def _product_error(a, b, product):  # type: ignore[no-untyped-def]
+    """Return what the rounding of a * b lost (Dekker)."""
+    a_split, b_split = a * 134217729.0, b * 134217729.0
+    a_head, b_head = a_split - (a_split - a), b_split - (b_split - b)
+    a_tail, b_tail = a - a_head, b - b_head
+    return ((a_head * b_head - product) + a_head * b_tail + a_tail * b_head) + a_tail * b_tail
+
+
+@njit(nogil=True, cache=True)
+def _quotient(high, low, divisor):  # type: ignore[no-untyped-def]
+    """(high + low) / divisor, rounded once."""
+    near = high / divisor
+    product = near * divisor
+    return near + (((high - product) - _product_error(near, divisor, product)) + low) / divisor
+
+
+@njit(nogil=True, cache=True)
+def _moved(base, total, divisor):  # type: ignore[no-untyped-def]
+    """Return base + total / divisor, rounded once."""
+    near = total / divisor
+    product = near * divisor
+    result, lost = _two_sum(base, near)
+    return result + (lost + ((total - product) - _product_error(near, divisor, product)) / divisor)
+
+
+@njit(nogil=True, cache=True)
 def _middle(a, b):  # type: ignore[no-untyped-def]
-    half = type(a)(0.5)
     total = a + b
     if total - total == 0:
-        return total * half
-    return a * half + b * half
+        return total * 0.5
+    return a * 0.5 + b * 0.5
+
+
+@njit(nogil=True, cache=True)
+def _careful_mean(x, rows, multiplicities, lo, hi, j):  # type: ignore[no-untyped-def]
+    """Mean of the cells [lo, hi) of a sorted column of which sums overflow, or meet an infinity."""
+    high = low = 0.0
+    before = 0
+    for r in range(len(x)):
+        after = before + (multiplicities[rows[r, j]] if len(multiplicities) else 1)
+        count = min(after, hi) - max(before, lo)
+        before = after
+        if count > 0:
+            value = np.float64(x[r, j]) * ROOM
+            product = count * value
+            high, lost = _two_sum(high, product)
+            low += lost + _product_error(np.float64(count), value, product)
+    return _quotient(high, low, np.float64(hi - lo)) / ROOM if high - high == 0 else high
 
 
 @njit(nogil=True, cache=True)
 def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
+    """Sum differences from the smallest float64 value, or float32 values, whose sums float64 holds."""
     if hi - lo == 1:
         for j in range(count):
             out[j] = x[lo, j]
     elif hi - lo == 2:
         for j in range(count):
-            out[j] = _middle(x[lo, j], x[lo + 1, j])
+            out[j] = _middle(np.float64(x[lo, j]), np.float64(x[lo + 1, j]))
     else:
+        base = np.zeros(count)
+        if x.itemsize == 8:
+            for j in range(count):
+                base[j] = x[lo, j]
         total = np.zeros(count)
-        whole = hi - (hi - lo - 1) % 4
-        for r in range(lo + 1, whole, 4):  # four in the dtype, few enough for it: widening each costs twice the sum
+        for r in range(lo, hi):
             for j in range(count):
-                base = x[lo, j]
-                first, last = (x[r, j] - base) + (x[r + 1, j] - base), (x[r + 2, j] - base) + (x[r + 3, j] - base)
-                total[j] += first + last
-        for r in range(whole, hi):
-            for j in range(count):
-                total[j] += x[r, j] - x[lo, j]
+                total[j] += np.float64(x[r, j]) - base[j]
         for j in range(count):
-            mean = x[lo, j] + total[j] / (hi - lo)
+            mean = _moved(base[j], total[j], np.float64(hi - lo))
             out[j] = mean
             total[j] = mean - mean
         careful = False
@@ -136,56 +188,56 @@ def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
         if careful:
             for j in range(count):
                 if total[j] != 0:
-                    mean = 0.0
-                    for r in range(lo, hi):
-                        mean += np.float64(x[r, j]) / (hi - lo)
-                    out[j] = mean
+                    out[j] = _careful_mean(x, NO_ROWS, NO_CELLS, lo, hi, j)
 
 
 @njit(nogil=True, cache=True)
-def _store_nearest_mean(x, nearest, count, out):  # type: ignore[no-untyped-def]
-    """Ranks `nearest` apart compete for a place in the last rows of the sorted x; the centre in `out` is replaced."""
-    centre = out[:count].copy()
-    most = x.dtype.type(np.inf)
+def _store_nearest_mean(x, lo, hi, nearest, count, out):  # type: ignore[no-untyped-def]
+    """Let ranks `nearest` apart compete by exact distances for a place in the last rows of the sorted x."""
+    first, last = x[lo].copy(), x[hi - 1].copy()
+    scale, one, half = np.empty_like(first), x.dtype.type(1), x.dtype.type(0.5)
+    for j in range(count):
+        scale[j] = one if (first[j] + last[j]) - (first[j] + last[j]) == 0 else half  # halves do not overflow
     for k in range(len(x) - nearest):
         low, high = x[k], x[k + nearest]
         for j in range(count):
-            a, b, m = low[j], high[j], centre[j]
-            nearer = (b - m < m - a) | ((a == -most) & (b < most))
-            high[j] = b if nearer else a
+            middle, middle_lost = _two_sum(first[j] * scale[j], last[j] * scale[j])
+            total, lost = _two_sum(low[j] * scale[j], high[j] * scale[j])
+            nearer = (total < middle) | ((total == middle) & (lost < middle_lost))
+            high[j] = high[j] if nearer else low[j]
     _store_mean(x, len(x) - nearest, len(x), count, out)
     for j in range(count):
-        if centre[j] - centre[j] != 0:
-            out[j] = centre[j]
+        middle = np.float64(first[j]) + np.float64(last[j])
+        if first[j] - first[j] != 0 or last[j] - last[j] != 0:
+            out[j] = middle
 
 
 @njit(nogil=True, cache=True)
 def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: ignore[no-untyped-def]
     for j in range(count):
         before, used = 0, 0
-        base = centred = plain = first_share = last_share = last = 0.0
+        base = total = last = 0.0
+        first_count = last_count = 0
         for r in range(len(x)):
             after = before + multiplicities[rows[r, j]]
             begin, end = max(before, lo), min(after, hi)
             before = after
             if end > begin:
-                share = (end - begin) / (hi - lo)
-                value = np.float64(x[r, j])
+                last_count = end - begin
+                last = np.float64(x[r, j])
                 if used == 0:
-                    base, first_share = value, share
+                    base, first_count = last, last_count
                 used += 1
-                centred += share * (value - base)
-                plain += share * value
-                last, last_share = value, share
+                total += last_count * (last - base)
             if before >= hi:
                 break
         if used == 1:
             out[j] = base
-        elif used == 2 and first_share == last_share:
-            out[j] = _middle(out.dtype.type(base), out.dtype.type(last))
+        elif used == 2 and first_count == last_count:
+            out[j] = _middle(base, last)
         else:
-            mean = base + centred
-            out[j] = mean if mean - mean == 0 else plain
+            mean = _moved(base, total, np.float64(hi - lo))
+            out[j] = mean if mean - mean == 0 else _careful_mean(x, rows, multiplicities, lo, hi, j)
 
 
 @njit(nogil=True, cache=True)
@@ -216,9 +268,10 @@ def _select_tile(x, low, high, lo, hi, nearest, multiplicities, total, count, ou
         _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out)
     else:
         _sort(x, low, high, count)
-        _store_mean(x, lo, hi, count, out)
         if nearest:
-            _store_nearest_mean(x, nearest, count, out)
+            _store_nearest_mean(x, lo, hi, nearest, count, out)
+        else:
+            _store_mean(x, lo, hi, count, out)
     if careful:
         for j in range(count):
             if nan_cells[j] and max(hi, nearest) > total - nan_cells[j]:
@@ -226,13 +279,82 @@ def _select_tile(x, low, high, lo, hi, nearest, multiplicities, total, count, ou
 
 
 @njit(nogil=True, cache=True)
-def _mix(weights, tile, count, mixed):  # type: ignore[no-untyped-def]
+def _add_products(weights, tile, scale, count, high, low):  # type: ignore[no-untyped-def]
+    """Make of high + low the weighted sum of the tile's values, with what the roundings lose."""
+    high[:count] = 0.0
+    low[:count] = 0.0
+    for i in range(len(tile)):
+        if weights[i] != 0:
+            for j in range(count):
+                value = np.float64(tile[i, j]) * scale
+                product = weights[i] * value
+                high[j], lost = _two_sum(high[j], product)
+                low[j] += lost + _product_error(weights[i], value, product)
+
+
+@njit(nogil=True, cache=True)
+def _mend(weights, divisor, tile, count, result):  # type: ignore[no-untyped-def]
+    """Compute quotients that are no numbers again, in sums that do not overflow."""
+    careful = False
+    for j in range(count):
+        careful |= result[j] - result[j] != 0
+    if not careful:
+        return
+    average = np.abs(weights).sum() <= divisor * (1 + 2.0**-40)
+    high, low = np.empty(count), np.empty(count)
+    _add_products(weights, tile, ROOM, count, high, low)
+    for j in range(count):
+        if result[j] - result[j] != 0:
+            value = high[j] / divisor / ROOM
+            if value - value == 0:
+                value = _quotient(high[j], low[j], divisor) / ROOM
+            bounded = average and high[j] - high[j] == 0  # the weights may have been rounded up
+            result[j] = min(max(value, -LARGEST), LARGEST) if bounded else value
+
+
+@njit(nogil=True, cache=True)
+def _sum_tile(weights, divisors, tile, count, total):  # type: ignore[no-untyped-def]
+    """Weighted sums over their divisors; of float64 rows as exact as sums of twice as many digits."""
+    low = np.empty(count)
     for r in range(len(weights)):
-        mixed[r, :count] = 0.0
+        result = total[r]
+        if tile.itemsize == 8:
+            _add_products(weights[r], tile, 1.0, count, result, low)
+            for j in range(count):
+                result[j] = _quotient(result[j], low[j], divisors[r])
+            _mend(weights[r], divisors[r], tile, count, result)
+        else:
+            result[:count] = 0.0
+            for i in range(len(tile)):
+                if weights[r, i] != 0:
+                    for j in range(count):
+                        result[j] += weights[r, i] * tile[i, j]
+            for j in range(count):
+                result[j] /= divisors[r]
+
+
+@njit(nogil=True, cache=True)
+def _mix(weights, divisors, tile, count, mixed):  # type: ignore[no-untyped-def]
+    """Weighted sums over their divisors; of float64 rows by differences from the first one taken, as fast as sums."""
+    if tile.itemsize < 8:
+        _sum_tile(weights, divisors, tile, count, mixed)
+        return
+    for r in range(len(weights)):
+        result, first = mixed[r], -1
+        result[:count] = 0.0
+        whole = lost = 0.0
         for i in range(len(tile)):
             if weights[r, i] != 0:
+                whole, more = _two_sum(whole, weights[r, i])
+                lost += more
+                first = i if first < 0 else first
                 for j in range(count):
-                    mixed[r, j] += weights[r, i] * tile[i, j]
+                    result[j] += weights[r, i] * (tile[i, j] - tile[first, j])
+        if first >= 0:
+            whole = (whole + lost) / divisors[r]
+            for j in range(count):
+                result[j] = _moved(tile[first, j] * whole, result[j], divisors[r])
+            _mend(weights[r], divisors[r], tile, count, result)
 
 
 @njit(nogil=True, cache=True)
@@ -263,10 +385,13 @@ def _select_piece(  # type: ignore[no-untyped-def]
     window,
     multiplicities,
     mix,
+    mix_divisors,
     measure,
+    measure_divisors,
     remeasure,
     scale,
     rounding,
+    empty,
     out,
     distances,
     nonfinite,
@@ -274,9 +399,9 @@ def _select_piece(  # type: ignore[no-untyped-def]
     low, high = network
     lo, hi, nearest, total = window
     n = len(addresses)
-    tile = np.empty((n, TILE), dtype=out.dtype)
+    tile = np.empty((n, TILE), dtype=empty.dtype)
     k = len(mix) if len(mix) else n
-    work = np.empty((k, TILE), dtype=out.dtype)
+    work = np.empty((k, TILE), dtype=empty.dtype)
     mixed = np.empty((len(mix), TILE))
     measured = np.empty((len(measure), TILE))
     mixed_nonfinite = np.zeros(k, dtype=np.bool_)
@@ -285,7 +410,7 @@ def _select_piece(  # type: ignore[no-untyped-def]
         target = out[begin : begin + width]
         _read(addresses, first + begin, width, like, table, tile)
         if len(mix):
-            _mix(mix, tile, width, mixed)
+            _mix(mix, mix_divisors, tile, width, mixed)
             mixed_nonfinite[:] = False
             for i in range(k):
                 for j in range(width):
@@ -301,20 +426,19 @@ def _select_piece(  # type: ignore[no-untyped-def]
         else:  # nobody needs the rows any more
             _select_tile(tile, low, high, lo, hi, nearest, multiplicities, total, width, target, nonfinite)
         if len(distances):
-            if len(rounding):  # distances are to what is stored: rounded to 16 bits
-                for j in range(width):
-                    target[j] = _rounded(target[j], rounding, table)
+            for j in range(width):  # distances are to what is stored
+                target[j] = _rounded(target[j], rounding) if len(rounding) else empty.dtype.type(target[j])
             if not len(measure):
                 _add_sq_distances(tile, target, scale, width, distances)
             elif remeasure:
-                _mix(measure, tile, width, measured)
+                _mix(measure, measure_divisors, tile, width, measured)
                 _add_sq_distances(measured, target, scale, width, distances)
             else:
                 _add_sq_distances(mixed, target, scale, width, distances)
 
 
 @njit(nogil=True, cache=True)
-def _rounded(value, finite, table):  # type: ignore[no-untyped-def]
+def _rounded(value, finite):  # type: ignore[no-untyped-def]
     """Nearest entry of the sorted finite values of a 16-bit dtype, the even one in a tie."""
     if value - value != 0:
         return value
@@ -322,13 +446,12 @@ def _rounded(value, finite, table):  # type: ignore[no-untyped-def]
     at = np.searchsorted(finite, magnitude)  # finite[k] is the value with bits k
     if at == len(finite):
         # Above the largest: it or infinity, whichever is nearer in the format's spacing.
-        spacing = np.float64(finite[at - 1]) - np.float64(finite[at - 2])
-        nearest = finite[at - 1] if magnitude < finite[at - 1] + spacing / 2 else np.float32(np.inf)
+        spacing = finite[at - 1] - finite[at - 2]
+        nearest = finite[at - 1] if magnitude < finite[at - 1] + spacing / 2 else np.inf
     elif finite[at] == magnitude:
         return value
     else:
-        below, above = np.float64(finite[at - 1]), np.float64(finite[at])
-        down, up = magnitude - below, above - magnitude
+        down, up = magnitude - finite[at - 1], finite[at] - magnitude
         nearest = finite[at - 1] if down < up or (down == up and (at - 1) % 2 == 0) else finite[at]
     return nearest if value > 0 else -nearest
 
@@ -337,7 +460,7 @@ def _rounded(value, finite, table):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def _add_products(x, count, gram):  # type: ignore[no-untyped-def]
+def _add_gram(x, count, gram):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         for k in range(i + 1):
             a, b = x[i], x[k]
@@ -377,7 +500,7 @@ def _gram_piece(  # type: ignore[no-untyped-def]
         if origin:
             for j in range(width):
                 x[n, j] = np.float64(centre[j]) * -scale
-        _add_products(x, width, gram)
+        _add_gram(x, width, gram)
 
 
 @njit(nogil=True, cache=True)
@@ -415,13 +538,13 @@ def _sq_distances_piece(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _weighted_piece(addresses, first, count, like, table, weights, out):  # type: ignore[no-untyped-def]
-    tile = np.empty((len(addresses), TILE), dtype=out.dtype)
+def _weighted_piece(addresses, first, count, like, table, weights, divisors, empty, out):  # type: ignore[no-untyped-def]
+    tile = np.empty((len(addresses), TILE), dtype=empty.dtype)
     total = np.empty((len(weights), TILE))
     for begin in range(0, count, TILE):
         width = min(TILE, count - begin)
         _read(addresses, first + begin, width, like, table, tile)
-        _mix(weights, tile, width, total)
+        _sum_tile(weights, divisors, tile, width, total)
         for r in range(len(weights)):
             for j in range(width):
                 out[r, begin + j] = total[r, j]
@@ -496,10 +619,10 @@ def _storage(dtype: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
     """Return for a dtype: an empty array of the storage type and of the compute type, table, finite values."""
     if dtype.itemsize > 2:
         empty = np.empty(0, dtype=dtype)
-        return empty, empty, np.empty(0, dtype=np.float32), np.empty(0, dtype=np.float32)
+        return empty, empty, np.empty(0, dtype=np.float32), np.empty(0)
     table = np.arange(65536, dtype=np.uint16).view(dtype).astype(np.float32)
     finite = table[:32768]
-    return np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.float32), table, finite[np.isfinite(finite)].copy()
+    return np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.float32), table, finite[np.isfinite(finite)].astype(float)
 
 
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
@@ -535,6 +658,14 @@ def _task_columns(rows: Rows) -> int:
     return max(TASK_VALUES // rows.n // TILE, 4) * TILE
 
 
+def _lifted(weights: Matrix | None, divisors: Vector | None, n: int) -> tuple[Matrix, Vector]:
+    """Return weights and divisors times a power of two with which products do not vanish."""
+    if weights is None:
+        return np.empty((0, n)), np.empty(0)
+    by = np.array([lift(row) for row in weights])
+    return np.ascontiguousarray(weights * by[:, None]), by if divisors is None else divisors * by
+
+
 class Numba:
     """See `robustkern.contract.primitives.Kernels`."""
 
@@ -549,7 +680,9 @@ class Numba:
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
@@ -560,15 +693,16 @@ class Numba:
         whole = nearest is not None or multiplicities is not None
         network = _network(k, 0, k) if whole else _network(k, window.lo, window.hi)
         cells = k if multiplicities is None else int(multiplicities.sum())
-        none = np.empty((0, rows.n))
         n_measured = rows.n if measure is None else len(measure)
+        mixing, measuring = _lifted(mix, mix_divisors, rows.n), _lifted(measure, measure_divisors, rows.n)
+        same = measure is mix and measure_divisors is mix_divisors
         n_tasks, pieces = _tasks(rows, _task_columns(rows))
 
         def run(task: int) -> tuple[Vector, NDArray[np.bool_]]:
             total = np.zeros(n_measured if distances else 0)
             nonfinite = np.zeros(rows.n, dtype=np.bool_)
             for s, first, count in pieces(task):
-                values = np.empty(count, dtype=empty.dtype)
+                values = np.empty(count)
                 _select_piece(
                     rows.addresses[s],
                     first,
@@ -578,18 +712,19 @@ class Numba:
                     network,
                     (window.lo, window.hi, nearest or 0, cells),
                     np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities,
-                    none if mix is None else mix,
-                    none if measure is None else measure,
-                    measure is not mix,
+                    *mixing,
+                    *measuring,
+                    not same,
                     scale,
                     finite,
+                    empty,
                     values,
                     total,
                     nonfinite,
                 )
                 if out is not None:
                     with np.errstate(all="ignore"):
-                        out.array(s, 0)[first : first + count] = values.astype(rows.dtype, copy=False)
+                        out.array(s, 0)[first : first + count] = rounded(values, rows.dtype)
             return total, nonfinite
 
         parts = _run(n_tasks, run)
@@ -675,19 +810,19 @@ class Numba:
                 plain += part
             return np.where(np.isfinite(plain), high + low, plain)
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         like, empty, table, _ = _storage(rows.dtype)
         used = np.flatnonzero((weights != 0).any(axis=0))
-        rows, weights = rows.take(used), np.ascontiguousarray(weights[:, used])
+        rows, (weights, by) = rows.take(used), _lifted(weights[:, used], divisors, len(used))
         n_tasks, pieces = _tasks(out, _task_columns(out))
 
         def run(task: int) -> None:
             for s, first, count in pieces(task):
-                values = np.empty((len(weights), count), dtype=empty.dtype)
-                _weighted_piece(rows.addresses[s], first, count, like, table, weights, values)
+                values = np.empty((len(weights), count))
+                _weighted_piece(rows.addresses[s], first, count, like, table, weights, by, empty, values)
                 with np.errstate(all="ignore"):
-                    for r, row in enumerate(values.astype(out.dtype, copy=False)):
+                    for r, row in enumerate(rounded(values, out.dtype)):
                         out.array(s, r)[first : first + count] = row
 
         _run(n_tasks, run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,9 @@ class Reference:
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
@@ -49,15 +52,16 @@ class Reference:
             for block, target in _blocks(rows, out):
                 x = _stack(block)
                 nonfinite |= ~np.isfinite(x).all(axis=1)
-                chosen = x if mix is None else _mixed(mix, x).astype(compute).astype(np.float64)
-                mean = _window_mean(chosen, window, multiplicities).astype(compute)
-                if nearest is not None:
-                    mean = _nearest_mean(chosen.astype(compute), mean, nearest).astype(compute)
-                values = mean.astype(rows.dtype)
+                chosen = x if mix is None else _mixed(mix, mix_divisors, x).astype(compute).astype(np.float64)
+                if nearest is None:
+                    mean = _window_mean(chosen, window, multiplicities)
+                else:
+                    mean = _nearest_mean(chosen, window, nearest)
+                values = rounded(mean, rows.dtype)
                 if target is not None:
                     target.array(0, 0)[:] = values
                 if distances:
-                    measured = x if measure is None else _mixed(measure, x)
+                    measured = x if measure is None else _mixed(measure, measure_divisors, x)
                     difference = (measured - values.astype(np.float64)) * scale
                     total += (difference * difference).sum(axis=1)
         return Selected(total if distances else None, nonfinite)
@@ -103,15 +107,15 @@ class Reference:
                 total += (difference * difference).sum(axis=1)
         return total.astype(np.float64)
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         used = np.flatnonzero((weights != 0).any(axis=0))
         rows, weights = rows.take(used), weights[:, used]
         with np.errstate(all="ignore"):
             for block, target in _blocks(rows, out):
                 assert target is not None
-                for j, row in enumerate(_mixed(weights, _stack(block))):
-                    target.array(0, j)[:] = row.astype(_compute_dtype(rows.dtype)).astype(rows.dtype)
+                for j, row in enumerate(_mixed(weights, divisors, _stack(block))):
+                    target.array(0, j)[:] = rounded(row, rows.dtype)
 
     def update_momenta(
         self,
@@ -159,24 +163,100 @@ def _stack(block: Rows) -> Matrix:
     return stacked
 
 
-def _mixed(weights: Matrix, x: Matrix) -> Matrix:
-    """Return weights @ x in row order without ever multiplying by a weight of 0."""
+def rounded(values: Vector, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return float64 values in a dtype of rows, rounded once: what is cast by way of float32 would be twice."""
+    if dtype.itemsize == 2:
+        # To as many bits as float32 and 16 bits more than need, the last one set where others are lost.
+        bits = np.ascontiguousarray(values).view(np.uint64)
+        lost = np.uint64((1 << 40) - 1)
+        odd = np.where(bits & lost, np.uint64(1 << 40), np.uint64(0))
+        values = (bits & ~lost | odd).view(np.float64)
+    return values.astype(dtype, copy=False)
+
+
+def _two_sum(a: NDArray[Any], b: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """Return a + b and what its rounding lost (Knuth)."""
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+def _product(a: NDArray[Any], b: NDArray[Any]) -> tuple[Matrix, Matrix]:
+    """Return a * b and what its rounding lost (Dekker)."""
+    product = a * b
+    a_head, b_head = ((x * 134217729.0) - ((x * 134217729.0) - x) for x in (a, b))
+    a_tail, b_tail = a - a_head, b - b_head
+    return product, ((a_head * b_head - product) + a_head * b_tail + a_tail * b_head) + a_tail * b_tail
+
+
+def _sum(high: Matrix, low: Matrix) -> tuple[Vector, Vector]:
+    """Return the sum of rows of doubled numbers, two by two."""
+    while len(high) > 1:
+        half = len(high) // 2
+        total, lost = _two_sum(high[:half], high[half : 2 * half])
+        low = np.concatenate([low[:half] + low[half : 2 * half] + lost, low[2 * half :]])
+        high = np.concatenate([total, high[2 * half :]])
+    return high[0], low[0]
+
+
+def _quotient(high: NDArray[Any], low: NDArray[Any], divisor: NDArray[Any] | float) -> Matrix:
+    """Return (high + low) / divisor, rounded once; an infinity or a NaN stays."""
+    near = high / divisor
+    product, lost = _product(near, np.broadcast_to(divisor, near.shape))
+    return np.where(np.isfinite(high), near + (((high - product) - lost) + low) / divisor, high)
+
+
+# By this values are multiplied where sums of them overflow.
+ROOM = 2.0**-96
+
+
+def lift(weights: Vector) -> float:
+    """Return a power of two with which weights add up to about 2**64.
+
+    Products do not vanish then, and sums of numbers times ROOM do not overflow.
+    """
+    exponent = math.frexp(float((np.abs(weights) * 2.0**-16).sum()))[1]
+    return math.ldexp(1.0, min(48 - exponent, 948))
+
+
+def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
+    """Return weights @ x / divisors in doubled float64, without ever multiplying by a weight of 0."""
     mixed = np.zeros((len(weights), x.shape[1]))
     for r, row in enumerate(weights):
-        for i in np.flatnonzero(row):
-            mixed[r] += row[i] * x[i]
+        used = row != 0
+        if not used.any():
+            continue
+        divisor = 1.0 if divisors is None else float(divisors[r])
+        by, factors, values = divisor * lift(row), row[used, None] * lift(row), x[used]
+        mixed[r] = _quotient(*_sum(*_product(factors, values)), by)
+        if np.isfinite(mixed[r]).all():
+            continue
+        high, low = _sum(*_product(factors, values * ROOM))
+        plain = high / by / ROOM
+        grown = np.where(np.isfinite(plain), _quotient(high, low, by) / ROOM, plain)
+        if np.abs(factors).sum() <= by * (1 + 2.0**-40):
+            # An average is within the largest numbers, whatever the rounding of its weights says.
+            largest = np.finfo(np.float64).max
+            grown = np.where(np.isfinite(high), np.clip(grown, -largest, largest), grown)
+        mixed[r] = np.where(np.isfinite(mixed[r]), mixed[r], grown)
     return mixed
 
 
-def _nearest_mean(x: NDArray[Any], centre: NDArray[Any], nearest: int) -> Vector:
-    """Mean of the values of each column nearest to its centre, with differences in the dtype of both."""
+def _nearest_mean(x: Matrix, window: Window, nearest: int) -> Vector:
+    """Mean of the values of each column nearest to its window's middle, by exact distances."""
     ranked = np.sort(x, axis=0)
+    first, last = ranked[window.lo], ranked[window.hi - 1]
     low, high = ranked[: len(x) - nearest], ranked[nearest:]
+    # Halves of sums do not overflow; they are taken only where sums do, because halves may vanish.
+    half = np.where(np.isfinite(first + last), 1.0, 0.5)
+    middle, middle_lost = _two_sum(first * half, last * half)
+    total, lost = _two_sum(low * half, high * half)
     # True for the first ranks of a column only: the values above it take the places of those below.
-    nearer = (high - centre < centre - low) | (np.isneginf(low) & (high < np.inf))
+    nearer = (total < middle) | ((total == middle) & (lost < middle_lost))
     taken = np.arange(nearest)[:, None] + nearer.sum(axis=0)
-    mean = _window_mean(np.take_along_axis(ranked, taken, axis=0).astype(np.float64), Window(0, nearest), None)
-    return np.where(np.isfinite(centre) | np.isnan(ranked[nearest - 1]), mean, centre)
+    mean = _window_mean(np.take_along_axis(ranked, taken, axis=0), Window(0, nearest), None)
+    finite = np.isfinite(first) & np.isfinite(last)
+    return np.where(finite | np.isnan(ranked[nearest - 1]), mean, first + last)
 
 
 def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | None) -> Vector:
@@ -187,15 +267,20 @@ def _window_mean(x: Matrix, window: Window, multiplicities: NDArray[np.int64] | 
     end = np.cumsum(cells[order], axis=0)
     begin = end - cells[order]
     covered = np.clip(np.minimum(end, window.hi) - np.maximum(begin, window.lo), 0, None)
-    share = covered / (window.hi - window.lo)
+
+    def mean(room: float) -> Vector:
+        product, lost = _product(covered.astype(np.float64), ranked * room)
+        high, low = _sum(np.where(covered, product, 0.0), np.where(covered, lost, 0.0))
+        return _quotient(high, low, float(window.hi - window.lo)) / room
+
+    plain = mean(1.0)
+    if not np.isfinite(plain).all():
+        plain = np.where(np.isfinite(plain), plain, mean(ROOM))
+    # A middle of two equal parts is theirs alone, and so is a single value: their counts need not be exact numbers.
     used = covered > 0
     first = np.take_along_axis(ranked, used.argmax(axis=0)[None], axis=0)[0]
-    # Relative to the smallest value used, so that a common offset costs nothing; plainly where that is not finite.
-    centred = first + np.where(used, covered * (ranked - first), 0.0).sum(axis=0) / (window.hi - window.lo)
-    plain = np.where(used, share * ranked, 0.0).sum(axis=0)
-    mean = np.where(np.isfinite(centred), centred, plain)
-    two = (used.sum(axis=0) == 2) & (np.where(used, share, 0.5) == 0.5).all(axis=0)
     last = np.take_along_axis(ranked, (len(x) - 1 - used[::-1].argmax(axis=0))[None], axis=0)[0]
+    two = (used.sum(axis=0) == 2) & (2 * covered.max(axis=0) == window.hi - window.lo)
     middle = (first + last) * 0.5
     middle = np.where(np.isfinite(middle), middle, first * 0.5 + last * 0.5)
-    return np.asarray(np.where(two, middle, np.where(used.sum(axis=0) == 1, first, mean)))
+    return np.asarray(np.where(used.sum(axis=0) == 1, first, np.where(two, middle, plain)))

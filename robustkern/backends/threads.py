@@ -10,9 +10,14 @@ __all__ = ["requested_threads", "set_num_threads"]
 MAX_THREADS = 65536
 
 
+_requested: int | None = None
+
+
 @functools.cache
-def _from_environment() -> int:
-    """Read ROBUSTKERN_NUM_THREADS, once a process: small calls would feel it."""
+def requested_threads() -> int:
+    """Return the number of threads asked for, 0 where the backend decides; found out once, small calls would feel it."""
+    if _requested is not None:
+        return _requested
     text = os.environ.get("ROBUSTKERN_NUM_THREADS", "")
     if not text:
         return 0
@@ -21,14 +26,6 @@ def _from_environment() -> int:
             f"ROBUSTKERN_NUM_THREADS must be a positive integer up to {MAX_THREADS}; got {text!r} (unset: all cores)"
         )
     return int(text)
-
-
-_requested: int | None = None
-
-
-def requested_threads() -> int:
-    """Return the number of threads asked for, 0 where the backend decides."""
-    return _from_environment() if _requested is None else _requested
 
 
 def set_num_threads(k: int | None, /) -> None:
@@ -55,3 +52,4 @@ def set_num_threads(k: int | None, /) -> None:
         if not 1 <= k <= MAX_THREADS:
             raise ValueError(f"set_num_threads: k must be between 1 and {MAX_THREADS}; got {k} (None for the default)")
     _requested = k
+    requested_threads.cache_clear()

@@ -50,7 +50,9 @@ class Kernels(Protocol):
         nearest: int | None = None,
         multiplicities: NDArray[np.int64] | None = None,
         mix: Matrix | None = None,
+        mix_divisors: Vector | None = None,
         measure: Matrix | None = None,
+        measure_divisors: Vector | None = None,
         scale: float = 1.0,
         distances: bool = False,
         out: Rows | None = None,
@@ -65,15 +67,21 @@ class Kernels(Protocol):
             Ranks [lo, hi) that are averaged, ``0 <= lo < hi <=`` number of cells. A row is one cell, or with
             `multiplicities` as many equal cells as its entry says.
         nearest : int, optional
-            Average the so many values nearest to the window's mean instead, which is then the centre m of at most two
-            cells; at least 1, at most the number of selected rows, and not together with `multiplicities`.
+            Average the so many values nearest to the window's middle instead, which then has at most two cells; at
+            least 1, at most the number of selected rows, and not together with `multiplicities`.
         multiplicities : (k,) int64, optional
             Non-negative, one for each selected row; the sum is below 2**62.
         mix : (k, n) float64, optional
-            Select over the rows ``mix @ rows`` instead, made tile by tile. An entry that is exactly 0 is never
-            multiplied, so that a NaN or Inf in a left-out row stays out.
+            Select over the rows ``mix @ rows / mix_divisors[:, None]`` instead, made tile by tile and rounded to
+            float32 (of float64 rows to float64). An entry that is exactly 0 is never multiplied, so that a NaN or Inf
+            in a left-out row stays out.
+        mix_divisors : (k,) float64, optional
+            Positive and finite; all 1 by default.
         measure : (m, n) float64, optional
-            With `distances`: measure the rows ``measure @ rows`` instead of the rows themselves.
+            With `distances`: measure the rows ``measure @ rows / measure_divisors[:, None]`` (float64) instead of the
+            rows themselves. Where they are the very arrays of the mix, mixed rows are made once.
+        measure_divisors : (m,) float64, optional
+            Positive and finite; all 1 by default.
         scale : float
             A power of two by which differences are multiplied before they are squared (float64 rows whose
             squares would overflow or vanish).
@@ -90,15 +98,21 @@ class Kernels(Protocol):
 
         Notes
         -----
-        NaN ranks above +inf; a window that reaches a NaN gives NaN. Window means lose nothing to a common offset
-        and do not overflow. One read of the data; extra memory of one column tile per thread.
+        NaN ranks above +inf; a window that reaches a NaN gives NaN. One read of the data; extra memory of one column
+        tile per thread.
 
-        Nearest values: m and the differences x - m are rounded to the compute dtype (float32 for rows of 16 and 32
-        bits), so that all backends take the same values. Of two values equally far on either side the lower one is
-        taken first, of several on one side the one next to m in rank: `nearest` consecutive ranks are taken, the lowest
-        ones [k, k + nearest) for which ``x[k + nearest] - m < m - x[k]`` is false. An infinite value is farther than
-        any number, also where a number's difference overflows; a NaN is farthest, and where one would be taken the
-        result is NaN. Otherwise an m that is not finite is itself the result.
+        Means, of windows and of mixed rows, are sums divided once and then rounded once: equal values give that value,
+        and whole numbers the number nearest to their mean, as long as float64 holds the sum of their differences
+        (subnormal float64 results are within one unit). They lose nothing to a common offset: of float64 values
+        differences are summed, from the smallest of a window or from a row that is mixed, so that roundings are those
+        of the values' spread. They do not overflow: an average of numbers is a number.
+
+        Nearest values: distances to the exact middle of the window's ends a and b are compared exactly, whatever the
+        dtype, so that all backends take the same values. Of two values equally far on either side the lower one is
+        taken first, of several on one side the one next to the middle in rank: `nearest` consecutive ranks are taken,
+        the lowest ones [k, k + nearest) for which ``x[k] + x[k + nearest] < a + b`` is false. An infinite value is
+        farther than any number; a NaN is farthest, and where one would be taken the result is NaN. Otherwise, where
+        a + b is no number because a or b is none, it is itself the result.
         """
 
     def gram(
@@ -164,8 +178,8 @@ class Kernels(Protocol):
         the same terms are met. One read of the data.
         """
 
-    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows) -> None:
-        """Write ``weights @ rows``.
+    def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
+        """Write ``weights @ rows / divisors[:, None]``.
 
         Parameters
         ----------
@@ -175,12 +189,17 @@ class Kernels(Protocol):
             Rows of weight exactly 0 are never read.
         out : Rows
             k rows with the same segments and dtype, written.
+        divisors : (k,) float64, optional
+            Positive and finite; all 1 by default.
 
         Notes
         -----
-        Summed in float64 in row order, rounded once. One read of the rows that have some weight. Averages of finite
-        float64 rows that rounding makes infinite are brought back to the largest number: on a GPU by the kernel, so
-        that nobody waits for it, elsewhere by who asked for the average (`robustkern.rules.view.emit`).
+        Summed in float64, divided once, and then rounded once: equal rows of weight 1 over their number
+        are that row, whole numbers give the number nearest to their mean, however many they are. Of float64 rows sums
+        carry their rounding errors (doubled float64), so that errors are those of one rounding whatever n. An average
+        (weights that are not negative and add up to the divisor) of finite rows is finite: where sums overflow they
+        are taken again, scaled by a power of two. The sign of a zero is not kept. One read of the rows that have some
+        weight (on a GPU one for each sum).
         """
 
 

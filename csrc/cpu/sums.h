@@ -1,0 +1,110 @@
+// Sums that carry their rounding errors, and quotients that are rounded once.
+#pragma once
+#include "../common/averages.h"
+#include "simd.h"
+
+namespace rk {
+namespace RK_ISA {
+
+template <class V>
+RK_INLINE void two_sum(V a, V b, V& sum, V& error) {  // Knuth
+  sum = a + b;
+  const V virtual_b = sum - a;
+  error = (a - (sum - virtual_b)) + (b - virtual_b);
+}
+
+// What the rounding of a * b to `product` lost (Dekker).
+RK_INLINE F64 product_error(F64 a, F64 b, F64 product) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  return fmadd(a, b, -product);
+#else
+  const F64 split_a = a * 134217729.0, a_head = split_a - (split_a - a), a_tail = a - a_head;
+  const F64 split_b = b * 134217729.0, b_head = split_b - (split_b - b), b_tail = b - b_head;
+  return ((a_head * b_head - product) + a_head * b_tail + a_tail * b_head) + a_tail * b_tail;
+#endif
+}
+
+// A sum of float64 and what its roundings lost: about 106 bits.
+struct DoubledSum {
+  F64 high, low;
+};
+
+RK_INLINE void add(DoubledSum& total, F64 x) {
+  F64 lost;
+  two_sum(total.high, x, total.high, lost);
+  total.low += lost;
+}
+RK_INLINE void add_product(DoubledSum& total, F64 a, F64 b) {
+  const F64 product = a * b, product_lost = product_error(a, b, product);
+  F64 lost;
+  two_sum(total.high, product, total.high, lost);
+  total.low += lost + product_lost;
+}
+RK_INLINE void add_square(DoubledSum& total, F64 a, F64 b) {
+  F64 difference, lost, carried;
+  two_sum(a, -b, difference, lost);
+  const F64 square = difference * difference;
+  const F64 square_lost = product_error(difference, difference, square) + 2.0 * difference * lost;
+  two_sum(total.high, square, total.high, carried);
+  total.low += carried + square_lost;
+}
+
+// sum - quotient * divisor, exactly where the quotient is nearly right.
+RK_INLINE F64 remainder(F64 sum, F64 quotient, F64 divisor) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  return fmadd(-quotient, divisor, sum);
+#else
+  const F64 product = quotient * divisor;
+  return (sum - product) - product_error(quotient, divisor, product);
+#endif
+}
+
+// A number by which sums are divided, and its reciprocal: a few products are faster than a division.
+struct Divisor {
+  F64 value, reciprocal;
+  explicit Divisor(double divisor) : Divisor(divisor, 1 / divisor) {}
+  Divisor(double divisor, double its) : value(splat<F64>(divisor)), reciprocal(splat<F64>(its)) {}
+};
+
+// sum / divisor, rounded once (Markstein); of numbers only.
+RK_INLINE F64 divided(F64 sum, const Divisor& by) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  const F64 near = sum * by.reciprocal;
+  return fmadd(remainder(sum, near, by.value), by.reciprocal, near);
+#else
+  return sum / by.value;
+#endif
+}
+RK_INLINE F64 divided(const DoubledSum& sum, F64 divisor) {
+  const F64 near = sum.high / divisor;
+  return near + (remainder(sum.high, near, divisor) + sum.low) / divisor;
+}
+// base + sum / divisor, rounded once.
+RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by) {
+  const F64 near = divided(sum, by), rest = remainder(sum, near, by.value);
+  F64 total, lost;
+  two_sum(base, near, total, lost);
+  return total + fmadd(rest, by.reciprocal, lost);
+}
+
+// The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity
+// or a NaN is itself the result.
+RK_INLINE F64 grown(const DoubledSum& sum, double divisor, bool averaging) {
+  const F64 plain = sum.high / divisor * (1 / kRoom), largest = splat<F64>(__DBL_MAX__);
+  const F64 value = plain - plain == 0 ? divided(sum, splat<F64>(divisor)) * (1 / kRoom) : plain;
+  if (!averaging) return value;
+  return sum.high - sum.high == 0 ? vmax(vmin(value, largest), -largest) : value;  // weights may have been rounded up
+}
+
+// To as many bits as float32 and 16 bits more than need, the last one set where others are lost: what is rounded to 16
+// bits next is rounded once.
+RK_INLINE F64 to_odd(F64 v) {
+  using Key = Simd<double>::Key;
+  constexpr uint64_t last = uint64_t{1} << 40;
+  const Key bits = reinterpret_cast<Key>(v);
+  const Key lost = reinterpret_cast<Key>((bits & (last - 1)) != 0);
+  return reinterpret_cast<F64>((bits & ~(last - 1)) | (lost & last));
+}
+
+}  // namespace RK_ISA
+}  // namespace rk
