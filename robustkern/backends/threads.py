@@ -15,7 +15,7 @@ _requested: int | None = None
 
 @functools.cache
 def requested_threads() -> int:
-    """Return the number of threads asked for, 0 where the backend decides; found out once, small calls would feel it."""
+    """Return the number of threads asked for, 0 where the backend decides; found out once, as small calls feel it."""
     if _requested is not None:
         return _requested
     text = os.environ.get("ROBUSTKERN_NUM_THREADS", "")
