@@ -416,10 +416,16 @@ template <class S>
 constexpr int64_t kSumColumns = sizeof(S) == 8 ? 1024 : 2048;
 constexpr int64_t kSumRows = 4;  // or some rows: sums are loaded and stored once for them
 
+bool is_power_of_two(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits << 12 == 0;  // of numbers that are not subnormal
+}
+
 // sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile
 // fetches as much of the rows `next`. Of float64 rows with what the roundings lost, after the sums; kShrunk: of values
-// times kRoom.
-template <int64_t kCount, bool kShrunk, class S>
+// times kRoom; kExact: products with powers of two lose nothing.
+template <int64_t kCount, bool kShrunk, bool kExact, class S>
 RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double* weights, int64_t columns, bool begin,
                         double* sums) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
@@ -434,8 +440,13 @@ RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double
       DoubledSum sum = {};
       if (!begin) sum = {load(high), load(low)};
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kCount; ++i)
-        add_product(sum, factor[i], kShrunk ? load(rows[i] + j) * kRoom : load(rows[i] + j));
+      for (int64_t i = 0; i < kCount; ++i) {
+        const F64 value = kShrunk ? load(rows[i] + j) * kRoom : load(rows[i] + j);
+        if (kExact)
+          add(sum, factor[i] * value);
+        else
+          add_product(sum, factor[i], value);
+      }
       store(high, sum.high);
       store(low, sum.low);
     } else {
@@ -476,10 +487,12 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
                                  auto shrunk) {
       constexpr bool kShrunk = shrunk.value != 0;
       int64_t n_used = 0;
+      bool exact = sizeof(S) == 8 && !kShrunk;
       for (int64_t i = 0; i < n; ++i)
         if (weights[r * n + i] != 0) {
           used[n_used] = i;
-          w[n_used++] = weights[r * n + i] * lift;
+          w[n_used] = weights[r * n + i] * lift;
+          exact &= is_power_of_two(w[n_used++]);
         }
       const int64_t padded = round_up(columns, kDoubles);
       for (int64_t i = 0; i < n_used; i += kSumRows) {
@@ -500,14 +513,21 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
             src[p] = tail + p * kDoubles;
           }
         }
-        if (count == 4)
-          add_rows<4, kShrunk>(src, next, w + i, padded, i == 0, sums);
-        else if (count == 3)
-          add_rows<3, kShrunk>(src, next, w + i, padded, i == 0, sums);
-        else if (count == 2)
-          add_rows<2, kShrunk>(src, next, w + i, padded, i == 0, sums);
+        const auto add = [&](auto is_exact) {
+          constexpr bool kExact = sizeof(S) == 8 && !kShrunk && is_exact.value != 0;
+          if (count == 4)
+            add_rows<4, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+          else if (count == 3)
+            add_rows<3, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+          else if (count == 2)
+            add_rows<2, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+          else
+            add_rows<1, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+        };
+        if (exact)
+          add(Count<1>{});
         else
-          add_rows<1, kShrunk>(src, next, w + i, padded, i == 0, sums);
+          add(Count<0>{});
       }
       if (n_used == 0) {
         memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
