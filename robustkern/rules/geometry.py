@@ -47,6 +47,7 @@ _CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so th
 SINGLE_VALUES = 1 << 18
 SINGLE_ROUNDING = 40 * 2.0**-24
 SINGLE_NOISE = 2.0**-24
+UNIT_ROUNDING = 1e-9  # shares that sum to 1 but for it sum to 1
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
 
 
@@ -428,7 +429,7 @@ class Given:
 def share_of_origin(weights: Vector, centre_weight: float) -> float:
     """Return what shares leave for the origin; none where they sum to 1 but for rounding, which far rows would feel."""
     rest = 1.0 - float(weights.sum()) - centre_weight
-    return rest if abs(rest) > 1e-9 else 0.0
+    return rest if abs(rest) > UNIT_ROUNDING else 0.0
 
 
 def _reference(gram: Matrix, at: int, finite: Mask) -> Reference:

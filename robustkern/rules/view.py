@@ -21,6 +21,7 @@ from robustkern.rules.cuts import Distances, smallest, smallest_between, weighte
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
+    UNIT_ROUNDING,
     Geometry,
     Given,
     Mask,
@@ -28,7 +29,6 @@ from robustkern.rules.geometry import (
     Reference,
     Selection,
     as_cells,
-    share_of_origin,
     tolerated,
     unscaled,
 )
@@ -337,9 +337,9 @@ class View:
                 and 0 < solution.divisor < math.inf
                 and math.isfinite(solution.centre_weight)
             ):
-                if "origin" in rule.points or not share_of_origin(_shares(solution), solution.centre_weight):
-                    return
                 total = float(weights.sum()) / solution.divisor + solution.centre_weight
+                if abs(1 - total) <= UNIT_ROUNDING or "origin" in rule.points:
+                    return
                 raise ValueError(
                     f"{rule}: the weights sum to {total:.6g} instead of 1, so that the rest lies on the origin (name "
                     "it in the rule's points: 'origin')"
