@@ -100,7 +100,6 @@ def slow(rule: str, x: Array, f: int) -> Array:
 
 
 def _slow(rule: str, x: Array, f: int) -> Array:
-    single = x.astype(np.float32) if x.dtype.itemsize < 8 else x
     x = x.astype(np.longdouble)
     n = len(x)
     if rule == "mean":
@@ -110,7 +109,7 @@ def _slow(rule: str, x: Array, f: int) -> Array:
     if rule == "trimmed_mean":
         return np.sort(x, axis=0)[f : n - f].mean(axis=0)
     if rule == "mean_around_median":
-        away = np.abs(single - np.median(single, axis=0))  # which values are taken is decided in the compute dtype
+        away = np.abs(x - (np.sort(x, axis=0)[(n - 1) // 2] + np.sort(x, axis=0)[n // 2]) / 2)
         order = np.lexsort((x, away), axis=0)[: n - f]
         return np.take_along_axis(x, order, axis=0).mean(axis=0)
     if rule == "geometric_median":
