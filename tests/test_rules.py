@@ -65,12 +65,14 @@ RULES = tuple(
 def slow_geometric_median(x: Array, weights: Array | None = None) -> Array:
     """Weiszfeld on the vectors themselves, in longdouble, until nothing moves."""
     s = np.ones(len(x), dtype=np.longdouble) if weights is None else weights.astype(np.longdouble)
+    base = np.sort(x, axis=0)[len(x) // 2]
+    x = x - base  # exact but for far attackers: a common offset would keep the last steps from getting any shorter
     for row in x:  # Kuhn's condition: the others do not outweigh the rows that are there
         r = np.sqrt(((x - row) ** 2).sum(axis=1))
         here = r <= 1e-16 * r.max()
         pull = ((s / np.where(here, 1, r))[:, None] * (x - row))[~here].sum(axis=0)
         if np.sqrt((pull**2).sum()) <= s[here].sum():
-            return np.asarray(row)
+            return np.asarray(row + base)
     y = np.median(x.astype(np.float64), axis=0).astype(np.longdouble) + np.longdouble(1e-3)
     for _ in range(20000):
         r = np.sqrt(((x - y) ** 2).sum(axis=1))
@@ -80,7 +82,7 @@ def slow_geometric_median(x: Array, weights: Array | None = None) -> Array:
         y = new
         if step < 1e-17 * np.median(r):
             break
-    return y
+    return np.asarray(y + base)
 
 
 def slow_nearest(x: Array, point: Array, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -96,7 +97,9 @@ class GeometricMedian(Aggregator):
         result = np.zeros(view.n)
         result[used] = found
         gave_up = not converged and self.max_iter is None
-        return Solution(result, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up)
+        # Shares add up to 1 but for rounding, which rows that are far from the origin would feel.
+        total = math.fsum(found)
+        return Solution(result, total, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up)
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Plain Weiszfeld until a step is below 1e-7 of the spread; every step reads the data twice."""
