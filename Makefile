@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
 REQUIRE ?= cpp,numba,cuda-emulated$(if $(shell command -v nvcc),$(comma)cuda-static)
+# Processes that run tests side by side.
+WORKERS ?= 2
 comma := ,
 SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find csrc -type f -not -path "csrc/emulation/*")
 
@@ -19,7 +21,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
 
 test: $(VENV)/dev.stamp $(EMULATIONS)
-	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest $(ARGS)
+	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
