@@ -642,7 +642,9 @@ def test_lost_workers_count_as_faulty() -> None:
     run = simulation.Simulation(settings_of(failures=((1, 3, "crash"), (6, 5, "stall"), (2, 9, "crash"))), DIGITS)
     sizes = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulation, "aggregate", lambda rows, rule, f: sizes.append((len(rows), f)) or rk.median(rows))
+        patch.setattr(
+            simulation, "aggregate", lambda rows, rule, f, seed: sizes.append((len(rows), f)) or rk.median(rows)
+        )
         with pytest.raises(training.TooManyLost, match="3 workers are lost, more than the f=2 that are tolerated"):
             trained_on(run, 10)
     assert sizes == [(7, 2)] * 2 + [(6, 1)] * 2 + [(5, 0)] * 4
