@@ -316,6 +316,18 @@ def test_what_weights_leave_lies_on_the_origin(offset: float) -> None:
     assert share_of_origin(np.full(7, 1 / 7), 1e-16) == 0  # sums of 1 but for rounding leave nothing there
 
 
+def test_rows_near_a_row() -> None:
+    x = attacked(9, 20, dtype=np.float64)
+    x[4] = x[2]  # ties go to the lowest index
+    for row in range(9):
+        squares = ((x - x[row]) ** 2).sum(axis=1)
+        want = np.argsort(squares, kind="stable")[:4]
+        rule = Returns(lambda view, row=row: view.mean_of(view.nearest_to_row(row, 4)))
+        got, info = rk.aggregate(x, rule, return_info=True)
+        assert info.order == tuple(want)
+        np.testing.assert_allclose(got, x[np.sort(want)].mean(axis=0), rtol=1e-14, atol=1e-15)
+
+
 def test_scores_that_are_none_are_said() -> None:
     for scores, message in [
         (lambda squares: squares, "scores must be a vector"),

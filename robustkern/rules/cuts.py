@@ -75,7 +75,8 @@ def smallest_between(values: Vector, low: Vector, high: Vector, count: int, agai
         below = contenders[exact < at_cut - tolerance]
         ties = contenders[np.abs(exact - at_cut) <= tolerance]
         chosen = np.concatenate([below, ties[: missing - len(below)]])
-    return np.concatenate([certain, chosen[np.argsort(values[chosen], kind="stable")]])
+    parts = (part[np.argsort(values[part], kind="stable")] for part in (certain, chosen))
+    return np.concatenate(list(parts))
 
 
 def weighted_share(s: Vector, share: float, distances: Distances) -> Vector:
