@@ -36,8 +36,11 @@ class Info:
         Rows, floating-point coordinates of a row, tolerated Byzantine rows (None where it was not given).
     backend : str
         Which backend ran.
+    share : float or None
+        Which share of the weight the rule takes to be Byzantine: f/n, with weights that of the f heaviest rows, or
+        delta; None without f and delta.
     bound_met : bool or None
-        Whether n and f satisfy what the rule's theorem needs; None without f.
+        Whether n and f, with weights `share`, satisfy what the rule's theorem needs; None without f and delta.
     weights : (n,) float64 or None
         Weights of the rows in the result, where it is a weighted sum of rows.
     kept : (n,) bool or None
@@ -71,6 +74,7 @@ class Info:
     d: int
     f: int | None
     backend: str
+    share: float | None
     bound_met: bool | None
     weights: Vector | None = field(default=None, compare=False)
     kept: NDArray[np.bool_] | None = field(default=None, compare=False)
@@ -128,11 +132,12 @@ def run(
     """
     count = _checked_f(rule, source.n, f, delta)
     shares = _checked_weights(rule, source.n, weights)
+    share = None if shares is None else _byzantine_share(rule, source, shares, count, delta)
     _check_rest(rule, source, shares, seed)
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
-    given = Given(source, kernels, source.n, count, shares, "origin" in rule.points, drawn_from)
-    view = View(given, source.n, count, shares)
+    given = Given(source, kernels, source.n, count, shares, share, "origin" in rule.points, drawn_from)
+    view = View(given, source.n, count, shares, share)
     try:
         solution = rule.solve(view)
     except TooCloseError:  # one more pass, on float64 products
@@ -192,6 +197,23 @@ def _checked_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vec
         return None
     # Only proportions matter: a power of two keeps whole numbers exact and every sum finite.
     return np.asarray(np.ldexp(values, -math.frexp(largest)[1]))
+
+
+def _byzantine_share(
+    rule: Aggregator, source: Source, weights: Vector, f: int | None, delta: float | None
+) -> float | None:
+    """Return which share of the weight may be Byzantine: delta, or what the f heaviest rows hold."""
+    if delta is not None or f is None:
+        return None if delta is None else float(delta)
+    heaviest = np.argsort(-weights, kind="stable")[:f]
+    share = math.fsum(weights[heaviest]) / math.fsum(weights)
+    if share >= 0.5:
+        names = ", ".join(source.row_name(int(i)) for i in heaviest[:5]) + (", ..." if f > 5 else "")
+        raise ValueError(
+            f"{rule}: any f={f} rows may be Byzantine, and the heaviest (rows {names}) hold {share:.3g} of the weight, "
+            "which is not below half (lower f, lower or cap the weights, or pass delta=, the share that may be)"
+        )
+    return share
 
 
 def _check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> None:
@@ -288,7 +310,8 @@ def _info(
         d=given.source.d,
         f=given.f,
         backend=given.kernels.name,
-        bound_met=rule.bound_met(given.n, given.f),
+        share=given.f / given.n if given.weights is None and given.f is not None else given.share,
+        bound_met=_bound_met(rule, given),
         weights=None if solution.weights is None else solution.weights / solution.divisor,
         kept=solution.kept,
         sq_distances=sq_distances,
@@ -301,3 +324,11 @@ def _info(
         mixture=solution.mixture,
         seed=given.drawn_seed,
     )
+
+
+def _bound_met(rule: Aggregator, given: Given) -> bool | None:
+    """Ask the rule; weights stand for copies of the rows, very many so that their share is met closely."""
+    if given.weights is None:
+        return rule.bound_met(given.n, given.f)
+    copies = 2**40
+    return rule.bound_met(copies, None if given.share is None else math.ceil(given.share * copies))

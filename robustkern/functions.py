@@ -101,9 +101,11 @@ def aggregate(
     rule : rule object or str
         Such as ``rk.CTMA(rk.Median())`` or ``"nnm | ctma(geometric_median)"``; see `parse_rule`.
     f : int, optional
-        How many rows may be Byzantine, ``0 <= f`` and ``2 * f < n``; reaches every rule that needs it.
+        How many rows may be Byzantine, ``0 <= f`` and ``2 * f < n``; reaches every rule that needs it. With weights any
+        f rows, so the rules cut the share of the weight that the f heaviest hold, which must be below half.
     delta : float, optional
-        Instead of `f`: the share of Byzantine rows, f = floor(delta * n), ``0 <= delta < 0.5``.
+        Instead of `f`: the share of Byzantine rows, f = floor(delta * n), ``0 <= delta < 0.5``. With weights the share
+        of the weight, which the rules cut exactly (Dahan & Levy 2024, "Weight for Robustness", write lambda).
     weights : array_like of shape (n,), optional
         Non-negative and finite, not all 0, for the rules that take weights.
     centre : like one update, optional

@@ -87,6 +87,10 @@ def test_command(tmp_path: Path) -> None:
         (["--f", "1", "--weights", "0,0,0,0,0,0,0,0,0"], "--weights must be finite, not negative, and not all 0"),
         (["--f", "1", "--weights", "1,1,1,1,1,1,1,1,nan"], "--weights must be finite, not negative, and not all 0"),
         (
+            ["--f", "1", "--weights", "1,1,1,1,1,1,1,1,9"],
+            "--f 1: the 1 heaviest of the 9 workers hold 0.529 of the weight, which is not below half (lower --f",
+        ),
+        (
             ["--f", "1", "--rule", "krum", "--weights", "1,1,1,1,1,1,1,1,2"],
             "--weights: krum takes none",
         ),

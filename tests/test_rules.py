@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from support import assert_close, make_rows
 
@@ -315,13 +317,12 @@ def test_integer_weights_are_copies(backend: str, dtype: np.dtype[Any], rule: st
     x = make_rows("normal", 6, 40, dtype)
     weights = np.array([1, 2, 3, 1, 4, 1])
     copies = np.repeat(x, weights, axis=0)
-    # f/n of the weight: 2 of 6 rows is 4 of 12 copies.
-    got, want = rk.aggregate(x, rule, f=2, weights=weights), rk.aggregate(copies, rule, f=4)
+    got, want = rk.aggregate(x, rule, delta=1 / 3, weights=weights), rk.aggregate(copies, rule, f=4)
     if "ctma" not in rule:
         assert_close(got, want.astype(np.longdouble), x)
         return
     # A split row: the copies kept of it are the share of its weight.
-    _, info = rk.aggregate(x, rule, f=2, weights=weights, return_info=True)
+    _, info = rk.aggregate(x, rule, delta=1 / 3, weights=weights, return_info=True)
     assert_close(got, want.astype(np.longdouble), x)
     np.testing.assert_allclose(info.weights.sum(), 1)
 
@@ -339,11 +340,11 @@ def test_weighted_median_at_exactly_half() -> None:
 def test_weighted_ctma_splits_the_last_row() -> None:
     x = np.array([[0.0], [1.0], [2.0], [100.0]])
     # Three quarters of the weight 7 are 5.25: the row at the median, the first of two equally far, 1.25 of the other.
-    result, info = rk.ctma(x, f=1, anchor="median", weights=[2, 2, 2, 1], return_info=True)
+    result, info = rk.ctma(x, delta=0.25, anchor="median", weights=[2, 2, 2, 1], return_info=True)
     np.testing.assert_allclose(info.weights, np.array([2, 2, 1.25, 0]) / 5.25)
     np.testing.assert_allclose(result, (2 * 1 + 1.25 * 2) / 5.25)
     # Three quarters of the weight 8 are 6: the row at the median, and nothing of a row beyond it.
-    result, info = rk.ctma(x, f=1, anchor="median", weights=[1, 1, 6, 0], return_info=True)
+    result, info = rk.ctma(x, delta=0.25, anchor="median", weights=[1, 1, 6, 0], return_info=True)
     assert result[0] == 2
     assert info.kept.tolist() == [False, False, True, False]
 
@@ -355,7 +356,7 @@ def test_a_split_residue_is_dropped() -> None:
     for seed in range(100):
         weights = np.random.default_rng(seed).random(10)
         weights[9] = weights[:9].sum() / 9 * (1 - 4e-16)  # a tenth of the weight: nine finite rows are the rest
-        result, info = rk.ctma(x, f=1, anchor="median", weights=weights, return_info=True)
+        result, info = rk.ctma(x, delta=0.1, anchor="median", weights=weights, return_info=True)
         assert np.isfinite(result).all()
         assert info.weights[9] == 0
 
@@ -371,13 +372,82 @@ def test_many_rows_of_little_weight_cost_no_digits(backend: str, rule: str) -> N
     for far in (1e6, 1e12):
         y = near.copy()
         y[:8] = far
-        results.append(rk.aggregate(y, rule, f=3, weights=weights))
+        results.append(rk.aggregate(y, rule, delta=0.25, weights=weights))
     np.testing.assert_allclose(results[0], results[1], rtol=0, atol=1e-5)
     honest = x[8:]
     assert (np.abs(results[1] - honest.mean(axis=0)) < 5).all()
     zero = np.where(np.arange(12) < 8, 0.0, np.arange(12.0))
     got = rk.aggregate(y, rule, f=0, weights=zero)
     assert_close(got, rk.aggregate(honest, rule, f=0, weights=zero[8:]).astype(np.longdouble), honest)
+
+
+ROBUST = ("median", "trimmed_mean", "geometric_median", "ctma(median)", "ctma(geometric_median)")
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_delta_is_the_exact_share_of_the_weight(backend: str, rule: str) -> None:
+    """Eight honest rows of weight 1, and an attacker with two fifths of all weight, exactly and but for rounding."""
+    x = np.zeros((9, 3))
+    x[8] = 1e300
+    for scale in (1, 0.1, 1 / 3, 7e-200):
+        weights = np.append(np.ones(8), 16 / 3) * scale
+        result, info = rk.aggregate(x, rule, delta=0.4, weights=weights, return_info=True)
+        assert (result == 0).all()
+        assert info.share == 0.4
+        assert info.bound_met
+    x[8] = np.inf
+    assert (rk.aggregate(x, rule, delta=0.4, weights=weights) == 0).all()
+    if rule == "median":  # which finds finite values in the middle
+        return
+    with pytest.raises(rk.NonFiniteError, match=r"1 rows with 0.4 of the weight hold NaN or Inf \(rows 8\).*more than"
+                                                r" the 0.39 of it that may be Byzantine; drop them, or raise f or"):  # fmt: skip
+        rk.aggregate(x, rule, delta=0.39, weights=weights)
+
+
+@pytest.mark.parametrize("rule", ROBUST)
+def test_f_with_weights_is_any_f_rows(backend: str, rule: str) -> None:
+    """One row with a third of the weight counts as one row, and so it is cut whole."""
+    x = np.zeros((9, 3))
+    x[8] = 1e6
+    weights = [1] * 8 + [4]
+    result, info = rk.aggregate(x, rule, f=1, weights=weights, return_info=True)
+    assert (result == 0).all()
+    assert info.share == pytest.approx(1 / 3)
+    assert info.bound_met
+    x[8] = np.nan
+    assert (rk.aggregate(x, rule, f=1, weights=weights) == 0).all()
+    # Rows of little weight are more rows than f, but no more of the weight.
+    x[6:] = np.nan
+    assert (rk.aggregate(x, rule, f=1, weights=[1] * 6 + [0.1] * 3) == 0).all()
+    with pytest.raises(ValueError, match=r"any f=2 rows may be Byzantine, and the heaviest \(rows 8, 0\) hold 0.588 of "
+                                         r"the weight, which is not below half \(lower f, lower or cap the weights"):  # fmt: skip
+        rk.aggregate(x, rule, f=2, weights=[1] * 8 + [9])
+
+
+def test_what_info_says_of_the_share() -> None:
+    x = make_rows("normal", 9, 4, np.dtype(np.float64))
+    assert rk.median(x, return_info=True)[1].share is None
+    assert rk.median(x, weights=range(1, 10), return_info=True)[1].share is None
+    assert rk.median(x, weights=range(1, 10), return_info=True)[1].bound_met is None
+    assert rk.median(x, f=3, return_info=True)[1].share == 3 / 9
+    assert rk.median(x, delta=0.4, return_info=True)[1].share == 3 / 9  # of equal rows no part can be cut
+    assert rk.mean(x, delta=0.01, weights=range(1, 10), return_info=True)[1].bound_met is False
+    assert rk.mean(x, delta=0.0, weights=range(1, 10), return_info=True)[1].bound_met is True
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    weights=st.lists(st.floats(1e-3, 1.0), min_size=3, max_size=30),
+    delta=st.floats(0.01, 0.49),
+    whole=st.booleans(),
+)
+def test_rows_of_the_share_never_reach_the_result(weights: list[float], delta: float, whole: bool) -> None:
+    """However weights and share are rounded: attackers hold no more than delta, and are far away."""
+    s = np.rint(np.array(weights) * 100) + 1 if whole else np.array(weights)
+    bad = np.cumsum(s) <= delta * s.sum()
+    x = np.where(bad, 1e30, np.linspace(-1, 1, len(s)))[:, None]
+    for rule in ROBUST:
+        assert abs(rk.aggregate(x, rule, delta=delta, weights=s)[0]) <= 1, rule
 
 
 @pytest.mark.parametrize(
@@ -553,8 +623,8 @@ def test_weighted_ctma_at_the_border_of_what_is_tolerated() -> None:
     for n, scale in ((3000, 0.7), (90, 1 / 3)):
         weights = np.tile([1.0, 2, 3], n // 3) * scale
         x = np.random.default_rng(0).standard_normal((n, 2))
-        x[1::3] = np.nan  # a third of the weight, all that f tolerates
-        result, info = rk.ctma(x, f=n // 3, anchor="median", weights=weights, return_info=True)
+        x[1::3] = np.nan  # a third of the weight, all that is tolerated
+        result, info = rk.ctma(x, delta=1 / 3, anchor="median", weights=weights, return_info=True)
         assert np.isfinite(result).all()
         assert not info.weights[1::3].any()
 

@@ -36,7 +36,7 @@ def aggregate(
     ),
     own: Import = None,
     f: TolerateOption = None,
-    delta: Annotated[float | None, typer.Option(help="Instead of --f: their share.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Instead of --f: their share (of --weights).")] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the workers: 1,1,0.5,...")] = None,
     centre: Annotated[Path | None, typer.Option(help="A file like the updates, for rules that need one.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what the rule draws. Default: fresh.")] = None,
@@ -102,6 +102,12 @@ def _check(plan: Aggregator, n: int, options: dict[str, Any]) -> None:
             raise Wrong(f"--weights has {len(weights)} numbers for {n} workers")
         if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
             raise Wrong("--weights must be finite, not negative, and not all 0")
+        held = sum(sorted(weights)[n - f :]) / sum(weights) if f else 0.0
+        if held >= 0.5:
+            raise Wrong(
+                f"--f {f}: the {f} heaviest of the {n} workers hold {held:.3g} of the weight, which is not below half "
+                "(lower --f, lower or cap --weights, or use --delta, the share that may be Byzantine)"
+            )
     wrong = _failure(plan, n, options)
     if wrong is None:
         return

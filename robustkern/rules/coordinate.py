@@ -56,7 +56,7 @@ class Median(_Selection):
         """Select the middle cell or cells."""
         if view.weights is None:
             return view.window(*self._middle(view.n))
-        return view.weighted_window(self._middle)
+        return view.weighted_window(lambda cells, _: self._middle(cells))
 
     def _middle(self, cells: int) -> tuple[int, int]:
         lo, hi = (cells - 1) // 2, cells // 2 + 1
@@ -82,7 +82,7 @@ class Median(_Selection):
 class TrimmedMean(_Selection):
     """Coordinate-wise mean without the f smallest and the f largest values; 2f < n.
 
-    With weights, a share of f/n of their sum is cut from each end, splitting the row at the cut.
+    With weights, the share of their sum that may be Byzantine is cut from each end, splitting the row at the cut.
     """
 
     name: ClassVar[str] = "trimmed_mean"
@@ -96,12 +96,7 @@ class TrimmedMean(_Selection):
         f, n = view.require_f(self.name), view.n
         if view.weights is None:
             return view.window(f, n - f)
-
-        def between_cuts(cells: int) -> tuple[int, int]:
-            cut = (2 * f * cells + n) // (2 * n)
-            return cut, cells - cut
-
-        return view.weighted_window(between_cuts)
+        return view.weighted_window(lambda cells, bad: (bad, cells - bad))
 
     def window(self, n: int, f: int) -> tuple[int, int]:
         """Return the ranks between the cuts."""

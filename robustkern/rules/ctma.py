@@ -21,7 +21,7 @@ class CTMA(Aggregator):
     """Mean of the n-f rows nearest to the result of another rule (Dahan & Levy, ICML 2024).
 
     The anchor only selects: exactly n-f rows are kept, ties by the lowest index. With weights s (Dahan & Levy, NeurIPS
-    2024) the nearest rows are kept up to a share of 1 - f/n of the sum of the weights, the last one split.
+    2024) the nearest rows are kept until what is left may be Byzantine, a share of their sum; the last one is split.
 
     Parameters
     ----------
@@ -72,7 +72,7 @@ class CTMA(Aggregator):
             kept, sq_distances = view.nearest_to(anchor, n - f, self.name)
             solution = view.mean_of(kept)
         else:
-            taken, sq_distances = view.weights_nearest_to(anchor, 1 - f / n, self.name)
+            taken, sq_distances = view.weights_nearest_to(anchor, self.name)
             solution = Solution(taken, float(taken.sum()), kept=taken > 0)
         return solution._replace(
             sq_distances=sq_distances,

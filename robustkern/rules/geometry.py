@@ -220,6 +220,8 @@ class Given:
         How many rows there are, and how many may be Byzantine.
     weights : (n,) float64 or None
         Of the rows.
+    share : float or None
+        Of the weight, which may be Byzantine.
     needs_origin : bool
         Whether the origin joins the Gram.
     seed : int or None
@@ -233,6 +235,7 @@ class Given:
     n: int
     f: int | None
     weights: Vector | None
+    share: float | None = None
     needs_origin: bool = False
     seed: int | None = None
     geometry: Geometry | None = None
@@ -407,11 +410,15 @@ class Given:
         """Build the error that names rows which are not finite."""
         rows = bad if self.nonfinite is None or not self.nonfinite.any() else self.nonfinite.nonzero()[0]
         names = ", ".join(self.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
-        limit = f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        what, limit = "rows", f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
+        if self.weights is not None:
+            held = float(self.weights[rows].sum() / self.weights.sum())
+            what = f"rows with {held:.3g} of the weight"
+            limit = "half of it" if self.share is None else f"{self.share:.3g} of it"
         far = " or are 1e150 spreads away" if FLOAT64 in self.source.dtypes else ""
         return NonFiniteError(
-            f"{rule}: {len(rows)} rows hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
-            "Byzantine; drop them, or raise f",
+            f"{rule}: {len(rows)} {what} hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
+            f"Byzantine; drop them, or raise {'f' if self.weights is None else 'f or delta'}",
             tuple(int(i) for i in rows),
         )
 
@@ -422,7 +429,8 @@ class Given:
         are lost than may be Byzantine: a few tiny rows must not push the honest ones out of reach.
         """
         return scale < 1 or (
-            _middle(after, weights) > 0 and tolerated(_measurable(before) & ~_measurable(after), self.f, weights)
+            _middle(after, weights) > 0
+            and tolerated(_measurable(before) & ~_measurable(after), self.f, weights, self.share)
         )
 
 
@@ -457,12 +465,25 @@ def _measurable(squares: Vector) -> Mask:
         return np.asarray(squares <= MAX_SQUARE)
 
 
-def tolerated(bad: Mask, f: int | None, weights: Vector | None) -> bool:
-    """Tell whether these rows may all be Byzantine: at most f (of the weight: f/n), without f fewer than half."""
+def tolerated(bad: Mask, f: int | None, weights: Vector | None, share: float | None) -> bool:
+    """Tell whether these rows may all be Byzantine: at most f, or the share of the weight; without them, below half."""
     if weights is None:
         return int(bad.sum()) <= (f if f is not None else (len(bad) - 1) // 2)
     spoilt, total = float(weights[bad].sum()), float(weights.sum())
-    return spoilt <= total * f / len(bad) * (1 + 1e-12) if f is not None else spoilt < total / 2
+    return spoilt <= total * share * (1 + 1e-12) if share is not None else spoilt < total / 2
+
+
+def cells_of_share(cells: NDArray[np.int64], share: float) -> int:
+    """Return how many cells a share of them is, below half; rows of that share never hold more.
+
+    Where weights are no small whole numbers, cells and share are rounded, and a cell that an attacker kept would be
+    one too many: so these round up, by no more than one for each row.
+    """
+    total, unit = int(cells.sum()), int(np.gcd.reduce(cells))
+    parts = share * (total // unit)
+    if total // unit < 2**20 and abs(parts - round(parts)) < 1e-9:
+        return min(round(parts) * unit, (total - 1) // 2)
+    return min(math.ceil(share * total * (1 + 4 * EPSILON)) + len(cells), (total - 1) // 2)
 
 
 def _rounding(d: int) -> float:

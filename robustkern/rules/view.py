@@ -29,6 +29,7 @@ from robustkern.rules.geometry import (
     Reference,
     Selection,
     as_cells,
+    cells_of_share,
     tolerated,
     unscaled,
 )
@@ -100,6 +101,8 @@ class View:
         How many of the rows may be Byzantine.
     weights : (n,) float64 or None
         Weights of the rows, where the caller gave any and they are not all equal.
+    share : float or None
+        Which share of the weight may be Byzantine, where there are weights, and f or delta.
     mix : Mixture or None
         What the rows are of the input rows; None: these themselves.
     """
@@ -108,6 +111,7 @@ class View:
     n: int
     f: int | None
     weights: Vector | None = None
+    share: float | None = None
     mix: Mixture | None = None
 
     # -- what the rule was given -----------------------------------------------------------------------------------
@@ -173,8 +177,8 @@ class View:
         return geometry, np.where(geometry.finite, 1.0 if self.weights is None else self.weights, 0.0)
 
     def require_finite(self, rule: str, finite: Mask) -> None:
-        """Raise if more rows are not finite than may be Byzantine (f, or without f fewer than half)."""
-        if np.count_nonzero(finite) < len(finite) and not tolerated(~finite, self.f, self.weights):
+        """Raise if more rows, or more of the weight, are not finite than may be Byzantine (without f: below half)."""
+        if np.count_nonzero(finite) < len(finite) and not tolerated(~finite, self.f, self.weights, self.share):
             raise self._given.nonfinite_error(rule, np.flatnonzero(~finite))
 
     # -- cuts ------------------------------------------------------------------------------------------------------
@@ -206,11 +210,12 @@ class View:
         rows = smallest(distances.values, distances.errors, count, distances.again)
         return rows, unscaled(distances.values, distances.scale)
 
-    def weights_nearest_to(self, solution: Solution, share: float, rule: str) -> tuple[Vector, Vector]:
-        """Return weights of the rows nearest to a solution up to a share of the weight, the last row split.
+    def weights_nearest_to(self, solution: Solution, rule: str) -> tuple[Vector, Vector]:
+        """Return weights of the rows nearest to a solution, the last one split: what is not Byzantine of the weight.
 
         Otherwise as `nearest_to`.
         """
+        share = 1 - (self.require_f(rule) / self.n if self.share is None else self.share)
         distances = self.distances_to(solution)
         self.require_finite(rule, np.isfinite(distances.values))
         return weighted_share(self.weights_or_ones(), share, distances), unscaled(distances.values, distances.scale)
@@ -310,10 +315,15 @@ class View:
         """Return the mean of each column's sorted values of the ranks [lo, hi), or of the values nearest to it."""
         return Solution(selection=Selection(Window(lo, hi), None, nearest, self.mix))
 
-    def weighted_window(self, window: Callable[[int], tuple[int, int]]) -> Solution:
-        """Return a window of cells, where a row stands for cells as its weight says; `window` is told how many."""
+    def weighted_window(self, window: Callable[[int, int], tuple[int, int]]) -> Solution:
+        """Return a window of cells, where a row stands for cells as its weight says.
+
+        `window` is told how many there are, and how many may be Byzantine (0 without f or delta).
+        """
         cells = as_cells(self.weights_or_ones())
-        return Solution(selection=Selection(Window(*window(int(cells.sum()))), cells, None, self.mix))
+        total = int(cells.sum())
+        bad = 0 if self.share is None else cells_of_share(cells, self.share)
+        return Solution(selection=Selection(Window(*window(total, bad)), cells, None, self.mix))
 
     def mean_of(self, rows: Sequence[int] | NDArray[np.intp]) -> Solution:
         """Return the mean of some rows, given in the order in which they were chosen."""
@@ -358,7 +368,7 @@ class View:
                 f"{rule}: mixing(view) must return a Mixture: finite weights (m, {self.n}) whose rows sum to their "
                 f"divisors (m,), all positive; got {_described(mixture)}"
             )
-        return View(self._given, len(mixture.weights), self.f, None, mixture.of(self.mix))
+        return View(self._given, len(mixture.weights), self.f, mix=mixture.of(self.mix))
 
     def sq_distances_in(self, solution: Solution) -> Vector | None:
         """Return what `Info` shows: the rows' squared distances as the rule says, or to its result by the geometry."""
