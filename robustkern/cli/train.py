@@ -95,9 +95,9 @@ def train(
         found = None if overwrite else session.last_checkpoint(run, out)
         runner: session.Runner
         if rank is None:
-            from robustkern.training.simulation import Simulation
+            from robustkern.training.asynchronous import simulate
 
-            runner = Simulation(run, data)
+            runner = simulate(run, data)
         else:
             from robustkern.training.processes import ProcessServer
 

@@ -39,6 +39,8 @@ class Situation:
         Of the round.
     aggregate : callable
         What the server makes of the honest vectors followed by those of the Byzantine workers that are left.
+    weights : (h + alive,) int, optional
+        Of all workers in the rule, the honest ones first, where they are not equal: how many updates each has made.
     """
 
     n: int
@@ -47,6 +49,13 @@ class Situation:
     workers: tuple[int, ...]
     seed: tuple[int, ...]
     aggregate: Callable[[Sequence[Vector]], Vector]
+    weights: NDArray[np.int64] | None = None
+
+    def mean(self, honest: Rows) -> Vector:
+        """Return the mean of the honest vectors as the rule weighs them, float64."""
+        if self.weights is None:
+            return np.asarray(honest.mean(axis=0, dtype=np.float64))
+        return np.asarray(np.average(honest, axis=0, weights=self.weights[: len(honest)]))
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class IPM(Attack):
 
     def send(self, own: Rows, honest: Rows, situation: Situation) -> Rows:
         """Return copies of one vector."""
-        return self._same(-self.epsilon * honest.mean(axis=0, dtype=np.float64), honest, situation)
+        return self._same(-self.epsilon * situation.mean(honest), honest, situation)
 
 
 def alie_z(n: int, f: int) -> float:
@@ -180,6 +189,8 @@ def alie_z(n: int, f: int) -> float:
 class ALIE(Attack):
     """A little is enough: all send the honest mean minus z standard deviations of each coordinate (ddof 1).
 
+    Where workers have weights, mean and deviations (these without the ddof) are weighted, and z counts updates.
+
     Parameters
     ----------
     z : float, optional
@@ -197,16 +208,25 @@ class ALIE(Attack):
 
     def send(self, own: Rows, honest: Rows, situation: Situation) -> Rows:
         """Return copies of one vector."""
-        z = alie_z(situation.n, situation.f) if self.z is None else self.z
-        mean, spread = _mean_and_std(honest)
-        return self._same(mean - z * spread, honest, situation)
+        mean, spread = _mean_and_std(honest, situation)
+        return self._same(mean - self._z(situation) * spread, honest, situation)
+
+    def _z(self, situation: Situation) -> float:
+        if self.z is not None:
+            return self.z
+        if situation.weights is None:
+            return alie_z(situation.n, situation.f)
+        total = int(situation.weights.sum())
+        return alie_z(total, int(situation.weights[len(situation.weights) - situation.alive :].sum()))
 
 
-def _mean_and_std(honest: Rows) -> tuple[Vector, Vector]:
-    mean = honest.mean(axis=0, dtype=np.float64)
+def _mean_and_std(honest: Rows, situation: Situation) -> tuple[Vector, Vector]:
+    mean = situation.mean(honest)
     if len(honest) < 2:
         return mean, np.zeros_like(mean)
-    return mean, honest.std(axis=0, ddof=1, dtype=np.float64)
+    if situation.weights is None:
+        return mean, honest.std(axis=0, ddof=1, dtype=np.float64)
+    return mean, np.sqrt(np.average((honest - mean) ** 2, axis=0, weights=situation.weights[: len(honest)]))
 
 
 @dataclass(frozen=True)
@@ -281,7 +301,7 @@ class Bomb(Attack):
 
     def send(self, own: Rows, honest: Rows, situation: Situation) -> Rows:
         """Return copies of one vector."""
-        vector = honest.mean(axis=0, dtype=np.float64)
+        vector = situation.mean(honest)
         vector[: max(round(self.share * len(vector)), 1)] = float(self.value)
         return self._same(vector, honest, situation)
 
@@ -316,7 +336,7 @@ class Optimised(Attack):
 
     def send(self, own: Rows, honest: Rows, situation: Situation) -> Rows:
         """Return copies of the vector that did most harm."""
-        mean, spread = _mean_and_std(honest)
+        mean, spread = _mean_and_std(honest, situation)
         best: tuple[float, Vector] = (-1.0, mean)
         for name, direction in (("alie", -spread), ("ipm", -mean)):
             if self.direction in (name, "both"):

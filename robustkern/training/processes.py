@@ -216,7 +216,9 @@ class ProcessServer:
             self._each([worker], lambda peer: peer.send(_header(STOP)))
             self.peers.pop(worker, None)
             self.server.lose(worker, reason)
-        self.server.restore(state, t)
+        ids = state["ids"]
+        shapes = self.workers.shapes() | {"ids": ids.shape, "momenta": (len(ids), self.task.d)}
+        self.server.restore(state, t, shapes)
         self._momenta = {int(i): row for i, row in zip(state["ids"], state["momenta"].copy(), strict=True)}
         self.workers.momenta[0] = self._momenta[0]
         self.workers.previous = torch.from_numpy(state["previous"])

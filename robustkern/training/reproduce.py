@@ -1,8 +1,9 @@
-"""The paper's comparisons at a size that a laptop finishes: which runs, running them, and what the time goes to."""
+"""The papers' comparisons at a size that a laptop finishes: which runs, running them, and what the time goes to."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -10,12 +11,12 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,14 +24,31 @@ import torch
 import robustkern
 from robustkern.errors import RobustkernError
 from robustkern.measure.peers import naive_rules
+from robustkern.training.asynchronous import simulate
 from robustkern.training.data import DataSet, load_data
+from robustkern.training.mechanism import Measure, Measured, measured_rounds
 from robustkern.training.session import read_lines, replace_lines
 from robustkern.training.settings import Settings
-from robustkern.training.simulation import Simulation, Task, Workers
+from robustkern.training.simulation import Task, Workers
 
-__all__ = ["BASES", "FORMS", "Plan", "Record", "measure_times", "reproduce", "train_once"]
+__all__ = [
+    "FAMILIES",
+    "FORMS",
+    "PARTS",
+    "QUICK",
+    "WORKERS",
+    "Grid",
+    "Mechanism",
+    "Part",
+    "Rates",
+    "Record",
+    "Turns",
+    "key_of",
+    "measure_times",
+    "reproduce",
+    "train_once",
+]
 
-BASES = ("mean", "median", "trimmed_mean", "geometric_median")
 #: How a base rule is used, by name.
 FORMS = {
     "alone": "{}",
@@ -39,92 +57,160 @@ FORMS = {
     "+bucketing": "bucketing | {}",
     "NNM+CTMA": "ctma(nnm | {})",
 }
+#: Attacks by what they do: wrong gradients, small ones against the mean, and values just inside the spread.
+FAMILIES = {
+    "flips": ("sign_flip", "label_flip"),
+    "IPM": ("ipm(epsilon=0.1)", "ipm(epsilon=0.5)"),
+    "ALIE": ("alie",),
+}
+ATTACKS = tuple(attack for family in FAMILIES.values() for attack in family)
 WORKERS = 17
 RESULTS, SESSIONS = "runs.jsonl", "sessions.jsonl"
+DIGITS = Settings(model="softmax", workers=WORKERS, byzantine=8, lr=0.1, rounds=750)
+MNIST = replace(DIGITS, data="mnist5k", model="paper", rounds=600)
+TURNS = replace(
+    DIGITS, arrivals="id^2", byzantine_share=0.4, lr=0.05, batch=16, beta=0.25, gamma=0.1, clip=0, rounds=1500
+)
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which runs to make.
+class Part:
+    """Some of the runs, which a page shows together.
 
     Parameters
     ----------
-    rounds : int
-        Steps of each run.
+    name : str
+        On the command line and on the page.
+    base : Settings
+        What all of its runs have in common.
     seeds : int
         Repetitions: seeds 0, 1, ...
-    model : str
-        See `make_model`; the data are digits.
-    byzantine : tuple of int
-        Attackers among the 17 workers: delta is 3/17 = 0.18 and 8/17 = 0.47.
-    attacks, optimizers : tuple of str
+    attacks : tuple of str
         In their text forms.
-    grid_optimizers : tuple of str
-        Those with which all rules are compared, at learning rate `lr`.
-    rates : tuple of float
-        Learning rates, for `rate_rules` and all optimizers.
+    optimizers : tuple of str
+        Those that are compared.
     """
 
-    rounds: int = 750
-    seeds: int = 3
-    model: str = "softmax"
-    byzantine: tuple[int, ...] = (3, 8)
-    attacks: tuple[str, ...] = ("sign_flip", "label_flip", "ipm(epsilon=0.1)", "alie")
-    optimizers: tuple[str, ...] = ("mu2sgd", "momentum", "sgd")
-    grid_optimizers: tuple[str, ...] = ("mu2sgd", "momentum")
-    lr: float = 0.1
-    rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    rate_rules: tuple[str, ...] = ("ctma(median)",)
+    name: str
+    base: Settings
+    seeds: int
+    attacks: tuple[str, ...]
+    optimizers: tuple[str, ...] = ("mu2sgd", "momentum")
 
-    @classmethod
-    def quick(cls) -> Plan:
-        """Return a small plan that shows in some minutes that everything works; it supports no claim."""
-        return cls(
-            rounds=100,
-            seeds=2,
-            byzantine=(3, 8),
-            attacks=("sign_flip", "alie"),
-            grid_optimizers=("mu2sgd",),
-            rates=(0.01, 0.1, 1.0),
-        )
+    #: Whether the rounds of its runs are measured.
+    measured: ClassVar[bool] = False
 
-    def _run(self, byzantine: int, attack: str, rule: str, optimizer: str, lr: float, seed: int) -> Settings:
-        return Settings(
-            model=self.model,
-            workers=WORKERS,
-            byzantine=byzantine,
-            attack=attack,
-            rule=rule,
-            optimizer=optimizer,
-            lr=lr,
-            rounds=self.rounds,
-            seed=seed,
-        )
+    def kinds(self) -> Iterator[Settings]:
+        """Yield the settings of seed 0."""
+        raise NotImplementedError
+
+    def runs(self) -> list[Settings]:
+        """Return all runs, each once."""
+        return [replace(kind, seed=seed) for kind in dict.fromkeys(self.kinds()) for seed in range(self.seeds)]
+
+
+@dataclass(frozen=True)
+class Grid(Part):
+    """Rules compared: base rules in all forms, under all attacks, for several shares of attackers.
+
+    Parameters
+    ----------
+    bases : tuple of str
+        Base rules. The trimmed mean of 17 rows with 8 attackers is the median, so it is none.
+    byzantine : tuple of int
+        Attackers among the 17 workers: delta is 4/17 = 0.24 and 8/17 = 0.47.
+    """
+
+    bases: tuple[str, ...] = ("median", "geometric_median")
+    byzantine: tuple[int, ...] = (4, 8)
 
     def forms(self, byzantine: int) -> dict[str, str]:
         """Return the forms that exist: buckets of one row, all that 8 of 17 attackers allow, are no bucketing."""
         return {k: v for k, v in FORMS.items() if k != "+bucketing" or WORKERS // (2 * byzantine) > 1}
 
-    def runs(self) -> list[Settings]:
-        """Return all runs, each once."""
-        found: dict[Settings, None] = {}
-        for seed in range(self.seeds):
-            for byzantine in self.byzantine:
-                for attack in self.attacks:
-                    for optimizer in self.grid_optimizers:
-                        for base in BASES:
-                            for form in self.forms(byzantine).values():
-                                found[self._run(byzantine, attack, form.format(base), optimizer, self.lr, seed)] = None
-                    for optimizer in self.optimizers:
-                        for lr in self.rates:
-                            for rule in self.rate_rules:
-                                found[self._run(byzantine, attack, rule, optimizer, lr, seed)] = None
-            for optimizer in self.optimizers:  # what training reaches when nobody attacks
-                for lr in self.rates:
-                    found[self._run(0, "none", "mean", optimizer, lr, seed)] = None
-        return list(found)
+    def at(self, byzantine: int, attack: str, rule: str, optimizer: str) -> Settings:
+        """Return one kind of run."""
+        return replace(self.base, byzantine=byzantine, attack=attack, rule=rule, optimizer=optimizer)
+
+    def kinds(self) -> Iterator[Settings]:
+        """Yield every combination."""
+        for b, attack, optimizer, base in itertools.product(self.byzantine, self.attacks, self.optimizers, self.bases):
+            for form in self.forms(b).values():
+                yield self.at(b, attack, form.format(base), optimizer)
+
+
+@dataclass(frozen=True)
+class Rates(Part):
+    """Optimizers compared over learning rates, with one rule."""
+
+    rates: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+    def at(self, attack: str, optimizer: str, lr: float) -> Settings:
+        """Return one kind of run."""
+        return replace(self.base, attack=attack, optimizer=optimizer, lr=lr)
+
+    def kinds(self) -> Iterator[Settings]:
+        """Yield every combination."""
+        for attack, optimizer, lr in itertools.product(self.attacks, self.optimizers, self.rates):
+            yield self.at(attack, optimizer, lr)
+
+
+@dataclass(frozen=True)
+class Mechanism(Part):
+    """What the theorems speak of, measured in the rounds, with draws from all data and from shards."""
+
+    splits: tuple[str, ...] = ("iid", "shards")
+
+    measured: ClassVar[bool] = True
+
+    def at(self, split: str, optimizer: str) -> Settings:
+        """Return one kind of run."""
+        return replace(self.base, attack=self.attacks[0], split=split, optimizer=optimizer)
+
+    def kinds(self) -> Iterator[Settings]:
+        """Yield every combination."""
+        for split, optimizer in itertools.product(self.splits, self.optimizers):
+            yield self.at(split, optimizer)
+
+
+@dataclass(frozen=True)
+class Turns(Part):
+    """Asynchronous training: rules that weigh workers by their updates, and the same without weights."""
+
+    rules: tuple[str, ...] = ("median", "geometric_median", "ctma(median)", "ctma(geometric_median)")
+
+    def at(self, attack: str, optimizer: str, rule: str, weights: str) -> Settings:
+        """Return one kind of run."""
+        return replace(self.base, attack=attack, optimizer=optimizer, rule=rule, weights=weights)
+
+    def kinds(self) -> Iterator[Settings]:
+        """Yield every combination."""
+        for attack, optimizer, rule in itertools.product(self.attacks, self.optimizers, self.rules):
+            for weights in ("equal", "updates"):
+                yield self.at(attack, optimizer, rule, weights)
+
+
+_ALL = ("mu2sgd", "momentum", "sgd")
+_LIFTED = replace(DIGITS, rule="ctma(median)")
+#: The whole page, about an hour on two cores.
+PARTS: tuple[Part, ...] = (
+    Mechanism("mechanism", _LIFTED, 3, ("ipm(epsilon=0.1)",), _ALL),
+    Grid("digits-rules", DIGITS, 5, ATTACKS),
+    Rates("digits-rates", _LIFTED, 3, ("sign_flip", "label_flip", "ipm(epsilon=0.1)", "alie"), _ALL),
+    Turns("asynchronous", TURNS, 3, ("sign_flip", "ipm(epsilon=0.1)", "alie"), _ALL),
+    Grid("mnist-rules", MNIST, 3, ("label_flip", "ipm(epsilon=0.1)", "alie"), bases=("median",), byzantine=(8,)),
+    Rates("mnist-rates", replace(MNIST, rule="ctma(median)"), 3, ("ipm(epsilon=0.1)", "alie"), _ALL, (0.03, 0.1, 0.3)),
+)
+_SHORT = replace(DIGITS, rounds=60)
+#: Some minutes, to see that everything works; it supports no claim.
+QUICK: tuple[Part, ...] = (
+    Mechanism("mechanism", replace(_SHORT, rule="ctma(median)"), 1, ("ipm(epsilon=0.1)",)),
+    Grid("digits-rules", _SHORT, 2, ("sign_flip", "alie"), ("mu2sgd", "momentum"), ("median",)),
+    Rates("digits-rates", replace(_SHORT, rule="ctma(median)"), 2, ("alie",), _ALL, (0.01, 0.1)),
+    Turns("asynchronous", replace(TURNS, rounds=100), 2, ("sign_flip",), ("mu2sgd",), ("median", "ctma(median)")),
+)
 
 
 @functools.cache
@@ -132,27 +218,36 @@ def _data(name: str) -> DataSet:
     return load_data(name)
 
 
-def train_once(settings: Settings) -> Record:
+def train_once(settings: Settings, measured: bool = False) -> Record:
     """Train, and return what came of it.
 
     Parameters
     ----------
     settings : Settings
-        The run; its data need no files.
+        The run; its data need no folder.
+    measured : bool
+        Whether to measure rounds, see `robustkern.training.mechanism`.
 
     Returns
     -------
     dict
         ``settings``; ``accuracy``, the mean of three tests in the last tenth of the rounds; ``loss`` at the end (None
         where not finite); ``failed``, None or why training ended early (the rule met more vectors with NaN or Inf than
-        it tolerates: training has diverged); ``seconds``, in all and by part.
+        it tolerates: training has diverged); ``seconds``, in all and by part; ``measures`` of rounds where asked for.
     """
-    simulation, started = Simulation(settings, _data(settings.data)), time.perf_counter()
+    data = _data(settings.data)
+    simulation = Measured(settings, data) if measured else simulate(settings, data)
+    started = time.perf_counter()
     tested = [settings.rounds - k * max(settings.rounds // 30, 1) for k in range(3)]
+    looked_at = measured_rounds(settings.rounds) if measured else set()
     accuracies, failed, loss = [], None, float("nan")
+    measures: list[Measure] = []
     for t in range(1, settings.rounds + 1):
         try:
-            simulation.round()
+            if isinstance(simulation, Measured) and t in looked_at:
+                measures.append(simulation.measured_round())
+            else:
+                simulation.round()
         except RobustkernError as error:
             failed = f"round {t}: {error}"
             accuracies = [simulation.evaluate()[0]]
@@ -169,6 +264,7 @@ def train_once(settings: Settings) -> Record:
             "total": round(time.perf_counter() - started, 4),
             **{name: round(value, 4) for name, value in vars(simulation.times).items()},
         },
+        **({"measures": measures} if measured else {}),
     }
 
 
@@ -187,27 +283,28 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def key_of(settings: dict[str, Any], measured: bool) -> str:
+    """Return what tells runs apart."""
+    return json.dumps([settings, measured], sort_keys=True)
+
+
 def _recorded(lines: list[Record]) -> dict[str, Record]:
-    """Return the runs among the lines of a file, by settings."""
+    """Return the runs among the lines of a file."""
     return {
-        json.dumps(line["settings"], sort_keys=True): line
+        key_of(line["settings"], "measures" in line): line
         for line in lines
         if isinstance(line.get("settings"), dict) and isinstance(line.get("accuracy"), float)
     }
 
 
-def _key(settings: Settings) -> str:
-    return json.dumps(settings.as_dict(), sort_keys=True)
-
-
 def reproduce(
-    plan: Plan, out: Path, *, jobs: int, progress: Callable[[int, int], None] | None = None
+    parts: Sequence[Part], out: Path, *, jobs: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[Record], dict[str, Any]]:
-    """Make all runs of a plan that the folder does not hold yet.
+    """Make all runs of some parts that the folder does not hold yet.
 
     Parameters
     ----------
-    plan : Plan
+    parts : sequence of Part
         What to run.
     out : path
         Folder, which exists; receives ``runs.jsonl``, a line for each run, and ``sessions.jsonl``, a line for each
@@ -220,14 +317,15 @@ def reproduce(
     Returns
     -------
     records : list of dict
-        See `train_once`, in the order of the plan.
+        See `train_once`; all that the folder holds, of other parts too.
     facts : dict
-        Machine, versions, and ``sessions``: runs made, seconds and runs at a time, now and before.
+        Machine, versions, ``samples``, how many images there are to train on, and ``sessions``: runs made, seconds and
+        runs at a time, now and before.
     """
-    runs = plan.runs()
-    found = _recorded(read_lines(out / RESULTS))  # those of other plans stay where they are
-    missing = [settings for settings in runs if _key(settings) not in found]
-    held = len(runs) - len(missing)
+    wanted = {key_of(s.as_dict(), part.measured): (s, part.measured) for part in parts for s in part.runs()}
+    found = _recorded(read_lines(out / RESULTS))
+    missing = [run for key, run in wanted.items() if key not in found]
+    held = len(wanted) - len(missing)
     if missing:
         replace_lines(out / RESULTS, list(found.values()))
         replace_lines(out / SESSIONS, read_lines(out / SESSIONS))
@@ -238,12 +336,12 @@ def reproduce(
                 ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
             ):
                 for record in _completed(pool, missing):
-                    found[json.dumps(record["settings"], sort_keys=True)] = record
+                    found[key_of(record["settings"], "measures" in record)] = record
                     log.write(json.dumps(record) + "\n")
                     log.flush()
                     made += 1
                     if progress is not None:
-                        progress(held + made, len(runs))
+                        progress(held + made, len(wanted))
         finally:
             session = {"made": made, "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
             with (out / SESSIONS).open("a") as log:
@@ -257,15 +355,16 @@ def reproduce(
         "numpy": np.__version__,
         "robustkern": robustkern.__version__,
         "isa": robustkern.info()["isa"],
+        "samples": {name: len(_data(name).labels) for name in dict.fromkeys(part.base.data for part in parts)},
     }
-    return [found[_key(settings)] for settings in runs], facts
+    return list(found.values()), facts
 
 
-def _completed(pool: ProcessPoolExecutor, runs: list[Settings]) -> Iterator[Record]:
+def _completed(pool: ProcessPoolExecutor, runs: list[tuple[Settings, bool]]) -> Iterator[Record]:
     """Train; Ctrl-C, which reaches all processes of a terminal, is this process's to answer: it ends the others."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what they start with
     try:
-        futures = [pool.submit(train_once, settings) for settings in runs]
+        futures = [pool.submit(train_once, *run) for run in runs]
     finally:
         signal.signal(signal.SIGINT, before)
     try:

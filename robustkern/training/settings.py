@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from robustkern.rules import parse_rule
 from robustkern.training.attacks import available_attacks, parse_attack
-from robustkern.training.data import DATA_SETS
+from robustkern.training.data import DATA_SETS, dirichlet_of
 from robustkern.training.schedules import SCHEDULES, Schedule
 
-__all__ = ["MODELS", "OPTIMIZERS", "Settings"]
+__all__ = ["ARRIVALS", "MODELS", "OPTIMIZERS", "Settings"]
 
-MODELS = ("softmax", "mlp", "cnn", "resnet18")
+MODELS = ("softmax", "mlp", "cnn", "paper", "paper_groupnorm", "resnet18")
+ARRIVALS = ("together", "id", "id^2")
 OPTIMIZERS = ("mu2sgd", "momentum", "sgd")
 
 
@@ -35,8 +37,8 @@ class Settings:
         If something is out of its bounds; the message says which and why.
     """
 
-    data: str = _setting("digits", f"{', '.join(DATA_SETS)}; digits needs no files, see load_data.")
-    model: str = _setting("mlp", f"{', '.join(MODELS)}.")
+    data: str = _setting("digits", f"{', '.join(DATA_SETS)}; see load_data.")
+    model: str = _setting("mlp", f"{', '.join(MODELS)}; see make_model.")
     workers: int = _setting(17, "Workers, attackers included.")
     byzantine: int = _setting(8, "How many of them, the last ones, attack.")
     f: int | None = _setting(None, "How many the rule tolerates. Default: as many as attack.")
@@ -52,13 +54,22 @@ class Settings:
     batch: int = _setting(4, "Samples of each worker in a round, drawn with replacement.")
     clip: float = _setting(2.0, "Clip each gradient to this norm; 0: not at all.")
     rounds: int = _setting(500, "Steps of the server.")
-    dirichlet: float | None = _setting(None, "Uneven split of the classes: 0.1 very, 100 hardly. Default: even.")
+    split: str = _setting("iid", "Workers draw from all data (iid), from equal parts (shards) or dirichlet(0.1) ones.")
+    arrivals: str = _setting("together", "Or one worker a round, likely in proportion to its id, or id^2.")
+    byzantine_share: float | None = _setting(None, "Of such arrivals, the attackers'. Default: as many as they are.")
+    weights: str = _setting("updates", "Of such workers, in the rule: their number of updates, or equal.")
     failures: tuple[tuple[int, int, str], ...] = _setting((), "Worker, round, and 'crash' or 'stall': its fate then.")
     seed: int = _setting(0, "Of the model, the split, the batches and the attack.")
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without data."""
-        for name, known in (("data", DATA_SETS), ("model", MODELS), ("optimizer", OPTIMIZERS)):
+        for name, known in (
+            ("data", DATA_SETS),
+            ("model", MODELS),
+            ("optimizer", OPTIMIZERS),
+            ("arrivals", ARRIVALS),
+            ("weights", ("updates", "equal")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name, least in (("workers", 1), ("byzantine", 0), ("batch", 1), ("rounds", 1), ("seed", 0)):
@@ -74,9 +85,9 @@ class Settings:
             )
         if self.f is not None and (not isinstance(self.f, int) or not 0 <= 2 * self.f < self.workers):
             raise ValueError(f"f must satisfy 0 <= 2*f < workers; got f={self.f!r} with workers={self.workers}")
-        for name, zero in (("lr", False), ("clip", True), ("radius", False), ("dirichlet", False)):
+        for name, zero in (("lr", False), ("clip", True), ("radius", False)):
             value = getattr(self, name)
-            if value is None and name in ("radius", "dirichlet"):
+            if value is None and name == "radius":
                 continue
             good = isinstance(value, (int, float)) and (0 if zero else 5e-324) <= value <= sys.float_info.max
             if not good:
@@ -88,6 +99,12 @@ class Settings:
         Schedule(self.schedule, beta=self.beta, gamma=self.gamma)
         parse_attack(self.attack)
         parse_rule(self.rule)
+        dirichlet_of(self.split)
+        share = self.byzantine_share
+        if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 0.5):
+            raise ValueError(f"byzantine_share must be None or in [0, 0.5); got {share!r}")
+        if self.arrivals != "together" and self.failures:
+            raise ValueError(f"failures must be none where arrivals is not 'together'; got {self.failures!r}")
         for failure in self.failures:
             worker, at, kind = failure
             if not 1 <= worker < self.workers or at < 1 or kind not in ("crash", "stall"):
@@ -101,6 +118,15 @@ class Settings:
         """Return f."""
         return self.byzantine if self.f is None else self.f
 
+    def attackers_weight(self, f: int, t: int) -> int:
+        """Return how many updates f workers, with the share of turns that is theirs, have made up to arrival t.
+
+        All workers make one before the first turn.
+        """
+        share = self.byzantine / self.workers if self.byzantine_share is None else self.byzantine_share
+        share = share if self.byzantine else 0.0
+        return f + math.floor(share * t + 1e-9)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""
         return dataclasses.asdict(self) | {"failures": [list(failure) for failure in self.failures]}
@@ -108,5 +134,13 @@ class Settings:
     def differences(self, other: dict[str, Any]) -> str:
         """Say what differs in settings from a file, but for the number of rounds; empty where nothing does."""
         mine = self.as_dict()
+        if "split" not in other and "dirichlet" in other:  # version 0.1 knew no draws from all data, and no arrivals
+            alpha = other["dirichlet"]
+            old = "shards" if alpha is None else f"dirichlet({alpha})"
+            if old == self.split:
+                other = {"split": old, "arrivals": "together", "byzantine_share": None, "weights": "updates"} | other
+                other.pop("dirichlet")
+            else:
+                return f"split: {old!r} there, as in all runs of version 0.1, {self.split!r} here"
         names = [name for name in {**mine, **other} if name != "rounds" and mine.get(name) != other.get(name)]
         return ", ".join(f"{name}: {other.get(name)!r} there, {mine.get(name)!r} here" for name in names)

@@ -48,7 +48,7 @@ class Times:
 
 @dataclass
 class Task:
-    """A model, the data, and each worker's share of them."""
+    """A model, the data, and which samples each worker draws from."""
 
     settings: Settings
     data: DataSet
@@ -56,14 +56,12 @@ class Task:
     shards: list[NDArray[np.intp]] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Make the model and split the data."""
+        """Make the model, and say who draws from which data."""
         channels, height, width = self.data.images.shape[1:]
         self._module = self.model or make_model(
             self.settings.model, (channels, height, width), self.data.classes, self.settings.seed
         )
-        self.shards = split(
-            self.data.labels, self.settings.workers, seed=self.settings.seed, dirichlet=self.settings.dirichlet
-        )
+        self.shards = split(self.data.labels, self.settings.workers, seed=self.settings.seed, how=self.settings.split)
         self._images = torch.from_numpy(self.data.images)
         self._labels = torch.from_numpy(self.data.labels)
         self._names = [name for name, _ in self._module.named_parameters()]
@@ -141,35 +139,51 @@ class Workers:
 
     def estimate(self, x: torch.Tensor, t: int) -> Floats:
         """Return what these workers would send honestly in round t, (k, d): their momenta, updated in place."""
-        settings = self.task.settings
         if not len(self.ids):
             return self.momenta
+        self.advance(slice(None), x, self.previous, t, self.task.samples(t)[self.ids])
+        if self.task.settings.optimizer == "mu2sgd":
+            self.previous = x.clone()
+        return self.momenta
+
+    def advance(self, which: slice, x: torch.Tensor, previous: torch.Tensor, t: int, samples: NDArray[np.intp]) -> None:
+        """Update the momenta of some of the workers at x: for each of them it is update t.
+
+        Parameters
+        ----------
+        which : slice
+            Of these workers.
+        x, previous : (d,) tensor
+            Where they take gradients, and where they took them last, which only mu^2-SGD looks at, for t > 1.
+        t : int
+            From 1.
+        samples : (k, batch) int
+            Of the training data, for each of them.
+        """
+        settings, flipped = self.task.settings, self._flipped[which]
         started = time.perf_counter()
-        samples = self.task.samples(t)[self.ids]
-        gradients = self.task.gradients(x, samples, self._flipped)
+        gradients = self.task.gradients(x, samples, flipped)
         corrections = None
         if settings.optimizer == "mu2sgd":
             keep = 1 - self._schedule.beta_at(t)
             if t > 1 and keep:
-                corrections = self.task.gradients(self.previous, samples, self._flipped)
-            self.previous = x.clone()
+                corrections = self.task.gradients(previous, samples, flipped)
         else:
             keep = settings.momentum if settings.optimizer == "momentum" and t > 1 else 0.0
         taken = time.perf_counter()
-        scales = self._clip(gradients)
+        scales = self.clipping(gradients)
         update_momenta(
-            self.momenta,
+            self.momenta[which],
             gradients,
             corrections,
             keep=keep,
             gradient_scales=scales if settings.optimizer == "mu2sgd" else scales * (1 - keep),
-            correction_scales=None if corrections is None else self._clip(corrections),
+            correction_scales=None if corrections is None else self.clipping(corrections),
         )
         self.times.gradients += taken - started
         self.times.momenta += time.perf_counter() - taken
-        return self.momenta
 
-    def _clip(self, gradients: Floats) -> NDArray[np.float64]:
+    def clipping(self, gradients: Floats) -> NDArray[np.float64]:
         """Return the factors that bring each row to the norm it is clipped to."""
         clip = self.task.settings.clip
         if not clip:
@@ -179,13 +193,26 @@ class Workers:
         scales: NDArray[np.float64] = np.minimum(clip / np.maximum(norms, 1e-30), 1.0)  # a NaN stays one
         return scales
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return what of a checkpoint is theirs."""
+        d = self.task.d
+        before = d if self.task.settings.optimizer == "mu2sgd" else 0
+        return {"ids": self.ids.shape, "momenta": (len(self.ids), d), "previous": (before,)}
+
     def keep_only(self, alive: NDArray[np.bool_]) -> None:
         """Forget workers that were lost."""
         self.ids, self.momenta, self._flipped = self.ids[alive], self.momenta[alive], self._flipped[alive]
 
 
 def byzantine_rows(
-    settings: Settings, own: Floats, honest: Floats, workers: Sequence[int], alive: int, f: int, t: int
+    settings: Settings,
+    own: Floats,
+    honest: Floats,
+    workers: Sequence[int],
+    alive: int,
+    f: int,
+    t: int,
+    weights: NDArray[np.int64] | None = None,
 ) -> Floats:
     """Return what some of the Byzantine workers send in round t.
 
@@ -201,6 +228,8 @@ def byzantine_rows(
         How many Byzantine workers are left, and how many the server still tolerates.
     t : int
         The round.
+    weights : (h + alive,) int, optional
+        How many updates each has made, where that is its weight.
     """
     attack = parse_attack(settings.attack)
     situation = Situation(
@@ -209,15 +238,22 @@ def byzantine_rows(
         alive=alive,
         workers=tuple(workers),
         seed=(settings.seed, 3, t),
-        aggregate=lambda rows: _aggregated(settings, rows, f, t),
+        aggregate=lambda rows: combined(settings, rows, f, t, weights),
+        weights=weights,
     )
     with np.errstate(all="ignore"):  # overflow and NaN are what attackers deal in
         return attack.send(own, honest, situation)
 
 
-def _aggregated(settings: Settings, rows: Sequence[Floats], f: int, t: int) -> Floats:
+def combined(
+    settings: Settings, rows: Sequence[Floats], f: int, t: int, weights: NDArray[np.int64] | None = None
+) -> Floats:
+    """Return what the rule makes of the rows in round t: with weights, for the share of it that f of them may hold."""
     seed = settings.seed * 1_000_003 + t  # fresh buckets in every round, the same when a run is resumed
-    return aggregate(rows, settings.rule, f=f, seed=seed)
+    if weights is None:
+        return aggregate(rows, settings.rule, f=f, seed=seed)
+    delta = settings.attackers_weight(f, t) / int(weights.sum())
+    return aggregate(rows, settings.rule, delta=delta, weights=weights, seed=seed)
 
 
 class Server:
@@ -251,12 +287,12 @@ class Server:
                 f"tolerated ({lost})"
             )
 
-    def step(self, rows: Sequence[Floats], t: int) -> None:
-        """Combine what arrived in round t, a vector from each worker in their order, and take the server's step."""
+    def step(self, rows: Sequence[Floats], t: int, weights: NDArray[np.int64] | None = None) -> None:
+        """Combine a vector from each worker, in their order, in round t, and take the server's step."""
         started = time.perf_counter()
-        combined = _aggregated(self.task.settings, rows, self.f, t)
+        found = combined(self.task.settings, rows, self.f, t, weights)
         self.times.aggregation += time.perf_counter() - started
-        self.x.grad = torch.from_numpy(np.ascontiguousarray(combined, dtype=np.float32))
+        self.x.grad = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
         self.optimizer.step()
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -264,22 +300,23 @@ class Server:
         kept = {f"server.{k}": v.numpy().copy() for k, v in self.optimizer.state[self.x].items() if torch.is_tensor(v)}
         return {"x": self.x.detach().numpy().copy(), **kept}
 
-    def restore(self, state: dict[str, NDArray[Any]], t: int) -> None:
-        """Go on as after round t."""
+    def restore(self, state: dict[str, NDArray[Any]], t: int, workers: dict[str, tuple[int, ...]]) -> None:
+        """Go on as after round t; `workers` says which arrays besides its own the state must hold, and their shapes."""
         settings, d = self.task.settings, self.task.d
         double = settings.optimizer == "mu2sgd"
         expected: dict[str, tuple[int, ...]] = {
             "x": (d,),
-            "previous": (d if double else 0,),
-            "momenta": (*state["ids"].shape, d),
+            **workers,
             **({"server.iterate": (d,)} if double else {}),
             **({"server.start": (d,)} if double and settings.radius is not None else {}),
         }
-        found = {name: values.shape for name, values in state.items() if name != "ids" and values.dtype == np.float32}
-        if found != expected or set(state) != {"ids", *expected}:
+        whole = {name for name, values in state.items() if values.dtype == np.int64}
+        found = {name: values.shape for name, values in state.items() if name in whole or values.dtype == np.float32}
+        if found != expected or set(state) != set(expected) or whole != {"ids", "counts"} & set(expected):
             given = {name: (values.shape, values.dtype.name) for name, values in state.items()}
             raise ValueError(
-                f"checkpoint: expected float32 of {expected} and ids; got {given} (start again with --overwrite)"
+                f"checkpoint: expected float32 (ids and counts: int64) of {expected}; got {given} (start again with "
+                "--overwrite)"
             )
         with torch.no_grad():
             self.x.copy_(torch.from_numpy(state["x"]))
@@ -358,7 +395,7 @@ class Simulation:
             self.lose(worker, reason)
         if not np.array_equal(state["ids"], self.workers.ids):
             raise ValueError(f"checkpoint: holds workers {state['ids'].tolist()}; expected {self.workers.ids.tolist()}")
-        self.server.restore(state, t)
+        self.server.restore(state, t, self.workers.shapes())
         self.workers.momenta = np.ascontiguousarray(state["momenta"])
         self.workers.previous = torch.from_numpy(state["previous"])
         self.t = t
