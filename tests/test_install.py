@@ -21,6 +21,8 @@ from support import REQUIRED
 pytestmark = pytest.mark.xdist_group("install")
 
 ROOT = pathlib.Path(__file__).parent.parent
+#: Build with the tools that are installed here, where what they build is not the point; `make test` installs them.
+HERE = ["--no-build-isolation"] if importlib.util.find_spec("nanobind") else []
 
 CHECK = """
 import sys, warnings
@@ -39,9 +41,10 @@ print(rk.info()["backends"]["cuda"])
 """
 
 
-def build(folder: pathlib.Path, source: pathlib.Path, **environment: str) -> pathlib.Path:
+def build(folder: pathlib.Path, source: pathlib.Path, *options: str, **environment: str) -> pathlib.Path:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(source)],
+        [*command, *options],
         env={**os.environ, **environment},
         check=True,
         timeout=800,
@@ -106,8 +109,9 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: pathlib.Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # compiles everything beside other tests
 def test_wheel_from_the_sdist(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """Without a CUDA compiler, which is no reason to fail, but one to be told."""
-    wheel = build(tmp_path, sdist, RK_REQUIRE_EXTENSION="1", RK_CUDA="AUTO", CUDACXX="/nowhere/nvcc")
+    """Without a CUDA compiler, which is no reason to fail, but one to be told; kernels as for an unknown processor."""
+    nvcc, levels = {"RK_CUDA": "AUTO", "CUDACXX": "/nowhere/nvcc"}, "cmake.define.RK_X86_LEVELS=OFF"
+    wheel = build(tmp_path, sdist, "-C", levels, RK_REQUIRE_EXTENSION="1", **nvcc)
     site = tmp_path / "site"
     backend, warnings, text = check(wheel, site)
     assert (backend, warnings) == ("cpp", "0")
@@ -135,7 +139,7 @@ def test_python_started_in_a_clone_says_so(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_install_without_a_compiler(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A pure Python wheel; Numba, or without it NumPy; one warning that says what to do."""
-    wheel = build(tmp_path, sdist, CXX="/bin/false", CC="/bin/false", RK_CUDA="OFF")
+    wheel = build(tmp_path, sdist, *HERE, CXX="/bin/false", CC="/bin/false", RK_CUDA="OFF")
     assert "py3-none-any" in wheel.name
     backend, warnings, text = check(wheel, tmp_path / "with_numba")
     assert (backend, warnings) == ("numba", "1")
@@ -152,7 +156,7 @@ def test_install_without_a_compiler(sdist: pathlib.Path, tmp_path: pathlib.Path)
 @pytest.mark.parametrize("by", ["environment", "setting"])
 def test_cuda_that_is_insisted_on_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path, by: str) -> None:
     """And does not fall back to pure Python."""
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(sdist)]
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", *HERE, "--wheel-dir", str(tmp_path), str(sdist)]
     environment = {**os.environ, "CUDACXX": "/nowhere/nvcc"}
     if by == "environment":
         environment["RK_CUDA"] = "ON"
@@ -385,4 +389,4 @@ def test_another_value_is_refused(backend: Any) -> None:
 
 def test_a_required_extension_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
-        build(tmp_path, sdist, CXX="/bin/false", CC="/bin/false", RK_CUDA="OFF", RK_REQUIRE_EXTENSION="1")
+        build(tmp_path, sdist, *HERE, CXX="/bin/false", CC="/bin/false", RK_CUDA="OFF", RK_REQUIRE_EXTENSION="1")

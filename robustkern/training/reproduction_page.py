@@ -751,8 +751,8 @@ def _page(
         f"give buckets of more than one row, so with 4 attackers.",
         "## Claims",
         "A pair is one attack, optimizer and base rule (or rule), over the same seeds. A difference is clear where "
-        "it is at least 1 point of accuracy on digits, 2 on MNIST, and at least twice its standard error. `flips`: sign "
-        "and label flips; `IPM`: epsilon 0.1 and 0.5 where both were run.",
+        "it is at least 1 point of accuracy on digits, 2 on MNIST, and at least twice its standard error. `flips`: "
+        "sign and label flips; `IPM`: epsilon 0.1 and 0.5 where both were run.",
         _claims_table([claim for claim in found if claim.family]),
         _table(["claim", "where", "here it", "by"], [[c.text, c.where, f"**{c.verdict}**", c.by] for c in hard]),
         *sections,
