@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 import robustkern as rk  # noqa: E402
 from robustkern import training  # noqa: E402
-from robustkern.training import attacks, data, session, simulation  # noqa: E402
+from robustkern.training import asynchronous, attacks, data, session, simulation  # noqa: E402
 from robustkern.training.settings import Settings  # noqa: E402
 
 Array = NDArray[Any]
@@ -575,7 +575,7 @@ def test_the_mean_does_not() -> None:
         assert trained(settings_of(attack=attack, rule="mean")).evaluate()[0] < 0.6
 
 
-@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "paper", "paper_groupnorm"])
 def test_gradients_are_those_of_one_worker_at_a_time(model: str) -> None:
     task = simulation.Task(settings_of(model=model), DIGITS)
     x, samples = task.start(), task.samples(3)
@@ -602,9 +602,11 @@ def test_resnet18_takes_gradients_too() -> None:
 
 def test_the_same_settings_give_the_same_bits() -> None:
     for attack in ("alie", "gaussian", "label_flip"):
-        runs = [trained(settings_of(attack=attack, rule="bucketing | median", dirichlet=0.3)) for _ in range(2)]
+        runs = [
+            trained(settings_of(attack=attack, rule="bucketing | median", split="dirichlet(0.3)")) for _ in range(2)
+        ]
         assert torch.equal(runs[0].server.x, runs[1].server.x)
-        other = trained(settings_of(attack=attack, rule="bucketing | median", dirichlet=0.3, seed=1))
+        other = trained(settings_of(attack=attack, rule="bucketing | median", split="dirichlet(0.3)", seed=1))
         assert not torch.equal(runs[0].server.x, other.server.x)
 
 
@@ -631,11 +633,34 @@ def test_no_vector_is_copied_on_its_way_to_the_rule() -> None:
 
 
 def test_unequal_workers_draw_from_their_own_shares() -> None:
-    task = simulation.Task(settings_of(dirichlet=0.1), DIGITS)
+    task = simulation.Task(settings_of(split="dirichlet(0.1)"), DIGITS)
     for t in (1, 2):
         for shard, drawn in zip(task.shards, task.samples(t), strict=True):
             assert np.isin(drawn, shard).all()
     assert not np.array_equal(task.samples(1), task.samples(2))
+
+
+def test_draws_are_fresh_for_every_worker_and_round() -> None:
+    task = simulation.Task(settings_of(batch=50), DIGITS)
+    drawn = [task.samples(t) for t in (1, 2)]
+    every = np.concatenate(drawn).ravel()
+    # 700 draws with replacement from 1400 samples: some 551 are different, 19 in expectation in any two of 50.
+    assert 510 < len(np.unique(every)) < 590
+    assert len({row.tobytes() for part in drawn for row in part}) == 14
+    assert np.array_equal(task.samples(1), drawn[0])
+    assert every.min() < 50
+    assert every.max() > 1350
+
+
+def test_the_papers_model_is_theirs() -> None:
+    model = training.make_model("paper", (1, 28, 28), 10, 0)
+    assert sum(p.numel() for p in model.parameters()) == 29_034
+    assert not list(model.buffers())
+    grouped = training.make_model("paper_groupnorm", (1, 28, 28), 10, 0)
+    assert sum(p.numel() for p in grouped.parameters()) == 29_034
+    both = torch.randn(2, 1, 28, 28)
+    torch.testing.assert_close(grouped(both)[:1], grouped(both[:1]))  # each sample by itself
+    assert not torch.allclose(model(both)[:1], model(both[:1]))  # and here with its batch
 
 
 def test_lost_workers_count_as_faulty() -> None:
@@ -654,8 +679,16 @@ def test_lost_workers_count_as_faulty() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": "svhn"}, "data must be one of digits, mnist, cifar10; got 'svhn'"),
-        ({"model": "vgg"}, "model must be one of softmax, mlp, cnn, resnet18; got 'vgg'"),
+        ({"data": "svhn"}, "data must be one of digits, mnist5k, mnist, cifar10; got 'svhn'"),
+        ({"model": "vgg"}, "model must be one of softmax, mlp, cnn, paper, paper_groupnorm, resnet18; got 'vgg'"),
+        ({"arrivals": "x"}, r"arrivals must be one of together, id, id\^2; got 'x'"),
+        ({"weights": "x"}, "weights must be one of updates, equal; got 'x'"),
+        ({"byzantine_share": 0.5}, r"byzantine_share must be None or in \[0, 0.5\); got 0.5"),
+        ({"byzantine_share": "x"}, r"byzantine_share must be None or in \[0, 0.5\); got 'x'"),
+        (
+            {"arrivals": "id", "failures": ((1, 1, "crash"),)},
+            "failures must be none where arrivals is not 'together'; got",
+        ),
         ({"optimizer": "adam"}, "optimizer must be one of mu2sgd, momentum, sgd; got 'adam'"),
         ({"workers": 0}, "workers must be an integer of at least 1; got 0"),
         ({"batch": 1.5}, "batch must be an integer of at least 1; got 1.5"),
@@ -668,7 +701,7 @@ def test_lost_workers_count_as_faulty() -> None:
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
         ({"clip": -1}, "clip must be a finite number of at least 0; got -1"),
         ({"radius": math.nan}, "radius must be a finite number above 0; got nan"),
-        ({"dirichlet": 0}, "dirichlet must be a finite number above 0; got 0"),
+        ({"split": "dirichlet(0)"}, r"split must be iid, shards or dirichlet\(A\) .*got 'dirichlet\(0\)'"),
         ({"momentum": 1}, r"momentum must be in \[0, 1\); got 1"),
         ({"beta": 2}, "beta must be in"),
         ({"attack": "x"}, "attack: 'x' is not known"),
@@ -679,6 +712,107 @@ def test_lost_workers_count_as_faulty() -> None:
 def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings_of(**values)
+
+
+# ---- one worker at a time --------------------------------------------------------------------------------------
+
+
+def turns_of(**changes: Any) -> Settings:
+    changed = {"arrivals": "id^2", "byzantine_share": 0.3, "clip": 0.0, "beta": 0.25, "gamma": 0.1} | changes
+    return settings_of(**changed)
+
+
+@pytest.mark.parametrize(("arrivals", "power"), [("id", 1), ("id^2", 2)])
+def test_who_takes_the_turns(arrivals: str, power: int) -> None:
+    run = asynchronous.AsynchronousSimulation(turns_of(arrivals=arrivals), DIGITS)
+    turns = np.array([run.turn(t) for t in range(1, 5001)])
+    attackers = turns >= 5
+    assert attackers.sum() == 1500  # lambda, exactly, and at any time
+    assert (abs(np.cumsum(attackers) - 0.3 * np.arange(1, 5001)) <= 1).all()
+    for first, last in ((0, 5), (5, 7)):
+        law = np.arange(1, last - first + 1.0) ** power
+        some = turns[(turns >= first) & (turns < last)] - first
+        np.testing.assert_allclose(np.bincount(some) / len(some), law / law.sum(), atol=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["mu2sgd", "momentum", "sgd"])
+def test_turns_against_a_plain_reference(optimizer: str) -> None:
+    """The algorithm with dicts and loops: last query points per worker, weights that count, one step a turn."""
+    settings = turns_of(optimizer=optimizer, attack="sign_flip", rule="ctma(median)", lr=0.05, batch=3)
+    run = asynchronous.AsynchronousSimulation(settings, DIGITS)
+    task, n = simulation.Task(settings, DIGITS), 7
+
+    def gradient(x: Any, worker: int, t: int) -> Array:
+        return task.gradients(x, task.samples(t)[worker : worker + 1], np.array([False]))[0].astype(np.float64)
+
+    x = w = task.start()
+    at, before, counts = {i: x for i in range(n)}, {i: x for i in range(n)}, np.ones(n)
+    own = {i: gradient(x, i, 1) for i in range(n)}
+    for t in range(1, 41):
+        i = run.turn(t)
+        counts[i] += 1
+        g = gradient(at[i], i, t)
+        if optimizer == "mu2sgd":
+            own[i] = g + 0.75 * (own[i] - gradient(before[i], i, t))
+        else:
+            keep = 0.9 if optimizer == "momentum" else 0.0
+            own[i] = keep * own[i] + (1 - keep) * g
+        rows = np.array([own[k] if k < 5 else -own[k] for k in range(n)]).astype(np.float32)
+        delta = (2 + math.floor(0.3 * t + 1e-9)) / counts.sum()
+        d = torch.from_numpy(rk.aggregate(rows, "ctma(median)", delta=delta, weights=counts))
+        w = w - 0.05 * d
+        x = 0.9 * x + 0.1 * w if optimizer == "mu2sgd" else w
+        before[i], at[i] = at[i], x
+        run.round()
+        assert np.array_equal(run.counts, counts)
+        np.testing.assert_allclose(run.server.x.detach(), x, rtol=1e-3, atol=2e-6)
+
+
+def test_weighted_attacks_are_the_authors() -> None:
+    """Nine honest workers and five attackers, weighed by their numbers of updates."""
+    honest, weights = GOLDEN["ATK/honest"], GOLDEN["ATK/async_weights"].astype(np.int64)
+    here = dataclasses.replace(situation(14, 5), weights=weights)
+    got = attacks.parse_attack("ipm(epsilon=0.1)").send(OWN, honest, here)
+    np.testing.assert_allclose(got[0], GOLDEN["ATK/async_ipm_eps0.1"], rtol=1e-6)
+    got = attacks.parse_attack("alie").send(OWN, honest, here)
+    np.testing.assert_allclose(got[0], GOLDEN["ATK/async_alie"], rtol=1e-5)
+    for name in training.available_attacks():
+        assert attacks.parse_attack(name).send(OWN[:1], honest, here).shape == (1, 20)
+
+
+@pytest.mark.parametrize("attack", ["label_flip", "ipm(epsilon=0.1)", "alie", "optimised", "nan"])
+def test_training_in_turns_survives(attack: str) -> None:
+    run = asynchronous.simulate(turns_of(attack=attack, lr=0.1, rounds=400, batch=8), DIGITS)
+    trained_on(run, 400)
+    assert run.evaluate()[0] > 0.8
+
+
+def test_weights_are_what_helps() -> None:
+    """Attackers that are nearly half of the workers, and take a fifth of the turns."""
+    found = {}
+    for weights in ("updates", "equal"):
+        settings = turns_of(workers=17, byzantine=8, byzantine_share=0.2, attack="sign_flip", rule="median",
+                            weights=weights, lr=0.05, rounds=400, batch=8)  # fmt: skip
+        run = asynchronous.simulate(settings, DIGITS)
+        trained_on(run, 400)
+        found[weights] = run.evaluate()[0]
+    assert found["updates"] > found["equal"] + 0.2
+
+
+@pytest.mark.parametrize("optimizer", ["mu2sgd", "momentum"])
+@pytest.mark.parametrize("stop_after", [3, 8, 22])
+def test_resuming_turns_gives_the_same_run(tmp_path: Path, optimizer: str, stop_after: int) -> None:
+    settings = turns_of(optimizer=optimizer, attack="sign_flip")
+    whole = run_in(tmp_path / "whole", settings)
+    assert run_in(tmp_path / "cut", settings, stop_after) == []
+    assert facts(run_in(tmp_path / "cut", settings)) == facts(whole)
+    a, b = (session.last_checkpoint(settings, tmp_path / name) for name in ("whole", "cut"))
+    assert a is not None
+    assert b is not None
+    assert {"at", "counts", "sent", "previous", "momenta"} <= a[0].keys()
+    assert all(np.array_equal(a[0][name], b[0][name]) for name in a[0])
+    with pytest.raises(ValueError, match="run with other settings"):
+        run_in(tmp_path / "cut", settings_of(optimizer=optimizer, attack="sign_flip"))
 
 
 # ---- runs in folders -------------------------------------------------------------------------------------------
@@ -697,7 +831,7 @@ def run_in(out: Path, settings: Settings, stop_after: int | None = None) -> list
     found = session.last_checkpoint(settings, out)
     try:
         return session.run(
-            simulation.Simulation(settings, DIGITS),
+            asynchronous.simulate(settings, DIGITS),
             out,
             evaluate_every=5,
             checkpoint_every=8,
@@ -737,6 +871,26 @@ def test_resuming_gives_the_same_run(tmp_path: Path, optimizer: str, stop_after:
     assert facts(more[1:]) == facts(run_in(tmp_path / "longer", longer)[1:])
     with pytest.raises(ValueError, match="holds 50 rounds, more than the 40 that are asked for"):
         run_in(tmp_path / "cut", settings)
+
+
+@pytest.mark.parametrize(("dirichlet", "split"), [(None, "shards"), (0.1, "dirichlet(0.1)")])
+def test_a_run_of_the_first_version_goes_on_with_its_split(tmp_path: Path, dirichlet: Any, split: str) -> None:
+    """Its workers owned shards, which nothing said; all other draws are the same."""
+    settings = settings_of(split=split)
+    run_in(tmp_path, settings)
+    whole = facts(run_in(tmp_path / "whole", dataclasses.replace(settings, rounds=50)))
+    from safetensors.numpy import load_file, save_file
+
+    new = ("split", "arrivals", "byzantine_share", "weights")
+    old = {k: v for k, v in settings.as_dict().items() if k not in new} | {"dirichlet": dirichlet}
+    path, log = tmp_path / "checkpoint.safetensors", tmp_path / "log.jsonl"
+    save_file(load_file(path), path, metadata={"settings": json.dumps(old), "round": "40", "lost": "{}"})
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([json.dumps({"settings": old}), *lines[1:]]) + "\n")
+    said = f"run with other settings \\(split: '{re.escape(split)}' there, as in all runs of version 0.1, 'iid' here"
+    with pytest.raises(ValueError, match=said):
+        run_in(tmp_path, settings_of(rounds=50))
+    assert facts(run_in(tmp_path, dataclasses.replace(settings, rounds=50)))[1:] == whole[1:]
 
 
 def test_a_folder_with_another_run(tmp_path: Path) -> None:
@@ -826,7 +980,7 @@ def test_overwriting_begins_when_the_new_run_is_possible(tmp_path: Path) -> None
     out = str(tmp_path / "[/x]")  # no markup
     short = ("train", "--model", "softmax", "--rounds", "20", "--out", out)
     assert robustkern(*short, cwd=tmp_path).returncode == 0
-    failed = robustkern(*short, "--overwrite", "--workers", "5000", cwd=tmp_path)
+    failed = robustkern(*short, "--overwrite", "--workers", "5000", "--split", "shards", cwd=tmp_path)
     assert failed.returncode == 1
     assert "--workers must be between 1 and the 1400 training samples; got 5000" in failed.stderr
     again = robustkern(*short, cwd=tmp_path)
@@ -897,7 +1051,9 @@ def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
         (("--lr", "-1"), 2, "--lr must be a finite number above 0; got -1"),
         (("--f", "4"), 2, "--f must satisfy 0 <= 2[*]f < workers; got --f 4 with --workers 7"),
         (("--byzantine", "4"), 2, "2[*]byzantine must be below workers; got --byzantine 4 with --workers 7"),
-        (("--model", "x"), 2, "--model must be one of softmax, mlp, cnn, resnet18; got 'x'"),
+        (("--model", "x"), 2, "--model must be one of softmax, mlp, cnn, paper, paper_groupnorm, resnet18; got 'x'"),
+        (("--split", "x"), 2, "--split must be iid, shards or dirichlet"),
+        (("--arrivals", "id", "--crash", "1@1"), 2, "--crash and --stall must be none where --arrivals is not"),
         (("--beta", "2"), 2, "--beta must be in"),
         (("--crash", "3@20,9@1"), 2, "--crash and --stall must be .*worker, round"),
         (("--crash", "x"), 2, "--crash must be worker@round, such as 3@20; got 'x'"),
@@ -911,6 +1067,22 @@ def test_errors_of_the_command(tmp_path: Path, arguments: tuple[str, ...], code:
     assert done.returncode == code
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_small_models_take_one_thread(tmp_path: Path) -> None:
+    """Threads that wait for each other cost up to sixty times as much where another process has a core."""
+    code = (
+        "import atexit, sys, torch, robustkern; torch.set_num_threads(2); robustkern.set_num_threads(2)\n"
+        "atexit.register(lambda: print('threads', torch.get_num_threads(), robustkern.info()['threads']))\n"
+        "from robustkern.cli import main; sys.argv[1:] = ['train', '--model', 'softmax', '--rounds', '3']; main()"
+    )
+    found = []
+    for environment in ({}, {"OMP_NUM_THREADS": "2"}):
+        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path,
+                              env={**inherited, **environment})  # fmt: skip
+        found.append(done.stdout.splitlines()[-1])
+    assert found == ["threads 1 1", "threads 2 2"]
 
 
 def test_training_without_torch_says_what_is_missing(tmp_path: Path) -> None:

