@@ -415,21 +415,22 @@ def test_train_prints_json_and_nothing_else(tmp_path: Path) -> None:
 
 def test_reproduce_prints_json_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
-    from test_reproduce import TINY, fake_times, made_up
+    from test_reproduce import TINY, all_runs, as_promised, fake_times, made_up, measures_of
 
     from robustkern.training import reproduce
 
     facts = {name: "x" for name in ("cores", "machine", "isa", "python", "torch", "numpy", "robustkern")}
-    facts |= {"sessions": [{"made": 1, "seconds": 60.0, "jobs": 2}]}
-    monkeypatch.setattr(reproduce.Plan, "quick", lambda: TINY)
-    monkeypatch.setattr(reproduce, "reproduce", lambda plan, *_, **__: (made_up(plan, lambda s: 0.5), facts))
-    monkeypatch.setattr(reproduce, "measure_times", fake_times)
+    facts |= {"sessions": [{"made": 1, "seconds": 60.0, "jobs": 2}], "samples": {"digits": 1400}}
+    records = made_up(TINY, lambda s: 0.5, measures_of(as_promised))
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
+    monkeypatch.setattr(reproduce, "reproduce", lambda *_, **__: (records, facts))
+    monkeypatch.setattr(reproduce, "measure_times", lambda rounds: fake_times())
     for _ in range(2):  # the command goes on in its own folder
         result = run("reproduce", "--quick", "--out", tmp_path / "here", "--json")
         assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["runs"] == len(TINY.runs())
-    assert {"claim", "verdict", "by"} == set(printed["claims"][0])
+    assert printed["runs"] == all_runs(TINY)
+    assert {"text", "where", "family", "verdict", "by"} == set(printed["claims"][0])
     assert Path(printed["files"][0]).name == "reproduction.md"
 
 

@@ -364,33 +364,36 @@ def _why(part: Mechanism, results: Results, errors: Errors, size: int) -> list[s
     rule, attack = part.base.rule, part.attacks[0]
     epsilon = 0.1
     limit = _rejects(errors[part.base.byzantine, epsilon][rule])
-    last = part.base.rounds / 2
 
-    def late(split: str, optimizer: str) -> tuple[float, float, float, float]:
+    def told(split: str, optimizer: str) -> list[str]:
         records = results.records(part, part.at(split, optimizer))
-        some = [m for record in records for m in record["measures"] if m["round"] > last]
-        ratio = statistics.median(m["spread"] / m["square"] for m in some)
-        shares = sum(m["spread"] for m in some) / sum(m["raw"] for m in some)
-        accuracy = statistics.fmean(record["accuracy"] for record in records)
-        return shares, ratio, statistics.fmean(m["kept"] for m in some), accuracy
+        late = [m for record in records for m in record["measures"] if m["round"] > part.base.rounds / 2]
+        ratios = _smooth(_means(records, "spread", "square"))
+        kept = _smooth(_means(records, "kept"), 9)
+        return [
+            f"{sum(m['spread'] for m in late) / sum(m['raw'] for m in late):.4f}",
+            f"{min(ratios):.2f}",
+            f"{min(kept):.1f}",
+            f"{100 * statistics.fmean(record['accuracy'] for record in records):.1f}",
+        ]
 
     shard = size / WORKERS
-    rows = []
-    for split, optimizer in itertools.product(part.splits, part.optimizers):
-        share, ratio, kept, accuracy = late(split, optimizer)
-        rows.append([split, NAMES[optimizer], f"{share:.4f}", f"{ratio:.2g}", f"{kept:.1f}", f"{100 * accuracy:.1f}"])
+    rows = [[split, NAMES[o], *told(split, o)] for split, o in itertools.product(part.splits, part.optimizers)]
     return [
-        f"The rule only sees how the honest vectors spread (V, the mean of their squared distances to their mean m) "
-        f"beside how far apart attackers stay. Against `{attack}` with {part.base.byzantine} of {WORKERS} attackers "
-        f"`{rule}` rejects all of them while V / |m|^2 is small, and takes nearly all of them in where it is not: "
-        f"between {limit} (table below). Momentum shrinks V to a fixed share of what single gradients have, mu^2-SGD "
-        f"to one that falls with every round, so that it passes the threshold and momentum does not. That needs "
-        f"workers that draw from the same data: where each owns a shard of {shard:.0f} images, means of shards differ "
-        f"for good, and V cannot fall below batch / shard = {part.base.batch / shard:.3f} of the raw V, about what "
-        f"momentum reaches anyway.",
+        f"All that a rule has to go by is how the honest vectors spread (V, the mean of their squared distances to "
+        f"their mean m) beside how far away attackers stay, which for IPM goes with |m|. With {part.base.byzantine} of "
+        f"{WORKERS} attackers and `{attack}`, `{rule}` rejects all of them while V / |m|^2 is small, and takes nearly "
+        f"all of them in where it is not: its threshold lies at {limit} (table below).",
+        "Momentum shrinks V to a fixed share, 1/19, of what single gradients have. mu^2-SGD shrinks it more with every "
+        "round, gets below the threshold while m is still large, rejects the attackers there and trains; when training "
+        "is nearly done m gets small, the ratio rises again, and little is left to spoil.",
+        f"That needs workers that draw from the same data. Where each owns a shard of {shard:.0f} images, the means of "
+        f"shards differ for good, and V cannot fall below batch / shard = {part.base.batch / shard:.3f} of the raw V, "
+        f"about what momentum reaches anyway: then mu^2-SGD cannot show what it is for.",
         f"![Spread, ratio and attackers kept, over the rounds]({PICTURE.format('mechanism')})",
-        f"Means and medians of the second half of the rounds, {part.seeds} seeds:",
-        _table(["draws", "optimizer", "V / raw V", "V / abs(m)^2", "attackers kept", "accuracy, %"], rows),
+        f"V over raw V in the second half of the rounds; the least V / |m|^2 and the fewest attackers kept (smoothed "
+        f"as in the figure) at any time; accuracy in the end. Means of {part.seeds} seeds.",
+        _table(["draws", "optimizer", "V / raw V", "least V / abs(m)^2", "fewest attackers kept", "accuracy, %"], rows),
         f"![Error of rules over V / |m|^2]({PICTURE.format('thresholds')})",
         "Where rules stop to reject all attackers of IPM, as V / |m|^2 grows (m with normal noise, no training). "
         "Below, the error is 0 but for rounding; above, with 8 of 17, it is about that of following the attackers. "
@@ -487,60 +490,60 @@ def _times(times: list[Record]) -> str:
 # ---- pictures --------------------------------------------------------------------------------------------------
 
 
+def _means(records: list[Record], top: str, bottom: str = "") -> list[float]:
+    """Return for each measured round the mean over seeds of one measure, or of the ratio of two."""
+    runs: list[list[Measure]] = [record["measures"] for record in records]
+    return [
+        statistics.fmean(run[k][top] / (run[k][bottom] if bottom else 1) for run in runs)
+        for k in range(min(map(len, runs)))
+    ]
+
+
 def _smooth(values: list[float], width: int = 5) -> list[float]:
-    """Return running geometric means."""
-    logs = np.log(np.maximum(values, 1e-12))
-    padded = np.pad(logs, width // 2, mode="edge")
-    return [float(v) for v in np.exp(np.convolve(padded, np.ones(width) / width, "valid"))]
+    """Return running means."""
+    padded = np.pad(values, width // 2, mode="edge")
+    return [float(v) for v in np.convolve(padded, np.ones(width) / width, "valid")]
 
 
 def _draw_mechanism(part: Mechanism, results: Results, errors: Errors, size: int, path: Path) -> None:
     looks = style.looks(NAMES)
     figure = style.figure(13, 3.6 * len(part.splits) + 0.4)
     grid = figure.subplots(len(part.splits), 3, sharex=True, sharey="col", squeeze=False)
-    rejects = [k for k, e in enumerate(errors[part.base.byzantine, 0.1][part.base.rule]) if e <= REJECTED]
-    for axes, split in zip(grid, part.splits, strict=True):
+    good = [k for k, e in enumerate(errors[part.base.byzantine, 0.1][part.base.rule]) if e <= REJECTED]
+    threshold = RATIOS[good[-1]] if good else None
+    kept = f"attackers of {WORKERS - part.base.byzantine} kept"
+    grey = {"color": "0.4", "linewidth": 0.9}
+    for row, split in zip(grid, part.splits, strict=True):
         ends: list[list[Any]] = [[], [], []]
+        for axes, title in zip(row, ("V / raw V", "V / |m|²", kept), strict=True):
+            axes.set_title(f"{title}; {'all draw from all data' if split == 'iid' else split}", fontsize=10)
+            axes.grid(alpha=0.3)
+        for axes in row[:2]:
+            axes.set_yscale("log")
         for o in part.optimizers:
-            runs: list[list[Measure]] = [r["measures"] for r in results.records(part, part.at(split, o))]
-            rounds = [m["round"] for m in runs[0]]
+            records = results.records(part, part.at(split, o))
+            rounds = [m["round"] for m in records[0]["measures"]]
             look = {k: v for k, v in looks[o].items() if k in ("color", "linestyle")} | {"linewidth": 1.6}
+            named = f"{NAMES[o]}: {100 * results.mean(part, part.at(split, o)):.0f} % right"
             for k, (top, bottom) in enumerate((("spread", "raw"), ("spread", "square"), ("kept", ""))):
-                values = [
-                    statistics.fmean(run[i][top] / (run[i][bottom] if bottom else 1) for run in runs)
-                    for i in range(len(rounds))
-                ]
-                shown = _smooth(values) if bottom else [float(v) for v in np.convolve(
-                    np.pad(values, 4, mode="edge"), np.ones(9) / 9, "valid")]  # fmt: skip
-                axes[k].plot(rounds, shown, **look)
-                accuracy = 100 * results.mean(part, part.at(split, o))
-                ends[k].append(((rounds[-1], shown[-1]), f"{NAMES[o]}, {accuracy:.0f} %" if k == 2 else NAMES[o],
-                                looks[o]["color"]))  # fmt: skip
+                shown = _smooth(_means(records, top, bottom), 5 if bottom else 9)
+                row[k].plot(rounds, shown, **look)
+                ends[k].append(((rounds[-1], shown[-1]), named if k == 2 else NAMES[o], looks[o]["color"]))
         t = np.arange(1, part.base.rounds + 1)
-        axes[0].plot(t, np.maximum(1 / t, FLOOR), color="0.4", linestyle=":", linewidth=1.2)
-        axes[0].axhline(MOMENTUM, color="0.4", linestyle="--", linewidth=0.8)
+        row[0].plot(t, np.maximum(1 / t, FLOOR), linestyle=":", **grey)
+        row[0].axhline(MOMENTUM, linestyle="--", **grey)
         ends[0].append(((t[-1], FLOOR), f"max(1/t, {FLOOR:g})", "#666666"))
         ends[0].append(((t[-1], MOMENTUM), "1/19", "#666666"))
         if split == "shards":
-            floor = part.base.batch / (size / WORKERS)
-            axes[0].axhline(floor, color="0.4", linestyle="-.", linewidth=0.8)
+            floor = part.base.batch * WORKERS / size
+            row[0].axhline(floor, linestyle="-.", **grey)
             ends[0].append(((t[-1], floor), f"batch / shard = {floor:.3f}", "#666666"))
-        if rejects:
-            axes[1].axhspan(1e-9, RATIOS[rejects[-1]], color="0.5", alpha=0.12)
-            axes[1].text(part.base.rounds * 0.02, RATIOS[rejects[-1]], "all attackers rejected below", fontsize=8,
-                         va="top")  # fmt: skip
-        for k, title in enumerate(
-            ("V / raw V", "V / |m|²", f"attackers among the {WORKERS - part.base.byzantine} kept")
-        ):
-            if k < 2:
-                axes[k].set_yscale("log")
-            axes[k].set_title(f"{title}; {'all draw from all data' if split == 'iid' else split}", fontsize=10)
-            axes[k].grid(alpha=0.3)
-        for k, each in enumerate(ends):
-            if k == 1:
-                low = min(end[0][1] for end in each)
-                axes[1].set_ylim(bottom=min(low / 2, axes[1].get_ylim()[0]) if low > 1e-6 else None)
-            style.name_ends(axes[k], each, fontsize=7)
+        if threshold is not None:
+            row[1].set_ylim(bottom=threshold / 3)
+            row[1].axhspan(threshold / 3, threshold, color="0.5", alpha=0.15, linewidth=0)
+            row[1].text(0, threshold * 0.95, "all attackers are rejected here", fontsize=8, va="top")
+        for axes, each in zip(row, ends, strict=True):
+            style.name_ends(axes, each, fontsize=7)
     for axes in grid[-1]:
         axes.set_xlabel("round")
     style.save(figure, path)
