@@ -32,6 +32,7 @@ from robustkern.training.reproduce import (
     Turns,
     measure_times,
     reproduce,
+    runs_of,
     train_once,
 )
 from robustkern.training.reproduction_page import (
@@ -55,10 +56,6 @@ TINY: tuple[Part, ...] = (
     Turns("turns", dataclasses.replace(reproduction.TURNS, rounds=6), 2, ("sign_flip",), ("mu2sgd", "sgd"),
           ("median", "ctma(median)")),
 )  # fmt: skip
-
-
-def all_runs(parts: Any) -> int:
-    return len({reproduction.key_of(s.as_dict(), part.measured) for part in parts for s in part.runs()})
 
 
 def made_up(parts: Any, accuracy: Any, measures: Any = None) -> list[Record]:
@@ -92,12 +89,12 @@ def test_the_parts_are_the_papers_comparisons() -> None:
     assert {(s.data, s.model, s.rounds) for s in runs["mnist-rules"]} == {("mnist5k", "paper", 600)}
     assert {(s.arrivals, s.beta, s.gamma) for s in runs["asynchronous"]} == {("id^2", 0.25, 0.1)}
     assert {s.weights for s in runs["asynchronous"]} == {"equal", "updates"}
-    assert all_runs(QUICK) < 100
+    assert len(runs_of(QUICK)) < 100
 
 
 def test_runs_are_made_once_and_a_cut_file_is_mended(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    count = all_runs(TINY)
+    count = len(runs_of(TINY))
     records, facts = reproduce(TINY, tmp_path, jobs=2, progress=lambda done, total: seen.append((done, total)))
     assert len(records) == count
     assert seen[-1] == (count, count)
@@ -309,7 +306,7 @@ def test_times_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_page_in_the_docs_is_of_all_parts() -> None:
     docs = Path(__file__).parent.parent / "docs"
     text = (docs / "reproduction.md").read_text()
-    assert f"{all_runs(PARTS)} trainings of 17 workers: parts {', '.join(part.name for part in PARTS)}" in text
+    assert f"{len(runs_of(PARTS))} trainings of 17 workers: parts {', '.join(part.name for part in PARTS)}" in text
     empty = made_up(PARTS, lambda s: 0.5, measures_of(as_promised))
     for claim in claims(PARTS, empty, fake_times()):
         assert f"| {claim.text.replace('|', chr(92) + '|')} | {claim.where} |" in text, claim

@@ -41,7 +41,7 @@ def reproduce(
     for data in dict.fromkeys(each.base.data for each in parts):
         load_data(data)  # or say now what is missing
     folder_to_write(out, "reproduce")
-    total = sum(len(each.runs()) for each in parts)
+    total = len(runs.runs_of(parts))
     with alone_in(out), bar("training", total) as shown:
         records, facts = runs.reproduce(parts, out, jobs=jobs or _cores(), progress=lambda done, _: shown.show(done))
         shown.show(total, "measuring times")

@@ -35,7 +35,9 @@ def _with_settings(function: Any) -> Any:
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default,
-            annotation=Annotated[kinds[field.name], typer.Option(f"--{field.name}", help=field.metadata["help"])],
+            annotation=Annotated[
+                kinds[field.name], typer.Option(f"--{field.name.replace('_', '-')}", help=field.metadata["help"])
+            ],
         )
         for field in dataclasses.fields(Settings)
         if field.name != "failures"

@@ -63,7 +63,8 @@ def plain_ticks(axes: Any) -> None:
         axes.yaxis.set_minor_formatter(plain)
 
 
-def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]], fontsize: float = 8) -> None:
+def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]], fontsize: float = 8, *,
+              laid_out: bool = False) -> None:  # fmt: skip
     """Write names to the right of the axes, each as high as its line ends or as near as the others let it.
 
     Parameters
@@ -74,11 +75,14 @@ def name_ends(axes: Any, ends: Sequence[tuple[tuple[float, float], str, str]], f
         Where a line ends, its name and its colour.
     fontsize : float
         In points.
+    laid_out : bool
+        Whether the figure has been drawn since its parts got their sizes, which takes a second where there are many.
     """
     if not ends:
         return
     figure = axes.figure
-    figure.draw_without_rendering()  # sizes are known only now
+    if not laid_out:
+        figure.draw_without_rendering()  # sizes are known only now
     box = axes.get_window_extent()
     step = SPACING * fontsize * figure.dpi / 72 / box.height
     to_share = axes.transAxes.inverted().transform(axes.transData.transform([at for at, _, _ in ends]))

@@ -99,7 +99,7 @@ def _square(x: NDArray[Any]) -> float:
 
 def thresholds(
     ratios: Sequence[float], *, byzantine: Iterable[int] = (4, 8), epsilons: Iterable[float] = (0.1, 0.5),
-    workers: int = 17, d: int = 4000, seeds: int = 5,
+    workers: int = 17, d: int = 1000, seeds: int = 3,
 ) -> dict[tuple[int, float], dict[str, list[float]]]:  # fmt: skip
     """Measure at which ratio V / |m|^2 rules begin to reject IPM: honest rows m + normal noise, the others -epsilon m.
 

@@ -46,6 +46,7 @@ __all__ = [
     "key_of",
     "measure_times",
     "reproduce",
+    "runs_of",
     "train_once",
 ]
 
@@ -288,6 +289,11 @@ def key_of(settings: dict[str, Any], measured: bool) -> str:
     return json.dumps([settings, measured], sort_keys=True)
 
 
+def runs_of(parts: Sequence[Part]) -> dict[str, tuple[Settings, bool]]:
+    """Return the runs of some parts, each once, and whether they are measured."""
+    return {key_of(s.as_dict(), part.measured): (s, part.measured) for part in parts for s in part.runs()}
+
+
 def _recorded(lines: list[Record]) -> dict[str, Record]:
     """Return the runs among the lines of a file."""
     return {
@@ -322,7 +328,7 @@ def reproduce(
         Machine, versions, ``samples``, how many images there are to train on, and ``sessions``: runs made, seconds and
         runs at a time, now and before.
     """
-    wanted = {key_of(s.as_dict(), part.measured): (s, part.measured) for part in parts for s in part.runs()}
+    wanted = runs_of(parts)
     found = _recorded(read_lines(out / RESULTS))
     missing = [run for key, run in wanted.items() if key not in found]
     held = len(wanted) - len(missing)

@@ -25,6 +25,7 @@ from robustkern.training.reproduce import (
     Record,
     Turns,
     key_of,
+    runs_of,
 )
 from robustkern.training.settings import Settings
 
@@ -513,6 +514,7 @@ def _draw_mechanism(part: Mechanism, results: Results, errors: Errors, size: int
     threshold = RATIOS[good[-1]] if good else None
     kept = f"attackers of {WORKERS - part.base.byzantine} kept"
     grey = {"color": "0.4", "linewidth": 0.9}
+    named_ends: list[tuple[Any, list[Any]]] = []
     for row, split in zip(grid, part.splits, strict=True):
         ends: list[list[Any]] = [[], [], []]
         for axes, title in zip(row, ("V / raw V", "V / |m|²", kept), strict=True):
@@ -542,10 +544,12 @@ def _draw_mechanism(part: Mechanism, results: Results, errors: Errors, size: int
             row[1].set_ylim(bottom=threshold / 3)
             row[1].axhspan(threshold / 3, threshold, color="0.5", alpha=0.15, linewidth=0)
             row[1].text(0, threshold * 0.95, "all attackers are rejected here", fontsize=8, va="top")
-        for axes, each in zip(row, ends, strict=True):
-            style.name_ends(axes, each, fontsize=7)
+        named_ends += zip(row, ends, strict=True)
     for axes in grid[-1]:
         axes.set_xlabel("round")
+    figure.draw_without_rendering()
+    for axes, each in named_ends:
+        style.name_ends(axes, each, fontsize=7, laid_out=True)
     style.save(figure, path)
 
 
@@ -714,7 +718,7 @@ def _described(part: Part) -> str:
 def _page(
     parts: Sequence[Part], records: list[Record], times: list[Record], facts: dict[str, Any], sections: list[str]
 ) -> str:
-    wanted = {key_of(s.as_dict(), part.measured) for part in parts for s in part.runs()}
+    wanted = runs_of(parts)
     shown = [record for record in records if key_of(record["settings"], "measures" in record) in wanted]
     failed = [record for record in shown if record["failed"]]
     spent = sum(record["seconds"]["total"] for record in shown)
