@@ -94,3 +94,21 @@ __all__ = [
     "trimmed_mean",
     "use_backend",
 ]
+
+# torch.compile leaves these calls out of its graphs: there is nothing in them that it could trace. It looks for this
+# attribute, which torch.compiler.disable sets; so torch need not be here.
+for _function in (
+    aggregate,
+    bucketing,
+    ctma,
+    geometric_median,
+    krum,
+    mean,
+    mean_around_median,
+    median,
+    multi_krum,
+    nnm,
+    trimmed_mean,
+    *(getattr(kernels, _name) for _name in kernels.__all__),
+):
+    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010  (functions have no such attribute, says mypy)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robustkern.backends.floats import HALF_ULP, LEAST_NORMAL, usual_floats
 from robustkern.backends.registry import choose
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import Block, Rows, Source, Vector
 from robustkern.errors import ConvergenceWarning, warn
 from robustkern.rules.base import Aggregator
-from robustkern.rules.geometry import Given, TooCloseError
+from robustkern.rules.geometry import Given, TooCloseError, tolerated
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
@@ -67,6 +68,9 @@ class Info:
         Shares of the rows in the m rows that `nnm` and `bucketing` made of them.
     seed : int or None
         Passed to the call as ``seed``, it draws the same again; None where nothing was drawn from the call's.
+    differing : dict of str to tuple of int
+        Leaves that are no arrays (numbers and texts of Python) in which some rows differ from the value that the others
+        share, which the result has: which rows.
     """
 
     rule: str
@@ -87,6 +91,7 @@ class Info:
     order: tuple[int, ...] | None = None
     mixture: NDArray[np.float64] | None = field(default=None, compare=False)
     seed: int | None = None
+    differing: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: lists for arrays, None for what is not a finite number."""
@@ -98,6 +103,8 @@ def _as_json(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, (list, tuple)):
         return [_as_json(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -130,10 +137,29 @@ def run(
     TypeError, ValueError, NonFiniteError, BackendUnavailable
         As `robustkern.aggregate`.
     """
+    asked = (rule, source, f, delta, weights, seed, backend, wants_info)
+    with np.errstate(all="ignore"):  # whatever the caller has asked NumPy to do
+        if LEAST_NORMAL / 2 > 0 and 1 + HALF_ULP == 1 == 1 - HALF_ULP:
+            return _run(*asked)
+        with usual_floats():
+            return _run(*asked)
+
+
+def _run(
+    rule: Aggregator,
+    source: Source,
+    f: Any,
+    delta: Any,
+    weights: ArrayLike | None,
+    seed: Any,
+    backend: str,
+    wants_info: bool,
+) -> Info | None:
     count = _checked_f(rule, source.n, f, delta)
     shares = _checked_weights(rule, source.n, weights)
     share = None if shares is None else _byzantine_share(rule, source, shares, count, delta)
     _check_rest(rule, source, shares, seed)
+    differing = source.settle(lambda bad: tolerated(bad, count, shares, share))
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
     given = Given(source, kernels, source.n, count, shares, share, "origin" in rule.points, drawn_from)
@@ -150,7 +176,7 @@ def run(
             ConvergenceWarning,
         )
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
-    return _info(rule, given, view, solution, nonfinite, sq_distances) if wants_info else None
+    return _info(rule, given, view, solution, nonfinite, sq_distances, differing) if wants_info else None
 
 
 # ---- validation ------------------------------------------------------------------------------------------------
@@ -297,6 +323,7 @@ def _info(
     solution: Solution,
     nonfinite: NDArray[np.bool_],
     sq_distances: Vector | None,
+    differing: dict[str, tuple[int, ...]],
 ) -> Info:
     if given.nonfinite is not None:
         nonfinite = nonfinite | given.nonfinite
@@ -323,6 +350,7 @@ def _info(
         order=None if solution.order is None else tuple(np.asarray(solution.order).tolist()),
         mixture=solution.mixture,
         seed=given.drawn_seed,
+        differing=differing,
     )
 
 

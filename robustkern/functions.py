@@ -97,7 +97,9 @@ def aggregate(
         One row a worker, 1 <= n <= 65535; NumPy (ml_dtypes included), torch, or on a GPU CuPy and what speaks DLPack;
         all on one device; float16, bfloat16, float32 or float64, different leaves may differ; any strides; never
         written, never copied whole. Extra dimensions are part of a row. Integer and boolean leaves of pytrees
-        (counters) take no part in distances and come back as their column-wise lower median, whatever the rule.
+        (counters) take no part in distances and come back as their column-wise lower median, whatever the rule. Numbers
+        and texts of Python come back as the value that the rows share, but for some that may be Byzantine
+        (`Info.differing`). Mappings are matched by their keys; the result has row 0's structure.
     rule : rule object or str
         Such as ``rk.CTMA(rk.Median())`` or ``"nnm | ctma(geometric_median)"``; see `parse_rule`.
     f : int, optional

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from robustkern.backends.floats import in_usual_floats
 from robustkern.backends.registry import choose
 from robustkern.contract.primitives import Kernels, MomentumKernels, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
@@ -38,6 +39,7 @@ def _scale(name: str, scale: float) -> float:
     return float(scale)
 
 
+@in_usual_floats
 def select_columns(
     updates: Any,
     window: tuple[int, int],
@@ -111,6 +113,7 @@ def select_columns(
     return (result, total) if distances else result
 
 
+@in_usual_floats
 def gram(updates: Any, /, *, origin: bool = False, scale: float = 1.0, backend: str = "auto") -> Matrix:
     """Inner products of the rows, centred on their column-wise lower median.
 
@@ -148,6 +151,7 @@ def gram(updates: Any, /, *, origin: bool = False, scale: float = 1.0, backend: 
     return total
 
 
+@in_usual_floats
 def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backend: str = "auto") -> Vector:
     """Squared distance of each row to a centre.
 
@@ -188,6 +192,7 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     return total
 
 
+@in_usual_floats
 def weighted_row_sum(
     updates: Any, weights: ArrayLike, /, *, divisor: float = 1.0, out: Any = None, backend: str = "auto"
 ) -> Any:
@@ -238,6 +243,7 @@ def weighted_row_sum(
     return result
 
 
+@in_usual_floats
 def update_momenta(
     momenta: Any,
     gradients: Any,

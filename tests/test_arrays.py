@@ -244,8 +244,9 @@ def test_mappings_are_matched_by_their_keys() -> None:
     assert list(result) == ["b", "a"]
     with pytest.raises(ValueError, match=r"row 1 lacks the leaves \['b'\]"):
         rk.median([ordered[0], {"a": rows[1]["a"]}])
+    assert np.array_equal(rk.median([ordered[0], *rows[1:]])["b"], want["b"])  # nor does their kind matter
     with pytest.raises(ValueError, match="row 1 has another structure than row 0"):
-        rk.median([ordered[0], rows[1]])  # a dict is no OrderedDict
+        rk.median([rows[0], {"b": rows[1]["b"], "a": tuple(rows[1]["a"])}])
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -292,8 +293,9 @@ X = np.ones((3, 4), dtype=np.float32)
         ([{"a": X[0]}, {"b": X[0]}], ValueError, r"row 1 lacks the leaves \['a'\], has the unexpected leaves \['b'\]"),
         ([{"a": X[0]}, {"a": [X[0]]}], ValueError, "row 1 lacks the leaves"),
         ([{"a": X[0]}, {"a": X[0][:2]}], ValueError, r"row 1, leaf \['a'\] has shape \(2,\)"),
-        ([{"a": 1.0}, {"a": 2.0}], TypeError, r"row 0, leaf \['a'\] is float; expected a NumPy array"),
-        ([{"a": "x"}], TypeError, r"row 0, leaf \['a'\] is str"),
+        ([{"a": 1.0}, {"a": 2.0}], ValueError, "row 0 holds no arrays, only numbers or texts of Python"),
+        ([{"a": X[0]}, {"a": 2.0}], TypeError, r"row 1, leaf \['a'\] is float; expected a NumPy array"),
+        ([{"a": X[0], "b": object()}], TypeError, r"row 0, leaf \['b'\] is object"),
         ([{}, {}], ValueError, "row 0 holds no arrays"),
         ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes numpy and torch leaves"),
         (torch.ones(3, 4, dtype=torch.complex64), TypeError, "updates has dtype torch.complex64"),
@@ -395,3 +397,53 @@ def test_primitives_take_updates_too() -> None:
         rk.kernels.gram([{"n": np.arange(3)}] * 3)
     with pytest.raises(ValueError, match="row 7 has shape"):
         rk.kernels.row_sq_distances(x, x[0, :3])
+
+
+# ---- leaves that are no arrays -------------------------------------------------------------------------------------
+
+
+def test_numbers_and_texts_come_back_as_the_rows_share_them() -> None:
+    rows: list[Any] = [{"w": np.full(3, float(i)), "epoch": 7, "name": "net", "on": True, "nan": float("nan")}
+                       for i in range(5)]  # fmt: skip
+    result, info = rk.median(rows, f=1, return_info=True)
+    assert {k: v for k, v in result.items() if k not in ("w", "nan")} == {"epoch": 7, "name": "net", "on": True}
+    assert np.isnan(result["nan"])
+    assert info.differing == {}
+    rows[0] |= {"epoch": 10**9, "on": 1}  # row 0 is hostile; 1 is not True
+    rows[3]["name"] = "evil"
+    result, info = rk.median(rows, f=1, return_info=True)
+    assert (result["epoch"], result["name"], result["on"]) == (7, "net", True)
+    assert result["on"] is True
+    assert info.differing == {"['epoch']": (0,), "['on']": (0,), "['name']": (3,)}
+    assert info.to_dict()["differing"] == {"['epoch']": [0], "['on']": [0], "['name']": [3]}
+    assert rk.median(rows)["epoch"] == 7  # without f: fewer than half
+    rows[1]["epoch"] = 8
+    with pytest.raises(ValueError, match=r"leaf \['epoch'\] is no array, and 2 of 5 rows differ from the others' 7 "
+                                         r"\(rows 0, 1\), more than may be Byzantine"):  # fmt: skip
+        rk.median(rows, f=1)
+    assert rk.median(rows, f=2)["epoch"] == 7
+    rows[3]["name"] = "net"
+    assert rk.median(rows, weights=[0.1, 0.1, 1, 1, 1.2], delta=0.1)["epoch"] == 7  # by weight
+    with pytest.raises(ValueError, match="differ from the others'"):
+        rk.median(rows, weights=[1, 1, 1, 1, 1.2], delta=0.1)
+    with pytest.raises(ValueError, match="holds no arrays, only numbers or texts"):
+        rk.median([{"epoch": 1}] * 3)
+    out = {"w": np.empty(3), "epoch": 0, "name": "", "on": False, "nan": 0.0}
+    assert rk.median(rows, f=2, out=out)["name"] == "net"
+    assert np.array_equal(out["w"], [2, 2, 2])
+
+
+def test_states_of_optimizers_come_back() -> None:
+    torch = pytest.importorskip("torch")
+    states = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(3, 2)
+        adam = torch.optim.Adam(model.parameters(), lr=0.01)
+        model(torch.ones(1, 3)).sum().backward()
+        adam.step()
+        states.append(adam.state_dict())
+    result = rk.ctma(states, f=1, anchor="median")
+    assert result["param_groups"] == states[0]["param_groups"]
+    adam.load_state_dict(result)
+    assert result["state"][0]["exp_avg"].shape == (2, 3)

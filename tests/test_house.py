@@ -20,10 +20,11 @@ PACKAGE = Path(rk.__file__).parent
 #: What each layer may import of the package besides itself; "" is the package's own namespace, its public API.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
+    "lazy": set(),
     "contract": {"errors"},  # and nothing that is compiled
     "backends": {"contract", "errors", "_cpu", "_cuda"},
-    "inputs": {"contract", "errors", "_cpu"},
-    "rules": {"contract", "errors"},
+    "inputs": {"contract", "errors", "lazy", "_cpu"},
+    "rules": {"contract", "errors", "lazy"},
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"engine", "inputs", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},

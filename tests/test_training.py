@@ -589,6 +589,9 @@ def test_gradients_are_those_of_one_worker_at_a_time(model: str) -> None:
         torch.nn.functional.cross_entropy(module(torch.from_numpy(DIGITS.images[samples[i]])), labels).backward()
         want = torch.cat([p.grad.reshape(-1) for p in module.parameters()])
         np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-6)
+        alone = task.gradients(x, samples[i : i + 1], flipped[i : i + 1])
+        assert alone.shape == (1, task.d)
+        np.testing.assert_allclose(alone[0], want, rtol=1e-4, atol=1e-6)
     assert task.d == got.shape[1] == sum(p.numel() for p in module.parameters())
 
 

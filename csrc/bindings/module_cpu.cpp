@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "../cpu/floats.h"
 #include "arrays.h"
 
 namespace nb = nanobind;
@@ -17,6 +18,12 @@ using namespace nb::literals;
 using namespace rk::bindings;
 
 namespace {
+
+// How kernels are called: without the interpreter's lock, and with the arithmetic they rest on.
+struct Outside {
+  nb::gil_scoped_release release;
+  rk::UsualFloats usual;
+};
 
 void check(rk::Status status) {
   if (status == rk::Status::out_of_memory) throw std::bad_alloc();
@@ -46,7 +53,7 @@ void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype,
                                       measure_divisors, scale, out, sq_distances, nonfinite);
   rk::Status status;
   {
-    nb::gil_scoped_release release;
+    const Outside outside;
     status = table.select_columns(rows, select, threads_for(rows, threads));
   }
   check(status);
@@ -59,7 +66,7 @@ void gram(const char* isa, Addresses data, Offsets offsets, int dtype, Cells mul
   check_gram(rows, multiplicities, origin, out);
   rk::Status status;
   {
-    nb::gil_scoped_release release;
+    const Outside outside;
     status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single, out.data(),
                         threads_for(rows, threads));
   }
@@ -73,7 +80,7 @@ void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtyp
   check_distances(rows, centre, out);
   rk::Status status;
   {
-    nb::gil_scoped_release release;
+    const Outside outside;
     status = table.row_sq_distances(rows, targets(centre), scale, out.data(), threads_for(rows, threads));
   }
   check(status);
@@ -87,7 +94,7 @@ void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtyp
   const double* by = divisors_of(divisors, weights.shape(0));
   rk::Status status;
   {
-    nb::gil_scoped_release release;
+    const Outside outside;
     status = table.weighted_row_sum(rows, weights.data(), by, static_cast<std::int64_t>(weights.shape(0)), targets(out),
                                     threads_for(rows, threads));
   }
@@ -109,7 +116,7 @@ void update_momenta(const char* isa, Addresses data, Offsets offsets, int dtype,
                         correction_scales ? correction_scales->data() : nullptr};
   rk::Status status;
   {
-    nb::gil_scoped_release release;
+    const Outside outside;
     status = table.update_momenta(rows, how, targets(momenta), threads_for(rows, threads));
   }
   check(status);
@@ -118,7 +125,7 @@ void update_momenta(const char* isa, Addresses data, Offsets offsets, int dtype,
 std::uint64_t read_pass(const char* isa, Addresses data, Offsets offsets, int dtype, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = rows_of(data, offsets, dtype);
-  nb::gil_scoped_release release;
+  const Outside outside;
   return table.read_pass(rows, threads_for(rows, threads));
 }
 

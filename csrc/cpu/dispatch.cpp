@@ -43,11 +43,10 @@ const Kernels* const kTables[] = {
 #endif
     &baseline::table};
 
-// libgomp's thread pool does not survive a fork: a child that inherits a used pool would wait for threads
-// that do not exist, so it stays on one thread.
-std::atomic<bool> pool_used{false};
+// libgomp's thread pool does not survive a fork: a child that inherits a used pool would wait for threads that do not
+// exist. Whether it was used nobody tells, as other libraries share it; so every forked child stays on one thread.
 std::atomic<bool> pool_lost{false};
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool_lost = pool_used.load(); });
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { pool_lost = true; });
 
 // So many bytes are worth a thread: 256 Ki float32 values, most primitives' task. 10 rows of float32 on two idle cores,
 // least microseconds on one thread and on two: median 28 and 25 at 1.1 MiB, 102 and 51 at 3.8 MiB; weighted sum 32 and
@@ -81,9 +80,7 @@ int usable_threads(int requested, std::int64_t bytes) {
   if (pool_lost || fork_handler != 0) return 1;
   const std::int64_t limit = requested > 0 ? requested : omp_get_max_threads();
   const std::int64_t useful = bytes / kBytesPerThread;
-  const int threads = static_cast<int>(limit < useful ? limit : useful > 1 ? useful : 1);
-  if (threads > 1) pool_used = true;
-  return threads;
+  return static_cast<int>(limit < useful ? limit : useful > 1 ? useful : 1);
 }
 
 }  // namespace rk

@@ -296,8 +296,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
           for (int64_t i = blocks - 1; i >= 0; --i) add_products(x, i, round_up(count, kStored<S>), grams, none);
         });
     }
-#pragma omp critical
-    for (int64_t i = 0; i < n; ++i) bad_rows[i] |= scratch.bad[i];
+    mark(bad_rows, scratch.bad, n);
   });
   release_window(centring.window);
   kept_digits = true;

@@ -9,6 +9,9 @@ namespace RK_ISA {
 
 constexpr int kGuidedPasses =
     4;  // that trust interpolation; after them every third halves the bracket, every third snaps
+// More than any values need: a search ends, whatever became of comparisons.
+template <class C>
+constexpr int kMostPasses = kGuidedPasses + 3 * (8 * static_cast<int>(sizeof(C)) + 2);
 
 // Where a search starts: a recent cut, and the distance of neighbouring values there. It decides how many passes are
 // needed, never what they find.
@@ -106,7 +109,7 @@ Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t 
     cut.below = where ? below : cut.below;
     open &= ~where;
   };
-  for (int pass = 0; any_set(open); ++pass) {
+  for (int pass = 0; any_set(open) && pass < kMostPasses<C>; ++pass) {
     const int turn = pass > kGuidedPasses ? pass % 3 : 2;
     if (turn == 0) {  // snap to the smallest value in the bracket: what is it, and how many equal it
       const V found = smallest_from<C>(x, n, low), after = next_above<C>(found);
@@ -144,6 +147,8 @@ Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t 
     pivot = both ? low + width * ((aim - values(low_count)) / counted) : stepped;
     spacing = both ? width / counted : spacing + spacing;
   }
+  cut.tied |= open;
+  close(open, low, low_count);
   guess.at = cut.at;
   guess.spacing = spacing;
   return cut;

@@ -323,8 +323,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
         if (whole < count) run_tile(segment, first + whole, count - whole, distances);
       });
     }
-#pragma omp critical
-    for (int64_t i = 0; i < n; ++i) select.nonfinite[i] |= nonfinite[i];
+    mark(select.nonfinite, nonfinite, n);
   });
   if (select.sq_distances) {
     for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] = 0;

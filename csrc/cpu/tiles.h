@@ -4,6 +4,7 @@
 #include <omp.h>
 #include <stdlib.h>
 
+#include "floats.h"
 #include "simd.h"
 
 namespace rk {
@@ -151,7 +152,17 @@ RK_INLINE void in_threads(int threads, Body&& body) {
     return;
   }
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num());
+  {
+    const UsualFloats usual;  // the calling thread's are its caller's care
+    body(omp_get_thread_num());
+  }
+}
+
+// Sets the marks that a thread has found among those of all threads. No lock: a process that forks meanwhile would hand
+// its child one that is taken for good.
+RK_INLINE void mark(uint8_t* all, const uint8_t* found, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (found[i]) __atomic_store_n(all + i, uint8_t{1}, __ATOMIC_RELAXED);
 }
 
 // The next task for whichever thread asks.

@@ -34,6 +34,14 @@ NO_CELLS, NO_ROWS = np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32
 T = TypeVar("T")
 
 
+def _compiled(function: Any) -> Any:
+    """Compile without the interpreter's lock, and keep the code where there is a place for it."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither beside the sources nor in a home: read-only containers
+        return njit(nogil=True)(function)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------
 
 
@@ -60,7 +68,7 @@ def _widen_overload(value, table):  # type: ignore[no-untyped-def]
     return lambda value, table: value
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _read(addresses, first, count, like, table, tile):  # type: ignore[no-untyped-def]
     for i in range(len(addresses)):
         row = carray(_pointer(addresses[i] + np.uint64(first * like.itemsize), like), (count,))
@@ -71,7 +79,7 @@ def _read(addresses, first, count, like, table, tile):  # type: ignore[no-untype
 # ---- selection -------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _note_nonfinite(tile, count, nonfinite):  # type: ignore[no-untyped-def]
     for i in range(len(tile)):
         check = tile.dtype.type(0)
@@ -81,7 +89,7 @@ def _note_nonfinite(tile, count, nonfinite):  # type: ignore[no-untyped-def]
             nonfinite[i] = True
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _sort(x, low, high, count):  # type: ignore[no-untyped-def]
     for c in range(len(low)):
         a, b = x[low[c]], x[high[c]]
@@ -91,7 +99,7 @@ def _sort(x, low, high, count):  # type: ignore[no-untyped-def]
             b[j] = q if p < q else p
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _sort_with_rows(x, rows, low, high, count):  # type: ignore[no-untyped-def]
     for c in range(len(low)):
         a, b, r, s = x[low[c]], x[high[c]], rows[low[c]], rows[high[c]]
@@ -101,7 +109,7 @@ def _sort_with_rows(x, rows, low, high, count):  # type: ignore[no-untyped-def]
                 r[j], s[j] = s[j], r[j]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _two_sum(a, b):  # type: ignore[no-untyped-def]
     """Knuth's: a + b and what its rounding lost."""
     total = a + b
@@ -109,7 +117,7 @@ def _two_sum(a, b):  # type: ignore[no-untyped-def]
     return total, (a - (total - virtual)) + (b - virtual)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _product_error(a, b, product):  # type: ignore[no-untyped-def]
     """Return what the rounding of a * b lost (Dekker)."""
     a_split, b_split = a * 134217729.0, b * 134217729.0
@@ -118,7 +126,7 @@ def _product_error(a, b, product):  # type: ignore[no-untyped-def]
     return ((a_head * b_head - product) + a_head * b_tail + a_tail * b_head) + a_tail * b_tail
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _quotient(high, low, divisor):  # type: ignore[no-untyped-def]
     """(high + low) / divisor, rounded once."""
     near = high / divisor
@@ -126,7 +134,7 @@ def _quotient(high, low, divisor):  # type: ignore[no-untyped-def]
     return near + (((high - product) - _product_error(near, divisor, product)) + low) / divisor
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _moved(base, total, divisor):  # type: ignore[no-untyped-def]
     """Return base + total / divisor, rounded once."""
     near = total / divisor
@@ -135,7 +143,7 @@ def _moved(base, total, divisor):  # type: ignore[no-untyped-def]
     return result + (lost + ((total - product) - _product_error(near, divisor, product)) / divisor)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _middle(a, b):  # type: ignore[no-untyped-def]
     total = a + b
     if total - total == 0:
@@ -143,7 +151,7 @@ def _middle(a, b):  # type: ignore[no-untyped-def]
     return a * 0.5 + b * 0.5
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _careful_mean(x, rows, multiplicities, lo, hi, j):  # type: ignore[no-untyped-def]
     """Mean of the cells [lo, hi) of a sorted column of which sums overflow, or meet an infinity."""
     high = low = 0.0
@@ -160,7 +168,7 @@ def _careful_mean(x, rows, multiplicities, lo, hi, j):  # type: ignore[no-untype
     return _quotient(high, low, np.float64(hi - lo)) / ROOM if high - high == 0 else high
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
     """Sum differences from the smallest float64 value, or float32 values, whose sums float64 holds."""
     if hi - lo == 1:
@@ -191,7 +199,7 @@ def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
                     out[j] = _careful_mean(x, NO_ROWS, NO_CELLS, lo, hi, j)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _store_nearest_mean(x, lo, hi, nearest, count, out):  # type: ignore[no-untyped-def]
     """Let ranks `nearest` apart compete by exact distances for a place in the last rows of the sorted x."""
     first, last = x[lo].copy(), x[hi - 1].copy()
@@ -212,7 +220,7 @@ def _store_nearest_mean(x, lo, hi, nearest, count, out):  # type: ignore[no-unty
             out[j] = middle
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: ignore[no-untyped-def]
     for j in range(count):
         before, used = 0, 0
@@ -240,7 +248,7 @@ def _store_weighted_mean(x, rows, multiplicities, lo, hi, count, out):  # type: 
             out[j] = mean if mean - mean == 0 else _careful_mean(x, rows, multiplicities, lo, hi, j)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _select_tile(x, low, high, lo, hi, nearest, multiplicities, total, count, out, nonfinite):  # type: ignore[no-untyped-def]
     """Sorts x in place; NaN sort as +inf, and columns whose window reaches one are spoilt afterwards."""
     check = np.zeros(count, dtype=x.dtype)  # one for each column: a single sum could not be vectorised
@@ -278,7 +286,7 @@ def _select_tile(x, low, high, lo, hi, nearest, multiplicities, total, count, ou
                 out[j] = np.nan
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_products(weights, tile, scale, count, high, low):  # type: ignore[no-untyped-def]
     """Make of high + low the weighted sum of the tile's values, with what the roundings lose."""
     high[:count] = 0.0
@@ -292,7 +300,7 @@ def _add_products(weights, tile, scale, count, high, low):  # type: ignore[no-un
                 low[j] += lost + _product_error(weights[i], value, product)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _mend(weights, divisor, tile, count, result):  # type: ignore[no-untyped-def]
     """Compute quotients that are no numbers again, in sums that do not overflow."""
     careful = False
@@ -312,7 +320,7 @@ def _mend(weights, divisor, tile, count, result):  # type: ignore[no-untyped-def
             result[j] = min(max(value, -LARGEST), LARGEST) if bounded else value
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _sum_tile(weights, divisors, tile, count, total):  # type: ignore[no-untyped-def]
     """Weighted sums over their divisors; of float64 rows as exact as sums of twice as many digits."""
     low = np.empty(count)
@@ -333,7 +341,7 @@ def _sum_tile(weights, divisors, tile, count, total):  # type: ignore[no-untyped
                 result[j] /= divisors[r]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _mix(weights, divisors, tile, count, mixed):  # type: ignore[no-untyped-def]
     """Weighted sums over their divisors; of float64 rows by differences from the first one taken, as fast as sums."""
     if tile.itemsize < 8:
@@ -357,7 +365,7 @@ def _mix(weights, divisors, tile, count, mixed):  # type: ignore[no-untyped-def]
             _mend(weights[r], divisors[r], tile, count, result)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_sq_distances(x, centre, scale, count, total):  # type: ignore[no-untyped-def]
     part = np.zeros(LANES)
     for i in range(len(x)):
@@ -374,7 +382,7 @@ def _add_sq_distances(x, centre, scale, count, total):  # type: ignore[no-untype
             total[i] += part[lane]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _select_piece(  # type: ignore[no-untyped-def]
     addresses,
     first,
@@ -437,7 +445,7 @@ def _select_piece(  # type: ignore[no-untyped-def]
                 _add_sq_distances(mixed, target, scale, width, distances)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _rounded(value, finite):  # type: ignore[no-untyped-def]
     """Nearest entry of the sorted finite values of a 16-bit dtype, the even one in a tie."""
     if value - value != 0:
@@ -470,7 +478,7 @@ def _add_gram(x, count, gram):  # type: ignore[no-untyped-def]
             gram[i, k] += total
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _gram_piece(  # type: ignore[no-untyped-def]
     addresses, first, count, like, table, network, window, cells, origin, scale, empty, centre, gram, nonfinite
 ):
@@ -503,14 +511,14 @@ def _gram_piece(  # type: ignore[no-untyped-def]
         _add_gram(x, width, gram)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _add_doubled(high, low, more, more_low):  # type: ignore[no-untyped-def]
     total = high + more
     virtual = total - high
     return total, low + ((high - (total - virtual)) + (more - virtual)) + more_low
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _sq_distances_piece(  # type: ignore[no-untyped-def]
     addresses, centre_address, first, count, like, table, empty, scale, high, low
 ):
@@ -537,7 +545,7 @@ def _sq_distances_piece(  # type: ignore[no-untyped-def]
             high[i], low[i] = total, lost
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _weighted_piece(addresses, first, count, like, table, weights, divisors, empty, out):  # type: ignore[no-untyped-def]
     tile = np.empty((len(addresses), TILE), dtype=empty.dtype)
     total = np.empty((len(weights), TILE))
@@ -550,7 +558,7 @@ def _weighted_piece(addresses, first, count, like, table, weights, divisors, emp
                 out[r, begin + j] = total[r, j]
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _momenta_piece(  # type: ignore[no-untyped-def]
     momenta, gradients, corrections, first, count, like, table, keep, gradient_scales, correction_scales, out
 ):

@@ -59,8 +59,9 @@ def _load(backend: Backend) -> Kernels | str:
     if backend.name not in _loaded:
         try:
             _loaded[backend.name] = importlib.import_module(backend.module).load()
-        except ImportError as error:
-            _loaded[backend.name] = f"{error} ({getattr(error, 'remedy', backend.remedy)})"
+        except Exception as error:  # an optional part that fails, however it does, is one that is not there
+            said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            _loaded[backend.name] = f"{' '.join(said.split())[:300]} ({getattr(error, 'remedy', backend.remedy)})"
     return _loaded[backend.name]
 
 

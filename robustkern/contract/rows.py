@@ -8,7 +8,7 @@ that columns which lie on several machines are one more source and nothing else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -199,6 +199,12 @@ class Source(Protocol):
     def results(self) -> Iterable[Block]:
         """Return the blocks once more to have results written, which the source may take when it is asked for more."""
 
+    def settle(self, tolerated: Callable[[NDArray[np.bool_]], bool]) -> dict[str, tuple[int, ...]]:
+        """Decide what is no number to combine; return the rows that differ there from the others, by leaf.
+
+        `tolerated` tells whether such rows may all be Byzantine. Raises ValueError where they are too many.
+        """
+
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
 
@@ -214,6 +220,10 @@ class Undivided:
 
     __slots__ = ()
     divided: ClassVar[bool] = False
+
+    def settle(self, tolerated: Callable[[NDArray[np.bool_]], bool]) -> dict[str, tuple[int, ...]]:
+        """Decide what is no number to combine: there are only numbers."""
+        return {}
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over all who hold columns: there is nobody else."""

@@ -138,10 +138,10 @@ def empty(shape: tuple[int, ...], like: Any, view: ArrayView) -> Any:
 
 
 def empty_tensor(shape: tuple[int, ...], like: Any) -> Any:
-    """Return a new torch tensor in the host's memory."""
+    """Return a new torch tensor where another one is, whatever torch's default device."""
     import torch
 
-    return torch.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def checked_out(out: Any, shape: tuple[int, ...], like: Any, view_like: ArrayView, what: str) -> Any:

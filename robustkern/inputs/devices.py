@@ -7,7 +7,6 @@ None of them is imported here before an array of it has come.
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ import ml_dtypes
 import numpy as np
 from array_api_compat import is_cupy_array, is_torch_array
 from numpy.typing import NDArray
+
+from robustkern.lazy import lazy
 
 __all__ = ["DeviceArray", "Place", "view_of"]
 
@@ -145,7 +146,7 @@ class Torch:
     name = "torch"
     waits = False
 
-    @functools.cached_property
+    @lazy
     def _dtypes(self) -> dict[Any, np.dtype[Any]]:
         import torch
 

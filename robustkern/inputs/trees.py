@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,9 +27,14 @@ from robustkern.inputs.arrays import (
     place_of,
     where_is,
 )
-from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint
+from robustkern.inputs.memory import Leaf, MemorySource, PlainLeaf, check_disjoint
 
 __all__ = ["adapt"]
+
+#: Leaves that are no arrays: an update may carry settings, epochs, names.
+PLAIN = (bool, int, float, complex, str, bytes)
+#: Kinds of mappings that stand for one another.
+MAPPINGS = (dict, OrderedDict, defaultdict)
 
 
 def _check_count(n: int) -> None:
@@ -223,7 +228,7 @@ def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource
     rows = [leaves]
     for i, update in enumerate(updates[1:], start=1):
         row, row_spec = optree.tree_flatten(update, is_leaf)
-        if row_spec != spec:  # mappings are matched by their keys, in whatever order these came
+        if row_spec != spec:  # mappings are matched by their keys, whatever their kind and order
             row, row_spec = optree.tree_flatten(_in_the_order_of(updates[0], update), is_leaf)
         if row_spec != spec:
             name = _name_of_row(i, n)
@@ -234,30 +239,42 @@ def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource
         targets, out_spec = optree.tree_flatten(_in_the_order_of(updates[0], out), is_leaf)
         if out_spec != spec:
             raise ValueError(f"out {_difference(paths, out)} (structure {out_spec}, in the updates {spec})")
-    columns = zip(*rows, strict=True)
-    made = [_make_leaf(c, n, path, target) for c, path, target in zip(columns, paths, targets, strict=True)]
+    made, plain, results = [], [], []
+    for column, path, target in zip(zip(*rows, strict=True), paths, targets, strict=True):
+        if type(column[0]) in PLAIN and all(type(value) in PLAIN for value in column):
+            plain.append(PlainLeaf.of(path, column[:n]))
+            results.append(plain[-1].value)
+        else:
+            leaf, result = _make_leaf(column, n, path, target)
+            made.append(leaf)
+            results.append(result)
+    if not made:
+        raise ValueError(
+            "row 0 holds no arrays, only numbers or texts of Python (pass numpy.asarray(x) of each number)"
+        )
     if out is not None:
-        check_disjoint([leaf for leaf, _ in made])
-    libraries = sorted({library_of(leaf) for leaf in {type(leaf): leaf for leaf in leaves}.values()})
+        check_disjoint(made)
+    arrays = [leaf for leaf in leaves if type(leaf) not in PLAIN]
+    libraries = sorted({library_of(leaf) for leaf in {type(leaf): leaf for leaf in arrays}.values()})
     if len(libraries) > 1:
         raise TypeError(f"row 0 mixes {' and '.join(libraries)} leaves (convert them to one library)")
-    for leaf, _ in made:
-        if leaf.place != made[0][0].place:
-            here, there = (str(place or "cpu") for place in (leaf.place, made[0][0].place))
-            raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {name_of(paths[0])} on {there} (move one)")
-    source = MemorySource.of(n, [leaf for leaf, _ in made], len(updates) > n)
-    return source, optree.tree_unflatten(spec, [result for _, result in made])
+    for leaf in made:
+        if leaf.place != made[0].place:
+            here, there = (str(place or "cpu") for place in (leaf.place, made[0].place))
+            first = name_of(made[0].path)
+            raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {first} on {there} (move one)")
+    return MemorySource.of(n, made, len(updates) > n, plain), optree.tree_unflatten(spec, results)
 
 
 def _in_the_order_of(first: Any, other: Any) -> Any:
-    """Return a tree with the keys of its mappings in the order in which another tree has them, where they are equal."""
-    if type(first) is not type(other):
-        return other
-    if isinstance(first, Mapping):
-        if first.keys() != other.keys() or type(other) not in (dict, OrderedDict):
+    """Return a tree with mappings of the kind and the order of keys that another tree has, where the keys are equal."""
+    if isinstance(first, Mapping) and isinstance(other, Mapping):
+        if first.keys() != other.keys() or type(first) not in MAPPINGS or type(other) not in MAPPINGS:
             return other
-        return type(other)((key, _in_the_order_of(first[key], other[key])) for key in first)
-    if type(other) in (list, tuple) and len(first) == len(other):
+        items = ((key, _in_the_order_of(first[key], other[key])) for key in first)
+        kind: Any = type(first)
+        return kind(first.default_factory, items) if isinstance(first, defaultdict) else kind(items)
+    if type(first) is type(other) and type(other) in (list, tuple) and len(first) == len(other):
         return type(other)(_in_the_order_of(*pair) for pair in zip(first, other, strict=True))
     return other
 

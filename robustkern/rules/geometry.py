@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import secrets
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Source, Vector
 from robustkern.errors import NonFiniteError
+from robustkern.lazy import lazy
 
 __all__ = [
     "Geometry",
@@ -130,7 +130,7 @@ class Geometry:
     origin: Reference | None = None
     centre: Reference | None = None
 
-    @functools.cached_property
+    @lazy
     def sq_distances(self) -> Matrix:
         """(n, n) squared distances between the rows, inf from and to rows that are not finite."""
         norms = self.gram.diagonal()
@@ -178,7 +178,7 @@ class Geometry:
         """Stand for an exact measurement, which nothing can make in n-space."""
         self.require_double()
 
-    @functools.cached_property
+    @lazy
     def copies(self) -> NDArray[np.intp]:
         """(n,) for each row the first one whose products are the same to the last bit: mostly itself."""
         norms = self.gram.diagonal()

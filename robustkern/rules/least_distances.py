@@ -35,6 +35,7 @@ MAX_STEPS = 100
 MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
 MAX_SMOOTHED_STEPS = 10_000
 MAX_TRIALS = 60  # on one line
+MAX_DOUBLINGS = 2200  # more than there are powers of two
 MAX_INNER = 60  # products for one Newton step
 SOLVED_ROWS = 200  # from more on, conjugate gradients are the faster way to a Newton step
 FAIR_SHARE = 0.1  # of a Newton step
@@ -344,7 +345,9 @@ def _flat_middle(gram: Matrix, s: Vector, pull: Vector, here: NDArray[np.bool_],
         return weight_here + float(others @ ((t - q) / radii(t))) > slack / (2 * resultant)
 
     low, high = 0.0, _middle(np.sqrt(norms[others > 0]))
-    while not rises(high):
+    for _ in range(MAX_DOUBLINGS):
+        if rises(high):
+            break
         low, high = high, 2 * high
     for _ in range(MAX_TRIALS):
         middle = (low + high) / 2
