@@ -9,7 +9,7 @@ array([2., 2., 3.])
 from __future__ import annotations
 
 from robustkern import kernels
-from robustkern.backends.registry import info, use_backend
+from robustkern.backends.registry import info, load_best, use_backend
 from robustkern.backends.threads import set_num_threads
 from robustkern.engine import Info
 from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
@@ -95,20 +95,4 @@ __all__ = [
     "use_backend",
 ]
 
-# torch.compile leaves these calls out of its graphs: there is nothing in them that it could trace. It looks for this
-# attribute, which torch.compiler.disable sets; so torch need not be here.
-for _function in (
-    aggregate,
-    bucketing,
-    ctma,
-    geometric_median,
-    krum,
-    mean,
-    mean_around_median,
-    median,
-    multi_krum,
-    nnm,
-    trimmed_mean,
-    *(getattr(kernels, _name) for _name in kernels.__all__),
-):
-    setattr(_function, "_torchdynamo_disable", True)  # noqa: B010  (functions have no such attribute, says mypy)
+load_best()

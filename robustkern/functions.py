@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, TypeVar, overload
 
@@ -17,6 +18,7 @@ from robustkern.rules.krum import Krum, MultiKrum
 from robustkern.rules.mean import Mean
 from robustkern.rules.mixing import NNM, Bucketing
 from robustkern.rules.text import parse
+from robustkern.untraced import DYNAMO, untraced
 
 __all__ = [
     "aggregate",
@@ -163,6 +165,22 @@ def aggregate(
 
 
 def _aggregate(
+    updates: Any,
+    rule: Aggregator | str,
+    f: int | None,
+    delta: float | None,
+    weights: ArrayLike | None,
+    centre: Any,
+    seed: int | None,
+    out: Any,
+    backend: str,
+    return_info: bool,
+) -> Any:
+    asked = (updates, rule, f, delta, weights, centre, seed, out, backend, return_info)
+    return untraced(_aggregated)(*asked) if DYNAMO in sys.modules else _aggregated(*asked)
+
+
+def _aggregated(
     updates: Any,
     rule: Aggregator | str,
     f: int | None,

@@ -21,12 +21,13 @@ PACKAGE = Path(rk.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "lazy": set(),
+    "untraced": set(),
     "contract": {"errors"},  # and nothing that is compiled
-    "backends": {"contract", "errors", "_cpu", "_cuda"},
+    "backends": {"contract", "errors", "untraced", "_cpu", "_cuda"},
     "inputs": {"contract", "errors", "lazy", "_cpu"},
     "rules": {"contract", "errors", "lazy"},
     "engine": {"contract", "errors", "backends", "rules"},
-    "functions": {"engine", "inputs", "rules"},
+    "functions": {"engine", "inputs", "rules", "untraced"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "files": {"contract", "errors", "engine", "inputs", "rules"},
 }

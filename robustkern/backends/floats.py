@@ -16,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from robustkern.untraced import DYNAMO, untraced
+
 __all__ = ["HALF_ULP", "LEAST_NORMAL", "in_usual_floats", "usual_floats"]
 
 P = ParamSpec("P")
@@ -54,10 +56,16 @@ def usual_floats() -> Iterator[None]:
 
 
 def in_usual_floats(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function run so, and without NumPy's warnings and errors, which its caller may have asked for."""
+    """Make a function run so, without NumPy's warnings and errors that its caller may have asked for, and untraced."""
 
     @functools.wraps(function)
     def call(*args: P.args, **options: P.kwargs) -> R:
+        if DYNAMO in sys.modules:
+            result: R = untraced(computed)(*args, **options)
+            return result
+        return computed(*args, **options)
+
+    def computed(*args: P.args, **options: P.kwargs) -> R:
         with np.errstate(all="ignore"):
             if LEAST_NORMAL / 2 > 0 and 1 + HALF_ULP == 1 == 1 - HALF_ULP:
                 return function(*args, **options)

@@ -34,12 +34,12 @@ NO_CELLS, NO_ROWS = np.empty(0, dtype=np.int64), np.empty((0, 0), dtype=np.int32
 T = TypeVar("T")
 
 
-def _compiled(function: Any) -> Any:
+def _compiled(function: Any, **options: Any) -> Any:
     """Compile without the interpreter's lock, and keep the code where there is a place for it."""
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # neither beside the sources nor in a home: read-only containers
-        return njit(nogil=True)(function)
+        return njit(nogil=True, **options)(function)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def _rounded(value, finite):  # type: ignore[no-untyped-def]
 # ---- sums ------------------------------------------------------------------------------------------------------
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+@functools.partial(_compiled, fastmath={"reassoc", "contract"})
 def _add_gram(x, count, gram):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
         for k in range(i + 1):

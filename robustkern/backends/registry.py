@@ -65,6 +65,15 @@ def _load(backend: Backend) -> Kernels | str:
     return _loaded[backend.name]
 
 
+def load_best() -> None:
+    """Load the best backend, where it is installed, with the package.
+
+    Not at the first call: a process that forked in the middle of that would leave to its child the lock of a module
+    which is being imported, by a thread that the child does not have.
+    """
+    _load(BACKENDS[0])
+
+
 def load_backend(name: str) -> Kernels:
     """Return a backend by name.
 
