@@ -6,6 +6,7 @@ It knows rows only as a `Source`, in memory, in files, or on ranks; what is adde
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -159,7 +160,7 @@ def _run(
     shares = _checked_weights(rule, source.n, weights)
     share = None if shares is None else _byzantine_share(rule, source, shares, count, delta)
     _check_rest(rule, source, shares, seed)
-    differing = source.settle(lambda bad: tolerated(bad, count, shares, share))
+    differing = _differing(rule, source, lambda bad: tolerated(bad, count, shares, share)) if source.plain else {}
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
     given = Given(source, kernels, source.n, count, shares, share, "origin" in rule.points, drawn_from)
@@ -223,6 +224,25 @@ def _checked_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vec
         return None
     # Only proportions matter: a power of two keeps whole numbers exact and every sum finite.
     return np.asarray(np.ldexp(values, -math.frexp(largest)[1]))
+
+
+def _differing(
+    rule: Aggregator, source: Source, may_be_byzantine: Callable[[NDArray[np.bool_]], bool]
+) -> dict[str, tuple[int, ...]]:
+    """Return the rows that differ from the others in leaves that are no arrays; raise where they are too many."""
+    found = {}
+    for leaf in source.plain:
+        rows = np.flatnonzero(leaf.differing)
+        if len(rows) and not may_be_byzantine(leaf.differing):
+            names = ", ".join(source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
+            raise ValueError(
+                f"{rule}: leaf {leaf.name} is no array, and {len(rows)} of {source.n} rows differ from the others' "
+                f"{leaf.value!r:.60} (rows {names}), more than may be Byzantine (leave it out, make it an array, or "
+                "raise f)"
+            )
+        if len(rows):
+            found[leaf.name] = tuple(rows.tolist())
+    return found
 
 
 def _byzantine_share(

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 
-__all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError", "warn"]
+__all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError", "SettingError", "warn"]
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
@@ -17,6 +17,10 @@ class RobustkernError(Exception):
 
 class BackendUnavailable(RobustkernError, RuntimeError):
     """No backend can run the call; the message lists every backend with its reason."""
+
+
+class SettingError(RobustkernError, ValueError):
+    """An environment variable holds what it cannot; the message names it."""
 
 
 class NonFiniteError(RobustkernError, ValueError):

@@ -41,7 +41,7 @@ class Part:
 
     def __init__(self, inner: Any, d: int, part: int, exchange: Exchange) -> None:
         self.inner, self.d, self.part, self.exchange = inner, d, part, exchange
-        self.divided = True
+        self.divided, self.plain = True, inner.plain
         self.n, self.dtypes, self.device, self.has_centre = inner.n, inner.dtypes, inner.device, inner.has_centre
 
     def blocks(self) -> Iterable[Block]:

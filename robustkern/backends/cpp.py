@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from robustkern.backends.threads import requested_threads
 from robustkern.contract.primitives import Selected, Window
 from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
+from robustkern.errors import SettingError
 
 __all__ = ["Cpp", "load"]
 
@@ -38,7 +39,7 @@ def load() -> Cpp:
     supported = _cpu.supported_isas()
     isa = os.environ.get("ROBUSTKERN_ISA", "") or supported[0]
     if isa not in supported:
-        raise ValueError(f"ROBUSTKERN_ISA must be one of {', '.join(supported)} on this machine; got {isa!r}")
+        raise SettingError(f"ROBUSTKERN_ISA must be one of {', '.join(supported)} on this machine; got {isa!r}")
     return Cpp(isa)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from robustkern.contract.primitives import PRIMITIVES, Kernels
 from robustkern.contract.rows import DTYPES
-from robustkern.errors import BackendUnavailable, warn
+from robustkern.errors import BackendUnavailable, SettingError, warn
 
 __all__ = ["BACKENDS", "SystemInfo", "capabilities", "choose", "info", "load_backend", "use_backend"]
 
@@ -59,6 +59,8 @@ def _load(backend: Backend) -> Kernels | str:
     if backend.name not in _loaded:
         try:
             _loaded[backend.name] = importlib.import_module(backend.module).load()
+        except SettingError:
+            raise
         except Exception as error:  # an optional part that fails, however it does, is one that is not there
             said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             _loaded[backend.name] = f"{' '.join(said.split())[:300]} ({getattr(error, 'remedy', backend.remedy)})"
@@ -71,7 +73,8 @@ def load_best() -> None:
     Not at the first call: a process that forked in the middle of that would leave to its child the lock of a module
     which is being imported, by a thread that the child does not have.
     """
-    _load(BACKENDS[0])
+    with contextlib.suppress(SettingError):  # which is told when somebody calls
+        _load(BACKENDS[0])
 
 
 def load_backend(name: str) -> Kernels:

@@ -8,7 +8,7 @@ that columns which lie on several machines are one more source and nothing else.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ __all__ = [
     "Block",
     "Matrix",
     "Place",
+    "PlainLeaf",
     "Rows",
     "Source",
     "Vector",
@@ -169,6 +170,24 @@ class Block(NamedTuple):
     out: tuple[Rows, ...]
 
 
+class PlainLeaf(NamedTuple):
+    """A number or text of Python in all rows, such as an optimizer's settings.
+
+    Attributes
+    ----------
+    name : str
+        How an error calls it.
+    value : number or text
+        What most rows share, which the result has.
+    differing : (n,) bool
+        Rows that have something else.
+    """
+
+    name: str
+    value: Any
+    differing: NDArray[np.bool_]
+
+
 class Source(Protocol):
     """n rows that come block by block, perhaps followed by a centre.
 
@@ -184,6 +203,8 @@ class Source(Protocol):
         Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
     divided : bool
         Whether others hold columns too; where not, nobody need ask for `total` and `gather`, which change nothing.
+    plain : sequence of PlainLeaf
+        Leaves that are no arrays.
     """
 
     n: int
@@ -192,18 +213,13 @@ class Source(Protocol):
     device: str
     has_centre: bool
     divided: ClassVar[bool]
+    plain: Sequence[PlainLeaf]
 
     def blocks(self) -> Iterable[Block]:
         """Return the blocks; may be called again for another pass."""
 
     def results(self) -> Iterable[Block]:
         """Return the blocks once more to have results written, which the source may take when it is asked for more."""
-
-    def settle(self, tolerated: Callable[[NDArray[np.bool_]], bool]) -> dict[str, tuple[int, ...]]:
-        """Decide what is no number to combine; return the rows that differ there from the others, by leaf.
-
-        `tolerated` tells whether such rows may all be Byzantine. Raises ValueError where they are too many.
-        """
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
@@ -220,10 +236,6 @@ class Undivided:
 
     __slots__ = ()
     divided: ClassVar[bool] = False
-
-    def settle(self, tolerated: Callable[[NDArray[np.bool_]], bool]) -> dict[str, tuple[int, ...]]:
-        """Decide what is no number to combine: there are only numbers."""
-        return {}
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over all who hold columns: there is nobody else."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from robustkern.contract.rows import DTYPES, Block, Rows, Undivided
+from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided
 from robustkern.engine import Info, run
 from robustkern.files.formats import FileError, Writer, complete_or_absent, naming, open_reader, writer_for
 from robustkern.files.workers import expand
@@ -31,6 +31,7 @@ class FileSource(Undivided):
     """Rows that are read tensor by tensor into one reused buffer, and results that are written one by one."""
 
     device = "cpu"
+    plain: Sequence[PlainLeaf] = ()  # a tensor is an array
 
     def __init__(self, paths: Sequence[Path], centre: Path | None = None, progress: Progress | None = None) -> None:
         self.has_centre = centre is not None

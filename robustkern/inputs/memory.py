@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.rows import DTYPES, Block, Rows, Undivided, one_segment
+from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, one_segment
 from robustkern.inputs.arrays import address, leaf_of, name_of
 from robustkern.inputs.devices import DeviceArray, Place
 
-__all__ = ["Leaf", "MemorySource", "PlainLeaf", "check_disjoint", "lower_median"]
+__all__ = ["Leaf", "MemorySource", "check_disjoint", "lower_median", "plain_leaf"]
 
 MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
@@ -54,20 +54,11 @@ class Leaf:
             yield np.array([address(source) + low]), sum(map(abs, reach)) + source.itemsize
 
 
-@dataclass(frozen=True)
-class PlainLeaf:
-    """A number or text of Python in all rows, such as an optimizer's settings: the value that most of them share."""
-
-    path: tuple[Any, ...]
-    value: Any
-    differing: NDArray[np.bool_]  # (n,)
-
-    @classmethod
-    def of(cls, path: tuple[Any, ...], values: Sequence[Any]) -> PlainLeaf:
-        """Return the leaf of n rows; of equally frequent values the first one."""
-        keys = [(type(value), repr(value)) for value in values]  # a NaN is one, and True is not 1
-        most = max(keys, key=Counter(keys).__getitem__)
-        return cls(path, values[keys.index(most)], np.array([key != most for key in keys]))
+def plain_leaf(path: tuple[Any, ...], values: Sequence[Any]) -> PlainLeaf:
+    """Return the leaf of n rows that hold numbers or texts of Python; of equally frequent ones the first counts."""
+    keys = [(type(value), repr(value)) for value in values]  # a NaN is one, and True is not 1
+    most = max(keys, key=Counter(keys).__getitem__)
+    return PlainLeaf(name_of(path), values[keys.index(most)], np.array([key != most for key in keys]))
 
 
 @dataclass(slots=True, eq=False)
@@ -82,7 +73,7 @@ class MemorySource(Undivided):
         What is used where it lies.
     strided, counters : list of Leaf
         Leaves that are copied in blocks, and leaves of integers and booleans.
-    plain : list of PlainLeaf
+    plain : sequence of PlainLeaf
         Leaves that are no arrays.
     """
 
@@ -94,7 +85,7 @@ class MemorySource(Undivided):
     strided: list[Leaf] = field(default_factory=list)
     counters: list[Leaf] = field(default_factory=list)
     has_centre: bool = False
-    plain: list[PlainLeaf] = field(default_factory=list)
+    plain: Sequence[PlainLeaf] = ()
 
     @classmethod
     def of(cls, n: int, leaves: list[Leaf], has_centre: bool = False, plain: Sequence[PlainLeaf] = ()) -> MemorySource:
@@ -110,23 +101,8 @@ class MemorySource(Undivided):
             strided,
             [leaf for leaf in leaves if leaf.dtype not in DTYPES],
             has_centre,
-            list(plain),
+            plain,
         )
-
-    def settle(self, tolerated: Callable[[NDArray[np.bool_]], bool]) -> dict[str, tuple[int, ...]]:
-        """See `Source`: in leaves that are no arrays the result has the value that the others share."""
-        found = {}
-        for leaf in self.plain:
-            rows = np.flatnonzero(leaf.differing)
-            if len(rows) and not tolerated(leaf.differing):
-                raise ValueError(
-                    f"updates: leaf {name_of(leaf.path)} is no array, and {len(rows)} of {self.n} rows differ from the "
-                    f"others' {leaf.value!r:.60} (rows {', '.join(map(str, rows[:20]))}), more than may be Byzantine "
-                    "(leave it out, make it an array, or raise f)"
-                )
-            if len(rows):
-                found[name_of(leaf.path)] = tuple(rows.tolist())
-        return found
 
     def blocks(self) -> Iterable[Block]:
         """Return what lies contiguous as one block, then copies of the rest."""

@@ -27,7 +27,7 @@ from robustkern.inputs.arrays import (
     place_of,
     where_is,
 )
-from robustkern.inputs.memory import Leaf, MemorySource, PlainLeaf, check_disjoint
+from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint, plain_leaf
 
 __all__ = ["adapt"]
 
@@ -242,7 +242,7 @@ def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource
     made, plain, results = [], [], []
     for column, path, target in zip(zip(*rows, strict=True), paths, targets, strict=True):
         if type(column[0]) in PLAIN and all(type(value) in PLAIN for value in column):
-            plain.append(PlainLeaf.of(path, column[:n]))
+            plain.append(plain_leaf(path, column[:n]))
             results.append(plain[-1].value)
         else:
             leaf, result = _make_leaf(column, n, path, target)
