@@ -334,24 +334,20 @@ def reproduce(
     held = len(wanted) - len(missing)
     if missing:
         replace_lines(out / RESULTS, list(found.values()))
-        replace_lines(out / SESSIONS, read_lines(out / SESSIONS))
-        made, started = 0, time.perf_counter()
-        try:
-            with (
-                (out / RESULTS).open("a") as log,
-                ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
-            ):
-                for record in _completed(pool, missing):
-                    found[key_of(record["settings"], "measures" in record)] = record
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                    made += 1
-                    if progress is not None:
-                        progress(held + made, len(wanted))
-        finally:
-            session = {"made": made, "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
-            with (out / SESSIONS).open("a") as log:
-                log.write(json.dumps(session) + "\n")
+        before, made, started = read_lines(out / SESSIONS), 0, time.perf_counter()
+        with (
+            (out / RESULTS).open("a") as log,
+            ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_start_worker) as pool,
+        ):
+            for record in _completed(pool, missing):
+                found[key_of(record["settings"], "measures" in record)] = record
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+                made += 1
+                session = {"made": made, "seconds": round(time.perf_counter() - started, 1), "jobs": jobs}
+                replace_lines(out / SESSIONS, [*before, session])  # now, as a kill leaves no time
+                if progress is not None:
+                    progress(held + made, len(wanted))
     facts = {
         "sessions": [line for line in read_lines(out / SESSIONS) if {"made", "seconds", "jobs"} <= line.keys()],
         "cores": os.cpu_count(),

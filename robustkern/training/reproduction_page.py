@@ -622,6 +622,7 @@ def _draw_rates(part: Rates, results: Results, path: Path) -> None:
         axes.set(xscale="log", ylim=(0, 100), xlabel="learning rate")
         axes.set_title(attack, fontsize=9)
         style.plain_ticks(axes)
+        axes.set_xticks(part.rates, [f"{lr:g}" for lr in part.rates], fontsize=7)
         if column == 0:
             axes.set_ylabel(f"{part.base.data}: test accuracy, %")
         if column == len(part.attacks) - 1:
@@ -724,6 +725,7 @@ def _page(
     spent = sum(record["seconds"]["total"] for record in shown)
     sessions = facts["sessions"]
     minutes, made = sum(s["seconds"] for s in sessions) / 60, sum(s["made"] for s in sessions)
+    rest = " (that of the others was lost when they were stopped)" if made < len(shown) else ""
     shards = "; ".join(
         f"{data}: {size} images, so shards of {size / WORKERS:.0f} and a floor of batch / shard = "
         f"{4 * WORKERS / size:.3f} of the raw spread"
@@ -746,8 +748,8 @@ def _page(
         f"rounds; tables give mean and standard deviation over the seeds, in percent.",
         f"Machine: {facts['cores']} cores, {facts['machine']}, {facts['isa']}; Python {facts['python']}, torch "
         f"{facts['torch']}, NumPy {facts['numpy']}, robustkern {facts['robustkern']}. {made} trainings were made in "
-        f"{minutes:.1f} minutes, {' and '.join(sorted({str(s['jobs']) for s in sessions}))} at a time; those of this "
-        f"page took {spent / 60:.1f} minutes of one thread.",
+        f"{minutes:.1f} minutes, {' and '.join(sorted({str(s['jobs']) for s in sessions}))} at a time{rest}; those of "
+        f"this page took {spent / 60:.1f} minutes of one thread.",
         f"{len(failed)} trainings ended early, because more vectors held a NaN or Inf than the rule tolerates "
         f"(training had diverged); they count with the accuracy that they had then."
         if failed
