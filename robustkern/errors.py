@@ -6,6 +6,8 @@ import os
 import sys
 import warnings
 
+from robustkern.untraced import DYNAMO
+
 __all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError", "SettingError", "warn"]
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
@@ -48,6 +50,8 @@ class ConvergenceWarning(UserWarning):
 def warn(message: str, category: type[Warning]) -> None:
     """Warn of the line outside this package that made the call."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_PACKAGE) or frame.f_globals.get("__name__", "").startswith(DYNAMO)
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

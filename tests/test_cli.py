@@ -292,7 +292,7 @@ def test_train_has_an_option_for_each_setting_and_needs_no_torch_to_say_so(tmp_p
 
     for field in dataclasses.fields(Settings):
         if field.name != "failures":
-            line = next(line for line in done.stdout.splitlines() if f" --{field.name} " in line)
+            line = next(line for line in done.stdout.splitlines() if f" --{field.name.replace('_', '-')} " in line)
             assert field.metadata["help"].split(";")[0] in line
             assert field.default is None or f"[default: {field.default}]" in line
     from robustkern.training.attacks import available_attacks

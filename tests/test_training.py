@@ -690,7 +690,7 @@ def test_lost_workers_count_as_faulty() -> None:
         ({"byzantine_share": "x"}, r"byzantine_share must be None or in \[0, 0.5\); got 'x'"),
         (
             {"arrivals": "id", "failures": ((1, 1, "crash"),)},
-            "failures must be none where arrivals is not 'together'; got",
+            "failures must be none with arrivals='id'; got",
         ),
         ({"optimizer": "adam"}, "optimizer must be one of mu2sgd, momentum, sgd; got 'adam'"),
         ({"workers": 0}, "workers must be an integer of at least 1; got 0"),
@@ -1056,7 +1056,7 @@ def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
         (("--byzantine", "4"), 2, "2[*]byzantine must be below workers; got --byzantine 4 with --workers 7"),
         (("--model", "x"), 2, "--model must be one of softmax, mlp, cnn, paper, paper_groupnorm, resnet18; got 'x'"),
         (("--split", "x"), 2, "--split must be iid, shards or dirichlet"),
-        (("--arrivals", "id", "--crash", "1@1"), 2, "--crash and --stall must be none where --arrivals is not"),
+        (("--arrivals", "id", "--crash", "1@1"), 2, "--crash and --stall must be none with --arrivals 'id'; got"),
         (("--beta", "2"), 2, "--beta must be in"),
         (("--crash", "3@20,9@1"), 2, "--crash and --stall must be .*worker, round"),
         (("--crash", "x"), 2, "--crash must be worker@round, such as 3@20; got 'x'"),

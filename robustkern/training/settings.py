@@ -104,7 +104,7 @@ class Settings:
         if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 0.5):
             raise ValueError(f"byzantine_share must be None or in [0, 0.5); got {share!r}")
         if self.arrivals != "together" and self.failures:
-            raise ValueError(f"failures must be none where arrivals is not 'together'; got {self.failures!r}")
+            raise ValueError(f"failures must be none with arrivals={self.arrivals!r}; got {self.failures!r}")
         for failure in self.failures:
             worker, at, kind = failure
             if not 1 <= worker < self.workers or at < 1 or kind not in ("crash", "stall"):

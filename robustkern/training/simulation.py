@@ -321,7 +321,7 @@ class Server:
         if found != expected or set(state) != set(expected) or whole != {"ids", "counts"} & set(expected):
             given = {name: (values.shape, values.dtype.name) for name, values in state.items()}
             raise ValueError(
-                f"checkpoint: expected float32 (ids and counts: int64) of {expected}; got {given} (start again with "
+                f"checkpoint: expected float32 of {expected} (int64: ids, counts); got {given} (start again with "
                 "--overwrite)"
             )
         with torch.no_grad():
