@@ -35,6 +35,13 @@ def pytest_report_header() -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def all_threads() -> Iterator[None]:
+    """Leave no test on fewer threads because one before it, or a command that it ran here, took one."""
+    yield
+    rk.set_num_threads(None)
+
+
 @pytest.fixture(params=list(IMPLEMENTATIONS))
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Each implementation in turn."""
