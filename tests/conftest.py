@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ def all_threads() -> Iterator[None]:
     """Leave no test on fewer threads because one before it, or a command that it ran here, took one."""
     yield
     rk.set_num_threads(None)
+    if "torch" in sys.modules:  # which sets the threads of the OpenMP that it may share with our kernels
+        sys.modules["torch"].set_num_threads(len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(params=list(IMPLEMENTATIONS))
