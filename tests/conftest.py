@@ -42,7 +42,7 @@ def all_threads() -> Iterator[None]:
     yield
     rk.set_num_threads(None)
     if "torch" in sys.modules:  # which sets the threads of the OpenMP that it may share with our kernels
-        sys.modules["torch"].set_num_threads(len(os.sched_getaffinity(0)))
+        sys.modules["torch"].set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(params=list(IMPLEMENTATIONS))
