@@ -164,19 +164,8 @@ def aggregate(
     return _aggregate(updates, rule, f, delta, weights, centre, seed, out, backend, return_info)
 
 
-def _aggregate(
-    updates: Any,
-    rule: Aggregator | str,
-    f: int | None,
-    delta: float | None,
-    weights: ArrayLike | None,
-    centre: Any,
-    seed: int | None,
-    out: Any,
-    backend: str,
-    return_info: bool,
-) -> Any:
-    asked = (updates, rule, f, delta, weights, centre, seed, out, backend, return_info)
+def _aggregate(*asked: Any) -> Any:
+    """Aggregate; see `_aggregated`."""
     return untraced(_aggregated)(*asked) if DYNAMO in sys.modules else _aggregated(*asked)
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("torch")
 
 import numpy as np
 
+import robustkern as rk
 from robustkern.training import mechanism
 from robustkern.training import reproduce as reproduction
 from robustkern.training.reproduce import (
@@ -108,7 +109,6 @@ def test_runs_are_made_once_and_a_cut_file_is_mended(tmp_path: Path) -> None:
     one = (dataclasses.replace(TINY[2], seeds=1),)  # type: ignore[type-var]
     assert len(reproduce(one, tmp_path, jobs=1)[0]) == count  # a part of what is there
     assert len(path.read_text().splitlines()) == count
-    assert sorted(map(str, records)) != []
     by_run = [
         {reproduction.key_of(r["settings"], "measures" in r): r["accuracy"] for r in some} for some in (records, again)
     ]
@@ -244,13 +244,10 @@ def test_learning_rates_that_come_near_the_best() -> None:
 
 def test_what_is_measured_in_a_round() -> None:
     """Against the definitions, and the theorem: the error is never above the bound."""
-    random = np.random.default_rng(0)
     for seed in range(20):
         random = np.random.default_rng(seed)
         rows = random.standard_normal((9, 30)).astype(np.float32)
         rows[6:] = random.standard_normal(30) * 10 ** random.uniform(-1, 1)
-        import robustkern as rk
-
         for rule in ("median", "geometric_median", "mean"):
             result, info = rk.ctma(rows, f=3, anchor=rule, return_info=True)
             found = mechanism.measure(rows, 6, result, rk.aggregate(rows, rule))

@@ -424,6 +424,18 @@ def test_f_with_weights_is_any_f_rows(backend: str, rule: str) -> None:
         rk.aggregate(x, rule, f=2, weights=[1] * 8 + [9])
 
 
+def test_no_share_cuts_nothing() -> None:
+    """Also of weights that are rounded, where any other share rounds up."""
+    weights = np.random.default_rng(0).random(30)
+    assert geometry.cells_of_share(geometry.as_cells(weights), 0.0) == 0
+    assert geometry.cells_of_share(geometry.as_cells(weights), 1e-3) > 0
+    x = np.random.default_rng(1).standard_normal((30, 5))
+    x[0] = 1e30
+    for options in ({"f": 0}, {"delta": 0.0}):
+        trimmed = rk.trimmed_mean(x, weights=weights, **options)  # type: ignore[arg-type]
+        np.testing.assert_allclose(trimmed, rk.mean(x, weights=weights), rtol=4e-15)
+
+
 def test_what_info_says_of_the_share() -> None:
     x = make_rows("normal", 9, 4, np.dtype(np.float64))
     assert rk.median(x, return_info=True)[1].share is None

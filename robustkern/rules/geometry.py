@@ -479,6 +479,8 @@ def cells_of_share(cells: NDArray[np.int64], share: float) -> int:
     Where weights are no small whole numbers, cells and share are rounded, and a cell that an attacker kept would be
     one too many: so these round up, by no more than one for each row.
     """
+    if share == 0:
+        return 0
     total, unit = int(cells.sum()), int(np.gcd.reduce(cells))
     parts = share * (total // unit)
     if total // unit < 2**20 and abs(parts - round(parts)) < 1e-9:

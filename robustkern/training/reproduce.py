@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -77,7 +78,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(ABC):
     """Some of the runs, which a page shows together.
 
     Parameters
@@ -103,9 +104,9 @@ class Part:
     #: Whether the rounds of its runs are measured.
     measured: ClassVar[bool] = False
 
+    @abstractmethod
     def kinds(self) -> Iterator[Settings]:
         """Yield the settings of seed 0."""
-        raise NotImplementedError
 
     def runs(self) -> list[Settings]:
         """Return all runs, each once."""
