@@ -41,8 +41,8 @@ def all_threads() -> Iterator[None]:
     """Leave no test on fewer threads because one before it, or a command that it ran here, took one."""
     yield
     rk.set_num_threads(None)
-    if "torch" in sys.modules:  # which sets the threads of the OpenMP that it may share with our kernels
-        sys.modules["torch"].set_num_threads(os.cpu_count() or 1)
+    if torch := sys.modules.get("torch"):  # which sets the threads of the OpenMP that it may share with our kernels
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(params=list(IMPLEMENTATIONS))

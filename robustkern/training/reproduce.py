@@ -69,7 +69,7 @@ ATTACKS = tuple(attack for family in FAMILIES.values() for attack in family)
 WORKERS = 17
 RESULTS, SESSIONS = "runs.jsonl", "sessions.jsonl"
 DIGITS = Settings(model="softmax", workers=WORKERS, byzantine=8, lr=0.1, rounds=750)
-MNIST = replace(DIGITS, data="mnist5k", model="paper", rounds=300)
+MNIST = replace(DIGITS, data="mnist5k", model="paper", rounds=600)
 TURNS = replace(
     DIGITS, arrivals="id^2", byzantine_share=0.4, lr=0.05, batch=16, beta=0.25, gamma=0.1, clip=0, rounds=1500
 )
