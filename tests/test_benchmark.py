@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from support import IMPLEMENTATIONS
 from typer.testing import CliRunner
 
+import robustkern as rk
 from robustkern.backends import registry
 from robustkern.backends.cpp import Cpp
 from robustkern.cli import app
@@ -98,10 +100,23 @@ def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytes
     assert "SLOW  median" in capsys.readouterr().out
 
 
-def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real measurement, with a kernel that selects everything ten times: other processes disturb less than that."""
-    check = load_script("check")
+@pytest.fixture
+def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure this process's time on one thread: other tests that run beside this one cost it none."""
+
+    def seconds(call: Callable[[], Any]) -> float:
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+
+    monkeypatch.setattr(benchmark, "_time", seconds)
     monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
+    rk.set_num_threads(1)
+
+
+def test_a_real_slowdown_is_caught(own_time: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real measurement, with a kernel that selects everything four times."""
+    check = load_script("check")
     measure = check.measure_reads({})
     honest = min(measure("median", 10, "float32") for _ in range(3))
     limits = {
@@ -110,24 +125,23 @@ def test_a_real_slowdown_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     once = Cpp.select_columns
 
-    def ten_times(self: Cpp, *args: Any, **options: Any) -> Any:
-        for _ in range(9):
+    def four_times(self: Cpp, *args: Any, **options: Any) -> Any:
+        for _ in range(3):
             once(self, *args, **options)
         return once(self, *args, **options)
 
-    monkeypatch.setattr(Cpp, "select_columns", ten_times)
+    monkeypatch.setattr(Cpp, "select_columns", four_times)
     assert len(check.slow_rows(limits, benchmark.machine()["isa"], measure)) == 1
 
 
 def test_a_planted_delay_fails_the_whole_check(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    own_time: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From measuring the limits to the exit status, as CI runs it; the delay is in Python, where no kernel sees it."""
     check = load_script("check")
     row = {"n": 10, "dtype": "float32", "reads": {"v3": 1}}
     limits = {"slack": 4.0, "rows": [{"rule": rule, **row} for rule in ("median", "trimmed_mean")]}
     monkeypatch.setattr(check, "LIMITS", tmp_path / "limits.json")
-    monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
     monkeypatch.setattr(benchmark, "machine", lambda: {"isa": "v3"})
     check.LIMITS.write_text(json.dumps(limits))
     monkeypatch.setattr(sys, "argv", ["check.py", "--update"])
@@ -140,7 +154,9 @@ def test_a_planted_delay_fails_the_whole_check(
     call = Median.solve
 
     def late(self: Median, view: Any) -> Any:
-        time.sleep(0.2)  # for a read pass of a few milliseconds
+        until = time.process_time() + 0.2  # for a read pass of a few milliseconds
+        while time.process_time() < until:
+            pass
         return call(self, view)
 
     monkeypatch.setattr(Median, "solve", late)
