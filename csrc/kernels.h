@@ -54,6 +54,8 @@ struct Momenta {
   const double* correction_scales;  // (n), or null without corrections
 };
 
+constexpr int kDigestWords = 256;
+
 struct Kernels {
   const char* isa;
   Status (*select_columns)(const Rows&, const Select&, int threads);
@@ -79,6 +81,10 @@ struct Kernels {
   // No primitive, but what their speed is measured against: the sum modulo 2^64 of the rows' segments read as
   // little 64-bit words, the last of a segment filled with zero bytes, in one stream per row and thread.
   std::uint64_t (*read_pass)(const Rows&, int threads);
+  // No primitive, for files: a hash of bytes below 2^61 - 1, under a secret key of kDigestWords words and a point below
+  // 2^61 - 1: a polynomial at the point over NH of the blocks of kDigestWords little words, the last filled with zero
+  // bytes, that begins with the number of bytes. Two pieces that differ have equal hashes with a chance of 2^-32.
+  std::uint64_t (*digest)(const void* data, std::int64_t bytes, const std::uint32_t* key, std::uint64_t point);
 };
 
 // The table for an instruction set by name, or null where it is not built or not supported here.

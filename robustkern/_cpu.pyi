@@ -2,7 +2,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from numpy import bool_, float64, int64, uint64
+from numpy import bool_, float64, int64, uint8, uint32, uint64
 from numpy.typing import NDArray
 
 __version__: str
@@ -76,4 +76,5 @@ def update_momenta(
     momenta: NDArray[uint64],
     threads: int,
 ) -> None: ...
+def digest(isa: str, data: NDArray[uint8], key: NDArray[uint32], point: int) -> int: ...
 def read_pass(isa: str, data: NDArray[uint64], offsets: NDArray[int64], dtype: int, threads: int) -> int: ...

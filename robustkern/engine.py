@@ -5,25 +5,29 @@ It knows rows only as a `Source`, in memory, in files, or on ranks; what is adde
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern.backends.floats import HALF_ULP, LEAST_NORMAL, usual_floats
 from robustkern.backends.registry import choose
+from robustkern.contract.counters import Combine, lower_median, rounded_mean
+from robustkern.contract.filtered import SharedInfinities, SomeRows
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import Block, Rows, Source, Vector
-from robustkern.errors import ConvergenceWarning, warn
+from robustkern.errors import ConvergenceWarning, NonFiniteError, warn
 from robustkern.rules.base import Aggregator
+from robustkern.rules.coordinate import Median
 from robustkern.rules.geometry import Given, TooCloseError, tolerated
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
-__all__ = ["Info", "run"]
+__all__ = ["Info", "Limits", "combining", "joined", "limits", "run"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,18 @@ class Info:
     differing : dict of str to tuple of int
         Leaves that are no arrays (numbers and texts of Python) in which some rows differ from the value that the others
         share, which the result has: which rows.
+    integers : int
+        Leaves of integers or booleans, which are no coordinates: the result has their column-wise lower median, for
+        `mean` their mean.
+    shared_inf : int
+        Columns in which enough rows hold the same infinity; the result has it.
+    dropped : tuple of int
+        With ``nonfinite="drop"`` the rows that were left out; `n` counts the others, and all that has an entry for each
+        row speaks of the others, in order.
+    bad : dict of str to str
+        Of files with ``bad="count"``: updates that could not be used, and why; they count as rows that hold NaN.
+    leaves : dict of str to Info
+        With ``scope="leaf"`` what was found out for each leaf; what stands here is of all of them then.
     """
 
     rule: str
@@ -93,6 +109,11 @@ class Info:
     mixture: NDArray[np.float64] | None = field(default=None, compare=False)
     seed: int | None = None
     differing: dict[str, tuple[int, ...]] = field(default_factory=dict, compare=False)
+    integers: int = 0
+    shared_inf: int = 0
+    dropped: tuple[int, ...] = ()
+    bad: dict[str, str] = field(default_factory=dict, compare=False)
+    leaves: dict[str, Info] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON has it: lists for arrays, None for what is not a finite number."""
@@ -100,6 +121,8 @@ class Info:
 
 
 def _as_json(value: Any) -> Any:
+    if isinstance(value, Info):
+        return value.to_dict()
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, (list, tuple)):
@@ -107,6 +130,49 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _as_json(part) for key, part in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Limits(NamedTuple):
+    """How many of the rows may be Byzantine.
+
+    Attributes
+    ----------
+    f : int or None
+        So many.
+    weights : (n,) float64 or None
+        Their weights, where there are any and they are not all equal.
+    share : float or None
+        With weights: so much of the weight.
+    """
+
+    f: int | None
+    weights: Vector | None
+    share: float | None
+
+    def tolerates(self, bad: NDArray[np.bool_]) -> bool:
+        """Tell whether these rows may all be Byzantine: at most f; without f, fewer than half."""
+        return tolerated(bad, self.f, self.weights, self.share)
+
+    def enough(self, held: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Tell for each of the m columns of (n, m) bool whether all other rows may be Byzantine."""
+        if self.weights is None:
+            count = held.sum(axis=0)
+            return np.asarray(len(held) - count <= self.f if self.f is not None else 2 * count > len(held))
+        missing = self.weights @ ~held
+        total = self.weights.sum()
+        return np.asarray(
+            missing <= total * self.share * (1 + 1e-12) if self.share is not None else missing < total / 2
+        )
+
+
+def limits(
+    rule: Aggregator, n: int, row_name: Callable[[int], str], f: Any, delta: Any, weights: ArrayLike | None
+) -> Limits:
+    """Check f, delta and weights of n rows, and return what follows from them; errors as `robustkern.aggregate`."""
+    count = _checked_f(rule, n, f, delta)
+    shares = _checked_weights(rule, n, weights)
+    share = None if shares is None else _byzantine_share(rule, row_name, shares, count, delta)
+    return Limits(count, shares, share)
 
 
 def run(
@@ -117,6 +183,7 @@ def run(
     delta: Any = None,
     weights: ArrayLike | None = None,
     seed: Any = None,
+    nonfinite: str = "error",
     backend: str = "auto",
     wants_info: bool = True,
 ) -> Info | None:
@@ -128,7 +195,7 @@ def run(
         What to do.
     source : Source
         The rows, and where the result goes.
-    f, delta, weights, seed, backend
+    f, delta, weights, seed, nonfinite, backend
         As for `robustkern.aggregate`.
     wants_info : bool
         Whether to return an `Info`; without it distances that only it shows are not computed.
@@ -138,7 +205,7 @@ def run(
     TypeError, ValueError, NonFiniteError, BackendUnavailable
         As `robustkern.aggregate`.
     """
-    asked = (rule, source, f, delta, weights, seed, backend, wants_info)
+    asked = (rule, source, f, delta, weights, seed, nonfinite, backend, wants_info)
     with np.errstate(all="ignore"):  # whatever the caller has asked NumPy to do
         if LEAST_NORMAL / 2 > 0 and 1 + HALF_ULP == 1 == 1 - HALF_ULP:
             return _run(*asked)
@@ -153,18 +220,85 @@ def _run(
     delta: Any,
     weights: ArrayLike | None,
     seed: Any,
+    nonfinite: str,
     backend: str,
     wants_info: bool,
 ) -> Info | None:
-    count = _checked_f(rule, source.n, f, delta)
-    shares = _checked_weights(rule, source.n, weights)
-    share = None if shares is None else _byzantine_share(rule, source, shares, count, delta)
-    _check_rest(rule, source, shares, seed)
-    differing = _differing(rule, source, lambda bad: tolerated(bad, count, shares, share)) if source.plain else {}
+    if nonfinite not in ("error", "drop"):
+        raise ValueError(f"{rule}: nonfinite must be 'error' or 'drop'; got {nonfinite!r}")
+    if not source.dtypes and not isinstance(rule, (Mean, Median)):  # which are what integers are combined by
+        raise TypeError(
+            f"{rule}: the updates hold integers only, which count and are no coordinates (convert them: "
+            "x.astype('float32'), in torch x.float())"
+        )
+    within = limits(rule, source.n, source.row_name, f, delta, weights)
+    _check_rest(rule, source, within.weights, seed)
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
-    given = Given(source, kernels, source.n, count, shares, share, "origin" in rule.points, drawn_from)
-    view = View(given, source.n, count, shares, share)
+    if nonfinite == "drop":
+        return _run_without(rule, source, kernels, within, delta, drawn_from, wants_info)
+    try:
+        return _solved(rule, source, kernels, within, drawn_from, wants_info)
+    except NonFiniteError:
+        if source.device != "cpu":
+            raise
+        without = SharedInfinities(source, within.enough)
+        if not without.columns:
+            raise
+    info = _solved(rule, without, kernels, within, drawn_from, wants_info)
+    return None if info is None else replace(info, shared_inf=without.columns)
+
+
+def _run_without(
+    rule: Aggregator,
+    source: Source,
+    kernels: Kernels,
+    within: Limits,
+    delta: Any,
+    seed: int | None,
+    wants_info: bool,
+) -> Info | None:
+    """Run without the rows that hold NaN or Inf; f does not shrink."""
+    n, columns = source.n, 0
+    broken = _broken(source, kernels)
+    if source.device == "cpu" and broken.any():
+        shared = SharedInfinities(source, within.enough)
+        if shared.columns:
+            source, columns = shared, shared.columns
+            broken = _broken(source, kernels)
+    kept = np.flatnonzero(~broken)
+    if len(kept) < n:
+        left = None if within.weights is None else within.weights[kept]
+        if len(kept) == 0 or 2 * (within.f or 0) >= len(kept) or (left is not None and not left.any()):
+            raise NonFiniteError(
+                f"{rule}: {n - len(kept)} of {n} rows hold NaN or Inf, and without them too few are left for "
+                f"f={within.f} (2*f must be below what is left)",
+                tuple(np.flatnonzero(broken).tolist()),
+            )
+        source = SomeRows(source, kept)
+        within = limits(rule, len(kept), source.row_name, within.f if delta is None else None, delta, left)._replace(
+            f=within.f
+        )
+    info = _solved(rule, source, kernels, within, seed, wants_info)
+    dropped = tuple(np.flatnonzero(broken).tolist())
+    return None if info is None else replace(info, shared_inf=columns, dropped=dropped)
+
+
+def _broken(source: Source, kernels: Kernels) -> NDArray[np.bool_]:
+    """Return which rows hold a NaN or Inf: one read of the data."""
+    found = np.zeros(source.n, dtype=np.bool_)
+    for block in source.blocks():
+        for rows in block.rows:
+            found |= _broken_rows(kernels, rows, source.n)
+    return source.total(found.astype(np.float64)) > 0 if source.divided else found
+
+
+def _solved(
+    rule: Aggregator, source: Source, kernels: Kernels, within: Limits, seed: int | None, wants_info: bool
+) -> Info | None:
+    differing = _differing(rule, source, within.tolerates) if source.plain else {}
+    given = Given(source, kernels, source.n, within.f, within.weights, within.share, "origin" in rule.points, seed)
+    view = View(given, source.n, within.f, within.weights, within.share)
     try:
         solution = rule.solve(view)
     except TooCloseError:  # one more pass, on float64 products
@@ -176,8 +310,33 @@ def _run(
             f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
             ConvergenceWarning,
         )
+    source.combine = combining(rule, within)
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
     return _info(rule, given, view, solution, nonfinite, sq_distances, differing) if wants_info else None
+
+
+def combining(rule: Aggregator, within: Limits) -> Combine:
+    """Return how leaves of integers are combined."""
+    return functools.partial(rounded_mean, weights=within.weights) if isinstance(rule, Mean) else lower_median
+
+
+def joined(leaves: dict[str, Info]) -> Info:
+    """Return what was found out about all leaves of one aggregation, leaf by leaf."""
+    first = next(iter(leaves.values()))
+    met = [info.bound_met for info in leaves.values()]
+    return Info(
+        first.rule,
+        max(info.n for info in leaves.values()),
+        sum(info.d for info in leaves.values()),
+        first.f,
+        first.backend,
+        first.share,
+        None if None in met else all(met),
+        nonfinite_rows=tuple(sorted({row for info in leaves.values() for row in info.nonfinite_rows})),
+        dropped=tuple(sorted({row for info in leaves.values() for row in info.dropped})),
+        shared_inf=sum(info.shared_inf for info in leaves.values()),
+        leaves=leaves,
+    )
 
 
 # ---- validation ------------------------------------------------------------------------------------------------
@@ -246,7 +405,7 @@ def _differing(
 
 
 def _byzantine_share(
-    rule: Aggregator, source: Source, weights: Vector, f: int | None, delta: float | None
+    rule: Aggregator, row_name: Callable[[int], str], weights: Vector, f: int | None, delta: float | None
 ) -> float | None:
     """Return which share of the weight may be Byzantine: delta, or what the f heaviest rows hold."""
     if delta is not None or f is None:
@@ -254,7 +413,7 @@ def _byzantine_share(
     heaviest = np.argsort(-weights, kind="stable")[:f]
     share = math.fsum(weights[heaviest]) / math.fsum(weights)
     if share >= 0.5:
-        names = ", ".join(source.row_name(int(i)) for i in heaviest[:5]) + (", ..." if f > 5 else "")
+        names = ", ".join(row_name(int(i)) for i in heaviest[:5]) + (", ..." if f > 5 else "")
         raise ValueError(
             f"{rule}: any f={f} rows may be Byzantine, and the heaviest (rows {names}) hold {share:.3g} of the weight, "
             "which is not below half (lower f, lower or cap the weights, or pass delta=, the share that may be)"
@@ -332,8 +491,12 @@ def _nonfinite_rows(kernels: Kernels, block: Block, n: int) -> NDArray[np.bool_]
     flags = np.zeros(n, dtype=np.bool_)
     for rows, out in zip(block.rows, block.out, strict=True):
         if not _is_finite(kernels, out):
-            flags |= kernels.select_columns(rows, Window(0, 1)).nonfinite
+            flags |= _broken_rows(kernels, rows, n)
     return flags
+
+
+def _broken_rows(kernels: Kernels, rows: Rows, n: int) -> NDArray[np.bool_]:
+    return np.asarray(kernels.select_columns(rows, Window(0, 1)).nonfinite[:n])
 
 
 def _info(

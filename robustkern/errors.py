@@ -8,9 +8,33 @@ import warnings
 
 from robustkern.untraced import DYNAMO
 
-__all__ = ["BackendUnavailable", "ConvergenceWarning", "NonFiniteError", "RobustkernError", "SettingError", "warn"]
+__all__ = [
+    "BackendUnavailable",
+    "ConvergenceWarning",
+    "NonFiniteError",
+    "RobustkernError",
+    "SettingError",
+    "plain",
+    "shown",
+    "warn",
+]
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
+
+
+def plain(text: str, limit: int = 500) -> str:
+    """Return a text as one line that a terminal can only show: nothing in it is obeyed, and its middle may be left out.
+
+    Names of files and tensors are what a hostile client likes them to be.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """Return a name in quotes, as `plain`."""
+    return f"'{plain(name, limit)}'"
 
 
 class RobustkernError(Exception):

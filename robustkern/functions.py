@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar, overload
 
-from numpy.typing import ArrayLike
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
-from robustkern.engine import Info, run
+from robustkern.engine import Info, joined, limits, run
+from robustkern.inputs.leaves import EVERYTHING, Choice
+from robustkern.inputs.memory import MemorySource
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
@@ -47,6 +51,9 @@ class Array(Protocol):
         """Of its values."""
 
 
+Patterns = str | Sequence[str] | None
+Scope = Literal["update", "leaf"]
+NonFinite = Literal["error", "drop"]
 T = TypeVar("T")  # one update: an array, or a pytree of them
 A = TypeVar("A", bound=Array)  # n updates in one array, and their combination
 
@@ -54,27 +61,31 @@ A = TypeVar("A", bound=Array)  # n updates in one array, and their combination
 # fmt: off
 @overload
 def aggregate(
-    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> T: ...
 @overload
 def aggregate(
-    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: Sequence[T], rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def aggregate(
-    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike |
+    None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope
+    = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> A: ...
 @overload
 def aggregate(
-    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: A, rule: Aggregator | str, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike |
+    None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope
+    = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def aggregate(
@@ -87,6 +98,11 @@ def aggregate(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -96,12 +112,14 @@ def aggregate(
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
-        One row a worker, 1 <= n <= 65535; NumPy (ml_dtypes included), torch, or on a GPU CuPy and what speaks DLPack;
-        all on one device; float16, bfloat16, float32 or float64, different leaves may differ; any strides; never
-        written, never copied whole. Extra dimensions are part of a row. Integer and boolean leaves of pytrees
-        (counters) take no part in distances and come back as their column-wise lower median, whatever the rule. Numbers
-        and texts of Python come back as the value that the rows share, but for some that may be Byzantine
-        (`Info.differing`). Mappings are matched by their keys; the result has row 0's structure.
+        One row a worker, 1 <= n <= 65535; NumPy (ml_dtypes included), torch, JAX on the processor, or on a GPU CuPy and
+        what speaks DLPack; all on one device; float16, bfloat16, float32, float64, complex64 and complex128 (pairs of
+        floats), float8; different leaves may differ; any strides; never written, never copied whole. Extra dimensions
+        are part of a row. Integer and boolean leaves of pytrees (counters) take no part in distances and come back as
+        their column-wise lower median, for `mean` as their mean, rounded half to even. Numbers and texts of Python come
+        back as the value that the rows share, but for some that may be Byzantine (`Info.differing`). Mappings are
+        matched by their keys; the result has row 0's structure. Two leaves that are one memory, in all rows but some
+        that may be Byzantine, count once. Gradients are not recorded: updates that require them warn.
     rule : rule object or str
         Such as ``rk.CTMA(rk.Median())`` or ``"nnm | ctma(geometric_median)"``; see `parse_rule`.
     f : int, optional
@@ -117,9 +135,22 @@ def aggregate(
     seed : int, optional
         Of what the rule draws (bucketing without a seed of its own); by default fresh randomness in every call, which
         `Info.seed` then repeats.
+    only, exclude : str or sequence of str, optional
+        Patterns of leaf names, as of files: "layer1.*", "*.running_mean"; the name of a leaf is its keys with dots
+        between. Leaves that are left out take no part in anything, and the result lacks them (in lists it has None);
+        in `out` they stay as they are.
+    scope : {"update", "leaf"}
+        "leaf" applies the rule to each leaf by itself: the guarantee holds with the same constant, and a row is judged
+        by each leaf alone; `Info.leaves` has what was found out.
+    dtype : str or dtype, optional
+        In which floating-point leaves are combined, and returned, whatever each row has; by default all rows must have
+        the same, and float8 (e4m3fn, e5m2) is computed in float32 and rounded once. For `mean` also of integer leaves.
+    nonfinite : {"error", "drop"}
+        "drop" leaves out every row that holds a NaN or Inf, at the cost of one more read, and says so in
+        `Info.dropped`: it leaves n, f does not shrink, and if 2f reaches what is left that is an error.
     out : like one update, optional
         Receives the result: same library, dtypes, shapes and structure; contiguous; apart from `updates`. Its content
-        is undefined after an error.
+        is undefined after an error. It may tie leaves that the updates tie.
     backend : {"auto", "cpp", "numba", "reference", "cuda"}
         Implementation; "auto" takes the best that is installed for where the rows are, or what `use_backend` or
         ``ROBUSTKERN_BACKEND`` names.
@@ -137,7 +168,8 @@ def aggregate(
         If an argument is of the wrong kind or value; the message names it, what came, and the remedy.
     NonFiniteError
         If more rows hold NaN or Inf than f (without f: than fewer than half), naming them. `mean` alone lets them
-        through.
+        through. An infinity of one sign that all rows but f hold in a column, such as a mask's, is no such thing: the
+        column leaves all distances, the result has the infinity (`Info.shared_inf`), at the cost of two more reads.
     BackendUnavailable
         If the backend is not installed or cannot run these dtypes.
 
@@ -161,7 +193,23 @@ def aggregate(
     >>> rk.aggregate(x, "ctma(median)", f=1)
     array([2., 2., 3.])
     """
-    return _aggregate(updates, rule, f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        rule,
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 def _aggregate(*asked: Any) -> Any:
@@ -177,6 +225,11 @@ def _aggregated(
     weights: ArrayLike | None,
     centre: Any,
     seed: int | None,
+    only: Patterns,
+    exclude: Patterns,
+    scope: Scope,
+    dtype: Any,
+    nonfinite: NonFinite,
     out: Any,
     backend: str,
     return_info: bool,
@@ -186,9 +239,35 @@ def _aggregated(
     plan = parse(rule) if isinstance(rule, str) else rule
     if not isinstance(plan, Aggregator):
         plan = as_aggregator(plan)  # which says what is wrong
-    source, result = adapt(updates, out, centre)
-    info = run(plan, source, f=f, delta=delta, weights=weights, seed=seed, backend=backend, wants_info=return_info)
-    return (result, info) if return_info else result
+    choice = EVERYTHING
+    if only is not None or exclude is not None or dtype is not None:
+        choice = Choice.of(only, exclude, dtype, isinstance(plan, Mean))
+
+    def tolerates(bad: NDArray[np.bool_]) -> bool:
+        return limits(plan, len(bad), str, f, delta, weights).tolerates(bad)
+
+    source, result = adapt(updates, out, centre, choice, tolerates, scope == "leaf")
+    options: dict[str, Any] = {"f": f, "delta": delta, "weights": weights, "seed": seed, "nonfinite": nonfinite}
+    info: Info | None
+    if scope != "update":
+        info = _leaf_by_leaf(plan, source, scope, options | {"backend": backend})
+    else:
+        info = run(plan, source, **options, backend=backend, wants_info=return_info)
+    if source.finish is not None:
+        result = source.finish()
+    if not return_info:
+        return result
+    assert info is not None
+    return result, replace(info, integers=len(source.integers)) if source.integers else info
+
+
+def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: dict[str, Any]) -> Info:
+    if scope != "leaf":
+        raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
+    if not source.parts:
+        raise ValueError("scope='leaf': the updates are arrays, which are one leaf (pass mappings, or scope='update')")
+    infos = {name: run(plan, part, **options) for name, part in source.parts.items()}
+    return joined({name: info for name, info in infos.items() if info is not None})
 
 
 # ---- one function per rule: `aggregate` with the rule made from parameters -----------------------------------------
@@ -198,22 +277,27 @@ def _aggregated(
 @overload
 def mean(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] =
+    ...
 ) -> T: ...
 @overload
 def mean(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def mean(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def mean(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def mean(
@@ -225,6 +309,11 @@ def mean(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -235,7 +324,7 @@ def mean(
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors.
 
     Returns
@@ -247,33 +336,53 @@ def mean(
     -----
     One read of the data; summed in float64.
     """
-    return _aggregate(updates, Mean(), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        Mean(),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def median(
-    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def median(
-    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def median(
     updates: A, /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def median(
     updates: A, /, *, even: Literal["mean", "low", "high"] = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def median(
@@ -286,6 +395,11 @@ def median(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -298,7 +412,7 @@ def median(
         One row a worker.
     even : {"mean", "low", "high"}
         What an even number of values gives: the mean of the two middle ones, or one of them.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors.
 
     Returns
@@ -316,29 +430,50 @@ def median(
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return _aggregate(updates, Median(even), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        Median(even),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def trimmed_mean(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] =
+    ...
 ) -> T: ...
 @overload
 def trimmed_mean(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def trimmed_mean(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def trimmed_mean(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def trimmed_mean(
@@ -350,6 +485,11 @@ def trimmed_mean(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -360,7 +500,7 @@ def trimmed_mean(
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required.
 
     Returns
@@ -377,29 +517,50 @@ def trimmed_mean(
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return _aggregate(updates, TrimmedMean(), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        TrimmedMean(),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def mean_around_median(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] =
+    ...
 ) -> T: ...
 @overload
 def mean_around_median(
     updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def mean_around_median(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def mean_around_median(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
-    centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
+    nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def mean_around_median(
@@ -411,6 +572,11 @@ def mean_around_median(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -421,7 +587,7 @@ def mean_around_median(
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
@@ -440,33 +606,53 @@ def mean_around_median(
     ----------
     .. [1] Xie, Koyejo & Gupta, "Generalized Byzantine-tolerant SGD", arXiv:1802.10116, 2018.
     """
-    return _aggregate(updates, MeanAroundMedian(), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        MeanAroundMedian(),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def geometric_median(
-    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
-    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
-    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f:
+    int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None
+    = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite =
+    ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def geometric_median(
-    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
-    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
-    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f:
+    int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None
+    = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite =
+    ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def geometric_median(
-    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
-    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
-    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f: int | None
+    = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def geometric_median(
-    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
-    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ...,
-    seed: int | None = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f: int | None
+    = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
+    only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ...,
+    out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def geometric_median(
@@ -481,6 +667,11 @@ def geometric_median(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -498,7 +689,7 @@ def geometric_median(
     start : {"mean", "zero"}
         Where Weiszfeld starts; without effect where nu is 0 and max_iter is None. ``nu=0.1, max_iter=3,
         start="zero"`` is RFA as ByzFL has it (`GeometricMedian.rfa`).
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors.
 
     Returns
@@ -517,34 +708,52 @@ def geometric_median(
     .. [2] Vardi & Zhang, "The multivariate L1-median and associated data depth", PNAS 2000.
     """
     return _aggregate(
-        updates, GeometricMedian(nu, max_iter, start), f, delta, weights, centre, seed, out, backend, return_info
+        updates,
+        GeometricMedian(nu, max_iter, start),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
     )
 
 
 # fmt: off
 @overload
 def krum(
-    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> T: ...
 @overload
 def krum(
-    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def krum(
-    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
+    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
+    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> A: ...
 @overload
 def krum(
-    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
+    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
+    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def krum(
@@ -557,6 +766,11 @@ def krum(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -569,7 +783,7 @@ def krum(
         One row a worker.
     neighbours : int, optional
         How many others count; by default n-f-2 as in the paper (ByzFL takes n-f-1).
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
@@ -585,33 +799,53 @@ def krum(
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return _aggregate(updates, Krum(neighbours), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        Krum(neighbours),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def multi_krum(
-    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def multi_krum(
-    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def multi_krum(
-    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def multi_krum(
-    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def multi_krum(
@@ -625,6 +859,11 @@ def multi_krum(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -639,7 +878,7 @@ def multi_krum(
         How many, at most n-f; by default n-f.
     neighbours : int, optional
         As for `krum`.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
@@ -655,33 +894,53 @@ def multi_krum(
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return _aggregate(updates, MultiKrum(m, neighbours), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        MultiKrum(m, neighbours),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def ctma(
     updates: Sequence[T], /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def ctma(
     updates: Sequence[T], /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def ctma(
-    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> A: ...
 @overload
 def ctma(
-    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: A, /, *, anchor: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def ctma(
@@ -694,6 +953,11 @@ def ctma(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -706,7 +970,7 @@ def ctma(
         One row a worker.
     anchor : rule object or str
         Any rule that combines the rows, also a chain such as ``"nnm | median"``; it only selects.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required.
 
     Returns
@@ -725,33 +989,53 @@ def ctma(
     .. [1] Dahan & Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     .. [2] Dahan & Levy, "Weight for Robustness", NeurIPS 2024 (the weighted form).
     """
-    return _aggregate(updates, CTMA(anchor), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        CTMA(anchor),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def nnm(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> T: ...
 @overload
 def nnm(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
+    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
+    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def nnm(
-    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[False] = ...
+    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
+    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
+    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[False] = ...
 ) -> A: ...
 @overload
 def nnm(
-    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ...,
-    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., out: Any = ..., backend: str = ...,
-    return_info: Literal[True]
+    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
+    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
+    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
+    Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def nnm(
@@ -764,6 +1048,11 @@ def nnm(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -776,7 +1065,7 @@ def nnm(
         One row a worker.
     then : rule object or str
         What combines the mixed rows.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
     Returns
@@ -792,33 +1081,53 @@ def nnm(
     ----------
     .. [1] Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
     """
-    return _aggregate(updates, NNM() | as_aggregator(then), f, delta, weights, centre, seed, out, backend, return_info)
+    return _aggregate(
+        updates,
+        NNM() | as_aggregator(then),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
+    )
 
 
 # fmt: off
 @overload
 def bucketing(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ..., delta:
+    float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns =
+    ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def bucketing(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ..., delta:
+    float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns =
+    ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def bucketing(
-    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def bucketing(
-    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ...,
-    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, then: Aggregator | str = ..., size: int | None = ..., f: int | None = ..., delta: float | None =
+    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
+    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
+    ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def bucketing(
@@ -832,6 +1141,11 @@ def bucketing(
     weights: ArrayLike | None = None,
     centre: Any = None,
     seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    scope: Scope = "update",
+    dtype: Any = None,
+    nonfinite: NonFinite = "error",
     out: Any = None,
     backend: str = "auto",
     return_info: bool = False,
@@ -846,7 +1160,7 @@ def bucketing(
         What combines the buckets.
     size : int, optional
         Rows of a bucket; by default the largest up to floor(n/(2f)) that leaves more than 2f buckets.
-    f, delta, weights, centre, seed, out, backend, return_info
+    f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; there are no weights.
 
     Returns
@@ -864,5 +1178,19 @@ def bucketing(
     .. [1] Karimireddy, He & Jaggi, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
     """
     return _aggregate(
-        updates, Bucketing(size, seed) | as_aggregator(then), f, delta, weights, centre, seed, out, backend, return_info
+        updates,
+        Bucketing(size, seed) | as_aggregator(then),
+        f,
+        delta,
+        weights,
+        centre,
+        seed,
+        only,
+        exclude,
+        scope,
+        dtype,
+        nonfinite,
+        out,
+        backend,
+        return_info,
     )

@@ -25,10 +25,15 @@ __all__ = ["gram", "row_sq_distances", "select_columns", "update_momenta", "weig
 
 def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource, Any, Kernels]:
     source, result = adapt(updates, out)
-    for counter in source.counters:
+    for counter in source.integers:
         raise TypeError(
             f"{name}: leaf {name_of(counter.path)} has dtype {counter.dtype}; the primitives take "
             "floating-point leaves only (leave it out, or use robustkern.aggregate)"
+        )
+    if source.finish is not None or any(leaf.converted for leaf in source.strided):
+        raise TypeError(
+            f"{name}: the primitives take float16, bfloat16, float32 and float64 of NumPy, torch or CuPy only (convert "
+            "the rows, or use robustkern.aggregate)"
         )
     return source, result, choose(backend, source.dtypes, source.device)
 

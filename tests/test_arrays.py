@@ -52,8 +52,13 @@ def test_torch_tensors_that_need_gradients_and_odd_strides() -> None:
     x = make_rows("normal", 7, 24, np.dtype(np.float32))
     want = rk.median(x)
     t = torch.from_numpy(x).clone().requires_grad_()
-    got = rk.median(t)
+    with pytest.warns(UserWarning, match=r"updates require gradients, which do not flow .*pass x.detach\(\), or"):
+        got = rk.median(t)
     assert not got.requires_grad
+    with torch.no_grad():  # where nothing is recorded, nothing is lost
+        assert torch.equal(rk.median(t), got)
+    with pytest.warns(UserWarning, match="updates require gradients"):
+        rk.median([{"w": row} for row in t])
     assert np.array_equal(got.numpy(), want)
     transposed = torch.from_numpy(np.ascontiguousarray(x.T)).T
     assert np.array_equal(rk.median(transposed).numpy(), want)
@@ -156,7 +161,9 @@ def test_leaves_of_all_layouts_together(library: str) -> None:
         out["turned"], out["cut"], out["few"] = (out[key].contiguous() for key in ("turned", "cut", "few"))
         rows[1]["plain"] = torch.nn.Parameter(rows[1]["plain"])
         rows[1]["some"] = rows[1]["some"].clone().requires_grad_()
-    for got in (rk.median(rows), rk.median(rows, out=out)):
+    with torch.no_grad():
+        both = rk.median(rows), rk.median(rows, out=out)
+    for got in both:
         for key, value in want.items():
             assert np.array_equal(np.asarray(got[key]), np.asarray(value)), key
     out["plain"] = rows[4]["plain"]
@@ -191,7 +198,8 @@ def test_counters_survive_hostile_values() -> None:
     rows = [{"w": np.ones(3), "n": np.array([5], dtype=np.int64)} for _ in range(5)]
     rows[0]["n"][:] = np.iinfo(np.int64).min
     rows[1]["n"][:] = np.iinfo(np.int64).max
-    assert rk.mean(rows)["n"].tolist() == [5]
+    assert rk.trimmed_mean(rows, f=2)["n"].tolist() == [5]
+    assert rk.mean(rows)["n"].tolist() == [3]  # of 14 / 5: who asks for a mean trusts everybody
 
 
 def test_only_counters() -> None:
@@ -282,7 +290,6 @@ X = np.ones((3, 4), dtype=np.float32)
             TypeError,
             r"updates has dtype int64; expected float16, bfloat16, float32 or float64 \(convert",
         ),
-        (X.astype(complex), TypeError, "updates has dtype complex128"),
         (X.astype(object), TypeError, "updates has dtype object"),
         (X.astype(">f4"), TypeError, "updates has dtype >f4; .*swap its bytes"),
         (X.astype(np.longdouble), TypeError, "expected float16, bfloat16, float32 or float64"),
@@ -298,7 +305,6 @@ X = np.ones((3, 4), dtype=np.float32)
         ([{"a": X[0], "b": object()}], TypeError, r"row 0, leaf \['b'\] is object"),
         ([{}, {}], ValueError, "row 0 holds no arrays"),
         ([{"a": X[0], "b": torch.ones(2)}], TypeError, "row 0 mixes numpy and torch leaves"),
-        (torch.ones(3, 4, dtype=torch.complex64), TypeError, "updates has dtype torch.complex64"),
         (torch.ones(3, 4).to_sparse(), TypeError, r"layout torch.sparse_coo; expected a dense one \(pass x.to_dense"),
         (
             torch.ones(3, 4, device="meta"),
@@ -364,7 +370,7 @@ def test_things_that_only_look_like_arrays() -> None:
     with pytest.raises(TypeError, match="layout"):
         rk.median(nested)
     with pytest.raises(TypeError, match="torch tensor that NumPy cannot view"):
-        rk.median(torch.ones(3, 4).to(torch.float8_e4m3fn))
+        rk.median(torch.ones(3, 4).to(torch.float8_e8m0fnu))
     imaginary = torch.conj(torch.ones(3, 4, dtype=torch.complex64) * 1j).imag
     assert rk.median(imaginary).tolist() == [-1, -1, -1, -1]
 

@@ -60,6 +60,8 @@ def test_command(tmp_path: Path) -> None:
         "file": str(tmp_path / "in" / "worker-5.safetensors"),
         "sq_distance": None,
         "weight": 0.0,
+        "claimed": None,
+        "used": None,
         "finite": False,
         "verdict": "dropped",
         "why": "holds NaN or Inf",
@@ -68,9 +70,8 @@ def test_command(tmp_path: Path) -> None:
     facts = json.loads(result.stdout)
     assert facts["f"] == 2
     assert "votes in each coordinate" in facts["workers"][0]["why"]
-    result = run(
-        "aggregate", tmp_path / "in", "--rule", "mean", "--weights", "1,1,1,1,1,1,1,1,2", "--out", out, "--json"
-    )
+    weights = ",".join(f"worker-{i}={1 + (i == 8)}" for i in reversed(range(9)))
+    result = run("aggregate", tmp_path / "in", "--rule", "mean", "--weights", weights, "--out", out, "--json")
     assert json.loads(result.stdout)["workers"][8]["weight"] == pytest.approx(0.2)
     assert json.loads(result.stdout)["workers"][5]["verdict"] == "counted"
 
@@ -81,7 +82,7 @@ def test_command(tmp_path: Path) -> None:
         (["--rule", "medain"], "--rule: 'medain' is not known; did you mean 'median'"),
         (["--rule", "nnm"], "--rule: nnm only mixes the rows; end it with a rule"),
         (["--rule", "median("], "--rule: "),
-        (["--weights", "1,a"], "--weights: expected numbers with commas between, such as 1,1,0.5; got '1,a'"),
+        (["--weights", "1,a"], "--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got '1,a'"),
         (["--f", "1", "--weights", "1,1,1"], "--weights has 3 numbers for 9 workers"),
         (["--f", "1", "--weights", "1,1,1,1,1,1,1,1,-1"], "--weights must be finite, not negative, and not all 0"),
         (["--f", "1", "--weights", "0,0,0,0,0,0,0,0,0"], "--weights must be finite, not negative, and not all 0"),
@@ -162,6 +163,7 @@ def test_updates_that_cannot_be_aggregated_are_exit_code_1(tmp_path: Path) -> No
         updates[i]["wide"][0] = np.nan
     paths = write(tmp_path / "in", updates, "safetensors")
     out = tmp_path / "out.safetensors"
+    (tmp_path / "none").mkdir()
     result = run("aggregate", *paths, "--out", out, "--f", 2)
     assert result.exit_code == 1
     assert "3 rows hold NaN or Inf" in said(result)
@@ -169,7 +171,7 @@ def test_updates_that_cannot_be_aggregated_are_exit_code_1(tmp_path: Path) -> No
     assert "f=2" not in said(result)
     for files, message in (
         ([tmp_path / "gone.npy"], "gone.npy: no such file"),
-        ([tmp_path], "the directory holds no .safetensors, .npz, .npy file"),
+        ([tmp_path / "none"], "the folder holds no worker: no .safetensors, .npz, .npy"),
     ):
         result = run("aggregate", *files, "--out", out, "--f", 0)
         assert result.exit_code == 1
@@ -200,7 +202,7 @@ def test_what_goes_wrong_underway(
         raise error
 
     module = sys.modules["robustkern.cli.aggregate"]
-    monkeypatch.setattr(module, "aggregate_files", fails)
+    monkeypatch.setattr(module, "aggregate_pool", fails)
     monkeypatch.setattr(console, "stop_printing", lambda: None)
     paths = write(tmp_path / "in", make_updates(), "safetensors")
     result = run("aggregate", *paths, "--f", 1, "--out", tmp_path / "out.npz")

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"engine", "inputs", "rules", "untraced"},
     "kernels": {"contract", "errors", "backends", "inputs"},
-    "files": {"contract", "errors", "engine", "inputs", "rules"},
+    "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
 }
 _PUBLIC = {"", *LAYERS}
 LAYERS |= {

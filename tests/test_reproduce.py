@@ -87,7 +87,7 @@ def test_the_parts_are_the_papers_comparisons() -> None:
     assert not any("bucketing" in s.rule for s in rules if s.byzantine == 8)  # buckets of one row
     assert len({s.lr for s in runs["digits-rates"]}) == 6
     assert {s.optimizer for s in runs["digits-rates"]} == {"mu2sgd", "momentum", "sgd"}
-    assert {(s.data, s.model, s.rounds) for s in runs["mnist-rules"]} == {("mnist5k", "paper", 300)}
+    assert {(s.data, s.model, s.rounds) for s in runs["mnist-rules"]} == {("mnist5k", "paper", 600)}
     assert {(s.arrivals, s.beta, s.gamma) for s in runs["asynchronous"]} == {("id^2", 0.25, 0.1)}
     assert {s.weights for s in runs["asynchronous"]} == {"equal", "updates"}
     assert len(runs_of(QUICK)) < 100

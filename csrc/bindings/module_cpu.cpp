@@ -129,6 +129,25 @@ std::uint64_t read_pass(const char* isa, Addresses data, Offsets offsets, int dt
   return table.read_pass(rows, threads_for(rows, threads));
 }
 
+// Of contiguous memory, under a key of kDigestWords words and a point.
+std::uint64_t digest(const char* isa, nb::handle data, nb::handle key, std::uint64_t point) {
+  const rk::Kernels& table = kernels(isa);
+  Py_buffer view, secret;
+  if (PyObject_GetBuffer(key.ptr(), &secret, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  const auto* words = static_cast<const std::uint32_t*>(secret.buf);
+  const bool fits = secret.len == rk::kDigestWords * 4 && reinterpret_cast<std::uintptr_t>(words) % 4 == 0;
+  PyBuffer_Release(&secret);
+  require(fits, "the key must have the words of a block");
+  if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
+  std::uint64_t value;
+  {
+    nb::gil_scoped_release release;
+    value = table.digest(view.buf, view.len, words, point);
+  }
+  PyBuffer_Release(&view);
+  return value;
+}
+
 // Where the first element of an array of any dtype and strides lies.
 std::uintptr_t address_of(nb::handle array) {
   Py_buffer view;
@@ -192,5 +211,6 @@ NB_MODULE(_cpu, m) {
         "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,
         "gradient_scales"_a, "correction_scales"_a.none(), "momenta"_a, "threads"_a);
+  m.def("digest", &digest, "isa"_a, "data"_a, "key"_a, "point"_a);
   m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);
 }

@@ -684,11 +684,13 @@ Status update_momenta(const Rows& gradients, const Momenta& how, void* const* mo
 }  // namespace
 
 Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-            int threads);                           // gram.cpp
-uint64_t read_pass(const Rows& rows, int threads);  // read_pass.cpp
+            int threads);                                                               // gram.cpp
+uint64_t read_pass(const Rows& rows, int threads);                                      // read_pass.cpp
+uint64_t digest(const void* data, int64_t bytes, const uint32_t* key, uint64_t point);  // digest.cpp
 
 extern const Kernels table;
-const Kernels table{RK_ISA_NAME, select_columns, gram, row_sq_distances, weighted_row_sum, update_momenta, read_pass};
+const Kernels table{RK_ISA_NAME,      select_columns, gram,      row_sq_distances,
+                    weighted_row_sum, update_momenta, read_pass, digest};
 
 }  // namespace RK_ISA
 }  // namespace rk

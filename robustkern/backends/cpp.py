@@ -181,6 +181,10 @@ class Cpp:
             requested_threads(),
         )
 
+    def digest(self, data: NDArray[np.uint8], key: NDArray[np.uint32], point: int) -> int:
+        """Hash contiguous bytes; see `robustkern.files.digest`."""
+        return int(self._cpu.digest(self.isa, data, key, point))
+
     def read_pass(self, rows: Rows) -> int:
         """Sum the rows as 64-bit words: one read of the data, which the benchmarks measure in."""
         return int(self._cpu.read_pass(self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], requested_threads()))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,23 +14,57 @@ import numpy as np
 import typer
 
 import robustkern
-from robustkern.cli.console import Wrong, bar, command, print_json
-from robustkern.cli.options import Json, TolerateOption, file_to_write, rule_of
+from robustkern.cli.console import Wrong, bar, command, print_json, said
+from robustkern.cli.options import Json, TolerateOption, file_to_write, listed, rule_of
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.rules import Import
 from robustkern.errors import ConvergenceWarning, NonFiniteError
-from robustkern.files import FileError, aggregate_files, expand
+from robustkern.files import (
+    WRITTEN,
+    FileError,
+    Pool,
+    aggregate_pool,
+    check_target,
+    find_workers,
+    memory_of,
+    named_weights,
+    read_weights,
+)
+from robustkern.inputs.leaves import Choice
 from robustkern.rules import Aggregator, available_rules
 
 __all__ = ["aggregate"]
 
-SUFFIXES = (".safetensors", ".npz", ".npy")
+
+class Scope(Enum):
+    """What a rule is applied to."""
+
+    update = "update"
+    leaf = "leaf"
+
+
+class NonFinite(Enum):
+    """What rows that hold NaN or Inf are."""
+
+    error = "error"
+    drop = "drop"
+
+
+class BadFiles(Enum):
+    """What files that cannot be used are."""
+
+    error = "error"
+    count = "count"
 
 
 @command(extra="cli")
 def aggregate(
     updates: Annotated[
-        list[Path], typer.Argument(help="One safetensors, npz or npy file a worker; directories are searched.")
+        list[Path],
+        typer.Argument(
+            help="One path a worker: a safetensors, npz or npy file, a torch file, or a folder with one update file or "
+            "with shards and their index. A single folder holds one worker an entry."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Where the result goes; its suffix decides the kind.")],
     rule: Annotated[str, typer.Option(help=f"Such as 'nnm | ctma(median)', of {', '.join(available_rules())}.")] = (
@@ -37,55 +73,128 @@ def aggregate(
     own: Import = None,
     f: TolerateOption = None,
     delta: Annotated[float | None, typer.Option(help="Instead of --f: their share (of --weights).")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights of the workers: 1,1,0.5,...")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights of the workers: 1,1,0.5,... or name=1,... or a file of lines name=1, or JSON."),
+    ] = None,
+    weights_from: Annotated[
+        str | None, typer.Option(help="Or the key of metadata with which updates say it, such as num_samples.")
+    ] = None,
+    cap_weights: Annotated[
+        float | None,
+        typer.Option(min=1, help="Cut each weight to so many times their median. With --weights-from 10 by default."),
+    ] = None,
     centre: Annotated[Path | None, typer.Option(help="A file like the updates, for rules that need one.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of what the rule draws. Default: fresh.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Patterns of the tensors that take part: 'layer1.*'.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Patterns of tensors that take no part: '*.bn.*'.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The model before this round: supplies the tensors that take no part.")
+    ] = None,
+    scope: Annotated[Scope, typer.Option(help="The rule over whole updates, or leaf by leaf.")] = Scope.update,
+    dtype: Annotated[str | None, typer.Option(help="Combine floats of any dtype in this one, such as float32.")] = None,
+    nonfinite: Annotated[
+        NonFinite, typer.Option(help="What updates with NaN or Inf are, more than f of them: an error, or left out.")
+    ] = NonFinite.error,
+    bad_files: Annotated[
+        BadFiles, typer.Option(help="What an update is that cannot be used: an error, or one of the f bad ones.")
+    ] = BadFiles.error,
+    memory: Annotated[str, typer.Option(help="Most memory for tensors; larger ones are read in pieces.")] = "1GiB",
+    shard_size: Annotated[
+        str | None, typer.Option(help="Write shards of at most so much, and their index: 5GB.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="auto, cpp, numba or reference.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Aggregate update files into one.
 
-    Files are read tensor by tensor: memory is bounded by the largest tensor
-    times the number of files. The output appears complete or not at all.
+    Files are read in pieces of bounded size, and may not change meanwhile. The
+    output appears complete or not at all.
     """
     plan = rule_of(rule)
-    shares = _weights(weights)
-    file_to_write(out, "out", SUFFIXES)
-    files = expand(updates)
-    if out.exists() and any(path.exists() and out.samefile(path) for path in files):
-        raise Wrong(f"--out: {out}: is one of the updates, which are never overwritten")
+    file_to_write(out, "out", WRITTEN)
+    with said("memory"):
+        most = memory_of(memory)
+    with said("shard-size"):
+        shard = None if shard_size is None else memory_of(shard_size)
+    with said("dtype"):
+        choice = Choice.of(listed(only) or None, listed(exclude) or None, dtype)
+    pool = find_workers(updates, out)
+    n = len(pool.workers)
+    try:
+        check_target(out, [path for worker in pool.workers for path in worker.files])
+    except FileError as error:
+        raise Wrong(f"--out: {error}") from None
+    shares = _weights(weights, pool)
     options: dict[str, Any] = {"f": f, "delta": delta, "weights": shares, "seed": seed, "backend": backend}
     point = None if centre is None else np.zeros(1, dtype=np.float32)
-    _check(plan, len(files), options | {"centre": point})
+    _check(plan, n, options | {"centre": point})
     started = time.perf_counter()
     with bar("reading", 1, of_bytes=True) as shown:
         try:
-            info = aggregate_files(
-                files,
+            info, weighed = aggregate_pool(
+                pool,
                 plan,
                 out=out,
+                f=f,
+                delta=delta,
+                weights=shares
+                if shares is None or pool.folder is False
+                else dict(zip(_names(pool), shares, strict=True)),
+                weights_from=weights_from,
+                cap_weights=cap_weights,
                 centre=centre,
-                **options,
+                seed=seed,
+                choice=choice,
+                base=base,
+                scope=scope.value,
+                nonfinite=nonfinite.value,
+                bad=bad_files.value,
+                memory=most,
+                shard_size=shard,
+                backend=backend,
                 progress=lambda phase, done, total: shown.show(done, phase, total),
             )
         except ValueError as error:  # what `_check` could not know: such as a backend that lacks a dtype
             if isinstance(error, (FileError, NonFiniteError)):
                 raise
-            raise Wrong(str(error)) from None
+            raise Wrong(re.sub(r"^bad=", "--bad-files ", str(error))) from None
     seconds = time.perf_counter() - started
     if as_json:
-        print_json(facts(info, files, out, seconds))
+        print_json(facts(info, pool, weighed, out, seconds))
     else:
-        print_workers(info, files, out, seconds)
+        print_workers(info, pool, weighed, out, seconds)
 
 
-def _weights(text: str | None) -> list[float] | None:
+def _names(pool: Pool) -> list[str]:
+    return [worker.name for worker in pool.workers]
+
+
+def _weights(text: str | None, pool: Pool) -> list[float] | None:
+    """Read weights in the order of the workers, or by name, or from a file."""
     if text is None:
         return None
+    wrong = f"--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got {text!r:.200}"
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise Wrong(f"--weights: expected numbers with commas between, such as 1,1,0.5; got {text!r}") from None
+        if "=" in text and not Path(text).is_file():
+            pairs = [part.rpartition("=") for part in text.split(",")]
+            named = {name.strip(): float(number) for name, _, number in pairs}
+            if len(named) < len(pairs):
+                raise Wrong("--weights: names a worker twice")
+        elif Path(text).is_file():
+            named = read_weights(Path(text))
+        else:
+            listed_weights = [float(part) for part in text.split(",")]
+            if pool.folder:
+                raise Wrong(
+                    "--weights: a list of numbers does not say which worker of a folder each is for (write name=1,..., "
+                    "or a file of such lines, or --weights-from)"
+                )
+            return listed_weights
+    except (ValueError, OSError) as error:
+        raise Wrong(f"{wrong} ({error})" if "=" in str(error) or Path(text).is_file() else wrong) from None
+    with said("weights"):
+        return named_weights(named, pool.workers)
 
 
 def _check(plan: Aggregator, n: int, options: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from robustkern.cli.plain import stop_printing
-from robustkern.errors import BackendUnavailable, RobustkernError
+from robustkern.errors import BackendUnavailable, RobustkernError, plain
 
 __all__ = [
     "CANNOT",
@@ -49,6 +49,8 @@ __all__ = [
 CANNOT, WRONG, INTERRUPTED, UNREAD = 1, 2, 130, 141
 #: Seconds between the lines that stand for a bar where there is no terminal.
 LINES_S = 10.0
+#: The most letters of a message.
+MESSAGE = 2000
 #: The least columns that a table of figures is cut to.
 TABLE_COLUMNS = 120
 
@@ -62,12 +64,12 @@ class Wrong(Exception):
 
 def note(text: str, style: str = "yellow") -> None:
     """Say something besides the result."""
-    Console(stderr=True, soft_wrap=True).print(Text(text, style=style))
+    Console(stderr=True, soft_wrap=True).print(Text(plain(text, MESSAGE), style=style))
 
 
 def fail(message: str, code: int) -> NoReturn:
     """Say what is wrong, and end."""
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), message))
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), plain(message, MESSAGE)))
     raise SystemExit(code)
 
 

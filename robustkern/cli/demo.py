@@ -21,7 +21,7 @@ import robustkern as rk
 from robustkern.cli.console import bar, command, print_json, print_table
 from robustkern.cli.options import Json, folder_to_write
 from robustkern.cli.report import facts, print_workers
-from robustkern.files import aggregate_files
+from robustkern.files import Weights, aggregate_files, find_workers
 from robustkern.measure import style
 from robustkern.measure.peers import naive_rules
 
@@ -175,15 +175,16 @@ def _one_round_through_files(out: Path, digits: Digits, seed: int, quiet: bool) 
     rule = "ctma(geometric_median)"
     if not quiet:
         print(f"$ robustkern aggregate {folder} --rule '{rule}' --f {BYZANTINE} --out {merged}")
+    pool, weighed = find_workers(files), Weights()
     started = time.perf_counter()
     info = aggregate_files(files, rule, out=merged, f=BYZANTINE)
     seconds = time.perf_counter() - started
     if not quiet:
-        print_workers(info, files, merged, seconds)
+        print_workers(info, pool, weighed, merged, seconds)
     want, got = rk.aggregate(updates, rule, f=BYZANTINE), load_file(merged)
     if any(not np.allclose(got[k], want[k], rtol=1e-6, atol=1e-7) for k in want):
         raise RuntimeError("the merged file differs from the library's result; please report this as a bug")
-    return facts(info, files, merged, seconds)
+    return facts(info, pool, weighed, merged, seconds)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import typer
 
 from robustkern.cli.console import Wrong, said
 from robustkern.cli.rules import load_named
+from robustkern.files.formats import TORCH
 from robustkern.rules import Aggregator, names_in, parse_rule
 
 __all__ = [
@@ -109,8 +110,9 @@ def file_to_write(path: Path | None, option: str, suffixes: Sequence[str]) -> No
     """Raise where a file cannot be written, or its name is no such file's."""
     if path is None:
         return
-    if path.suffix not in suffixes:
-        raise Wrong(f"--{option}: {path}: unknown kind of output; expected one of {', '.join(suffixes)}")
+    if path.suffix.lower() not in suffixes:
+        torch = " (convert it afterwards; torch reads safetensors)" if path.suffix.lower() in TORCH else ""
+        raise Wrong(f"--{option}: {path}: unknown kind of output; expected one of {', '.join(suffixes)}{torch}")
     if path.is_dir():
         raise Wrong(f"--{option}: {path}: is a directory (name a file)")
     if not path.parent.is_dir():

@@ -205,6 +205,8 @@ class Source(Protocol):
         Whether others hold columns too; where not, nobody need ask for `total` and `gather`, which change nothing.
     plain : sequence of PlainLeaf
         Leaves that are no arrays.
+    combine : callable
+        Takes (n, m) integers, and a dtype of floats or None, and returns their combination; the engine sets it.
     """
 
     n: int
@@ -212,8 +214,12 @@ class Source(Protocol):
     dtypes: set[np.dtype[Any]]
     device: str
     has_centre: bool
-    divided: ClassVar[bool]
     plain: Sequence[PlainLeaf]
+    combine: Any  # a `Combine`; as such mypy takes it for a method
+
+    @property
+    def divided(self) -> bool:
+        """See above."""
 
     def blocks(self) -> Iterable[Block]:
         """Return the blocks; may be called again for another pass."""

@@ -1,47 +1,67 @@
-"""Kinds of update files: what they hold, reading one tensor, writing one after the other.
+"""Kinds of update files: what they hold, and reading any part of a tensor.
 
-Only data is ever loaded: safetensors, and npz and npy without pickles.
+Only data is ever loaded: safetensors, npz and npy without pickles, and torch's files through its loader of weights
+only. A header is read once, with limits, before anything is allocated for what it promises. A file is held open while
+it is used and read by position, never mapped: one that shrinks is an error, not a signal.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
+import stat
 import struct
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.errors import RobustkernError
+from robustkern.errors import RobustkernError, plain, shown
 
 __all__ = [
+    "CODES",
+    "MAX_HEADER",
     "SUFFIXES",
+    "TORCH",
+    "WRITTEN",
     "FileError",
+    "Held",
     "Reader",
     "Tensor",
-    "Writer",
-    "complete_or_absent",
+    "is_output",
+    "kind_of",
     "naming",
     "open_reader",
-    "writer_for",
+    "read_json",
 ]
 
-SUFFIXES = (".safetensors", ".npz", ".npy")
+#: Files that torch writes; they are read, not written.
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+WRITTEN = (".safetensors", ".npz", ".npy")
+SUFFIXES = (*WRITTEN, *TORCH)
+#: Bytes of a header, or of an archive's directory: some 100,000 tensors. Parsed, they take some ten times as much.
+MAX_HEADER = 1 << 24
+#: What marks a file that this package wrote: a key of metadata, or an archive's comment.
+MARK = "robustkern"
 
-_SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
+#: What safetensors calls the dtypes.
+CODES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "C64": np.dtype(np.complex64),
     "I8": np.dtype(np.int8),
     "I16": np.dtype(np.int16),
     "I32": np.dtype(np.int32),
@@ -57,6 +77,9 @@ _SAFETENSORS_DTYPES: dict[str, np.dtype[Any]] = {
 class FileError(RobustkernError, ValueError):
     """A file cannot be used; the message names it and says why."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message, 1000))
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -70,6 +93,157 @@ class Tensor:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises on a bad file into an error that names the file."""
+    try:
+        yield
+    except (FileError, MemoryError, ImportError):
+        raise
+    except RecursionError:
+        raise FileError(f"{path}: corrupt, truncated or no {path.suffix[1:]} file (nested too deeply)") from None
+    except Exception as error:  # the libraries raise their own kinds for corrupt input
+        said = plain(str(error), 300)
+        raise FileError(f"{path}: corrupt, truncated or no {path.suffix[1:]} file ({said})") from error
+
+
+def kind_of(path: Path) -> str:
+    """Return a file's suffix, in lower case."""
+    return path.suffix.lower()
+
+
+# ---- a file that is held ---------------------------------------------------------------------------------------
+
+
+class Held:
+    """A regular file, which stays the same while it is used, or reading it is an error.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    hold : bool
+        Whether to keep it open; where there are more files than the process may have open, each is opened anew for
+        each piece, and must then be the same one.
+    """
+
+    def __init__(self, path: Path, hold: bool = True) -> None:
+        self.path = path
+        self._fd: int | None = None
+        fd = self._open()
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                raise FileError(f"{path}: is no regular file (a pipe, a device or a folder cannot be an update)")
+            self.identity, self.size = _identity(found), found.st_size
+        except BaseException:
+            os.close(fd)
+            raise
+        if hold:
+            self._fd = fd
+        else:
+            os.close(fd)
+
+    def _open(self) -> int:
+        try:
+            # Without O_NONBLOCK the open of a pipe would wait for somebody to write.
+            return os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            raise FileError(f"{self.path}: no such file") from None
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be opened ({error.strerror})") from None
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def check(self) -> None:
+        """Raise where the file is another one than before, or was written to."""
+        try:
+            found = [os.stat(self.path), *([] if self._fd is None else [os.fstat(self._fd)])]
+        except OSError as error:
+            raise FileError(f"{self.path}: changed while it was being read ({error.strerror})") from None
+        if any(_identity(each) != self.identity for each in found):
+            raise FileError(f"{self.path}: changed while it was being read (updates must stay until the end)")
+
+    def read_into(self, data: NDArray[np.uint8], offset: int) -> None:
+        """Fill an array from a position on."""
+        fd = self._fd
+        if fd is None:
+            self.check()
+            fd = self._open()
+        try:
+            view, done = memoryview(data.data), 0
+            while done < len(data):
+                count = os.preadv(fd, [view[done:]], offset + done)
+                if count == 0:
+                    raise FileError(f"{self.path}: truncated while it was being read (updates must stay until the end)")
+                done += count
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be read ({error.strerror})") from None
+        finally:
+            if fd != self._fd:
+                os.close(fd)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return some bytes."""
+        data = np.empty(count, dtype=np.uint8)
+        self.read_into(data, offset)
+        return data.tobytes()
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+class _Stream(io.RawIOBase):
+    """A held file for libraries that want one to seek and read in."""
+
+    def __init__(self, held: Held) -> None:
+        self._held, self._at = held, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(offset + (0, self._at, self._held.size)[whence], 0)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = np.frombuffer(buffer, dtype=np.uint8)
+        count = max(min(len(data), self._held.size - self._at), 0)
+        self._held.read_into(data[:count], self._at)
+        self._at += count
+        return count
+
+
+def read_json(held: Held, offset: int, count: int) -> Any:
+    """Return what a part of a file says in JSON, in which no key may stand twice."""
+    if count > MAX_HEADER:
+        raise ValueError(f"its header has {count:,} bytes, more than {MAX_HEADER:,}")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("its header has the same name twice")
+        return found
+
+    return json.loads(held.read(offset, count), object_pairs_hook=once)
+
 
 # ---- readers ---------------------------------------------------------------------------------------------------
 
@@ -81,232 +255,351 @@ class Reader(Protocol):
     ----------
     path : Path
         Of the file.
+    held : Held
+        The file.
     tensors : dict
         What it holds.
     metadata : dict
-        Texts that it holds besides.
+        Texts and numbers that it holds besides.
     """
 
     path: Path
+    held: Held
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
 
-    def read(self, name: str) -> NDArray[Any]:
-        """Return one tensor."""
+    def in_pieces(self, name: str) -> bool:
+        """Tell whether parts of a tensor can be read; one in another order of its axes is read whole."""
 
+    def place_of(self, name: str) -> Any:
+        """Return where a tensor lies: the same for two names of one memory."""
 
-class _SafetensorsReader:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = {}
-        with self._open() as file:
-            self.metadata = dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                part = file.get_slice(name)
-                code = part.get_dtype()
-                if code not in _SAFETENSORS_DTYPES:
-                    raise FileError(f"{path}: tensor {name!r} has the unsupported dtype {code}")
-                self.tensors[name] = Tensor(tuple(part.get_shape()), _SAFETENSORS_DTYPES[code])
-
-    def _open(self) -> Any:
-        from safetensors import safe_open
-
-        return safe_open(self.path, framework="numpy")
-
-    def read(self, name: str) -> NDArray[Any]:
-        with self._open() as file:  # opened anew, so that pages of the mapping do not pile up
-            return np.asarray(file.get_tensor(name))
+    def read_into(self, data: NDArray[np.uint8], name: str, begin: int) -> None:
+        """Fill an array with bytes of a tensor, from the byte `begin` of its values in the order of C."""
 
 
-class _NpyReader:
-    metadata: dict[str, str] = {}  # noqa: RUF012  (never changed)
+class _Span(NamedTuple):
+    """Where a tensor lies in its file: bytes from the beginning, and steps between values (None: in order of C)."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            tensor, offset = _npy_header(file)
-        _check_length(tensor, offset, path.stat().st_size)
-        self.tensors = {"array": tensor}
-
-    def read(self, name: str) -> NDArray[Any]:
-        return np.asarray(np.load(self.path, allow_pickle=False))
+    offset: int
+    steps: tuple[int, ...] | None = None
 
 
-class _NpzReader:
-    metadata: dict[str, str] = {}  # noqa: RUF012
+class _Spans:
+    """A reader of tensors that lie in the file as in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors = {}
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if not member.endswith(".npy"):
-                    raise ValueError(f"its member {member!r} is no array")
-                with archive.open(member) as file:
-                    tensor, offset = _npy_header(file)
-                _check_length(tensor, offset, archive.getinfo(member).file_size)
-                self.tensors[member[: -len(".npy")]] = tensor
+    def __init__(self, held: Held) -> None:
+        self.path, self.held = held.path, held
+        self.tensors: dict[str, Tensor] = {}
+        self.metadata: dict[str, Any] = {}
+        self.spans: dict[str, _Span] = {}
 
-    def read(self, name: str) -> NDArray[Any]:
-        with zipfile.ZipFile(self.path) as archive, archive.open(name + ".npy") as file:
-            return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    def add(self, name: str, tensor: Tensor, span: _Span) -> None:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {shown(name)} is no text") from None
+        if name in self.tensors:
+            raise ValueError(f"it holds {shown(name)} twice")
+        self.tensors[name], self.spans[name] = tensor, span
+
+    def in_pieces(self, name: str) -> bool:
+        return self.spans[name].steps is None
+
+    def place_of(self, name: str) -> Any:
+        return self.spans[name]
+
+    def read_into(self, data: NDArray[np.uint8], name: str, begin: int) -> None:
+        offset, steps = self.spans[name]
+        if steps is None:
+            self.held.read_into(data, offset + begin)
+            return
+        tensor = self.tensors[name]
+        if tensor.size == 0:
+            return
+        reach = _reach(tensor.shape, steps)
+        raw = np.empty(reach * tensor.dtype.itemsize, dtype=np.uint8)
+        self.held.read_into(raw, offset)
+        strides = [step * tensor.dtype.itemsize for step in steps]
+        values = np.lib.stride_tricks.as_strided(raw.view(tensor.dtype), tensor.shape, strides, writeable=False)
+        whole = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        data[:] = whole[begin : begin + len(data)]
 
 
-def _npy_header(file: IO[bytes]) -> tuple[Tensor, int]:
+def _reach(shape: Sequence[int], steps: Sequence[int]) -> int:
+    """Return how many values lie from the first to the last one."""
+    return sum((size - 1) * step for size, step in zip(shape, steps, strict=True)) + 1
+
+
+class _Safetensors(_Spans):
+    def __init__(self, held: Held) -> None:
+        super().__init__(held)
+        (length,) = struct.unpack("<Q", held.read(0, 8)) if held.size >= 8 else (0,)
+        if not 2 <= length <= held.size - 8:
+            raise ValueError(f"its header should have {length} bytes, the file has {held.size}")
+        header = read_json(held, 8, length)
+        if not isinstance(header, dict):
+            raise ValueError("its header is no table")
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("its metadata are no texts")
+        self.metadata, at = metadata, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if code not in CODES:
+                raise FileError(f"{self.path}: tensor {shown(name)} has the unsupported dtype {shown(str(code))}")
+            if not all(type(number) is int and number >= 0 for number in [*shape, begin, end]):
+                raise ValueError(f"shape or place of {shown(name)} are no whole numbers")
+            tensor = Tensor(tuple(shape), CODES[code])
+            if begin != at or end - begin != tensor.nbytes:
+                raise ValueError(f"the place of {shown(name)} does not fit its shape, or the others' places")
+            self.add(name, tensor, _Span(8 + length + begin))
+            at = end
+        if 8 + length + at != held.size:
+            raise ValueError(f"truncated or too long: {held.size} bytes, expected {8 + length + at}")
+
+
+class _Npy(_Spans):
+    def __init__(self, held: Held) -> None:
+        super().__init__(held)
+        tensor, offset, steps = _npy_header(held.read(0, min(held.size, 1 << 16)))
+        _check_length(tensor, offset, held.size)
+        self.add("array", tensor, _Span(offset, steps))
+
+
+class _Npz(_Spans):
+    """Stored members are read where they lie, and checked against their sums; compressed ones as a stream each."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__(held)
+        self._archive = _archive(held)
+        self._streams: dict[str, tuple[zipfile.ZipInfo, int]] = {}
+        self._open: dict[str, tuple[Any, int]] = {}
+        self._sums: dict[str, tuple[int, int]] = {}
+        if self._archive.comment == MARK.encode():
+            self.metadata[MARK] = ""
+        for member in self._archive.infolist():
+            if not member.filename.endswith(".npy"):
+                raise ValueError(f"its member {shown(member.filename)} is no array")
+            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"its member {shown(member.filename)} is encrypted, or compressed in an unusual way")
+            name = member.filename[: -len(".npy")]
+            if member.compress_type == zipfile.ZIP_DEFLATED:
+                with self._archive.open(member) as file:
+                    tensor, at, steps = _npy_header(file.read(1 << 16))
+                self._streams[name] = (member, at)
+                span = _Span(0, steps)
+            else:
+                start = member.header_offset
+                header = held.read(start, 30) if start + 30 <= held.size else b""
+                if not header.startswith(b"PK\3\4") or member.compress_size != member.file_size:
+                    raise ValueError(f"its member {shown(member.filename)} is not where the directory says")
+                start += 30 + sum(struct.unpack("<HH", header[26:30]))
+                if start + member.file_size > held.size:
+                    raise ValueError(f"truncated: its member {shown(member.filename)} goes beyond the end")
+                tensor, at, steps = _npy_header(held.read(start, min(member.file_size, 1 << 12)))
+                span = _Span(start + at, steps)
+            _check_length(tensor, at, member.file_size)
+            self.add(name, tensor, span)
+            if span.steps is not None or name in self._streams:
+                continue
+            self._sums[name] = (at, member.CRC)
+
+    def place_of(self, name: str) -> Any:
+        return name
+
+    def read_into(self, data: NDArray[np.uint8], name: str, begin: int) -> None:
+        if name not in self._streams:
+            super().read_into(data, name, begin)
+            self._add_up(data, name, begin)
+            return
+        if self.spans[name].steps is not None:
+            whole = np.empty(self.tensors[name].nbytes, dtype=np.uint8)
+            self._follow(whole, name, 0)
+            values = whole.view(self.tensors[name].dtype).reshape(self.tensors[name].shape[::-1]).T
+            data[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)[begin : begin + len(data)]
+            return
+        self._follow(data, name, begin)
+
+    def _follow(self, data: NDArray[np.uint8], name: str, begin: int) -> None:
+        """Read on in a compressed member, from its beginning where what is asked for lies behind."""
+        stream, at = self._open.pop(name, (None, 0))
+        if stream is None or at != begin:
+            member, skip = self._streams[name]
+            stream, at = self._archive.open(member), 0
+            skip += begin
+            while skip > 0:
+                skip -= len(stream.read(min(skip, 1 << 20))) or skip
+        view, done = memoryview(data.data), 0
+        while done < len(data):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise ValueError(f"tensor {shown(name)} ends too soon")
+            done += count
+        if begin + done < self.tensors[name].nbytes:
+            self._open[name] = (stream, begin + done)
+        else:
+            stream.read(1)  # compares the sum
+            stream.close()
+
+    def _add_up(self, data: NDArray[np.uint8], name: str, begin: int) -> None:
+        """Compare the sum of a stored member, where it is read from the beginning on for the first time."""
+        if name not in self._sums:
+            return
+        at, wanted = self._sums[name]
+        done, value = self._open.get(name, (0, 0))
+        if begin != done:
+            return
+        if begin == 0:
+            value = zlib.crc32(self.held.read(self.spans[name].offset - at, at))
+        value = zlib.crc32(data.data, value)
+        self._open[name] = (done + len(data), value)
+        if done + len(data) == self.tensors[name].nbytes:
+            del self._sums[name], self._open[name]
+            if value != wanted:
+                raise ValueError(f"Bad CRC-32 of tensor {shown(name)}")
+
+
+def _archive(held: Held) -> zipfile.ZipFile:
+    """Open an archive whose directory has a bounded length."""
+    begin = max(held.size - (1 << 16) - 100, 0)
+    tail = held.read(begin, held.size - begin)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or at + 22 > len(tail):
+        raise ValueError("it is no zip archive")
+    (length,) = struct.unpack_from("<L", tail, at + 12)
+    if length == 0xFFFFFFFF and at >= 20 and tail[at - 20 : at - 16] == b"PK\6\7":
+        (place,) = struct.unpack_from("<Q", tail, at - 12)
+        (length,) = struct.unpack("<Q", held.read(place + 40, 8)) if place + 48 <= held.size else (MAX_HEADER + 1,)
+    if length > MAX_HEADER:
+        raise ValueError(f"its directory has {length:,} bytes, more than {MAX_HEADER:,}")
+    return zipfile.ZipFile(_Stream(held))
+
+
+class _Torch(_Spans):
+    """Files of ``torch.save``: its loader of weights tells what lies where, and runs no code of the file."""
+
+    def __init__(self, held: Held) -> None:
+        super().__init__(held)
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(f"{held.path}: torch is needed to read it ({error})") from error
+        try:
+            archive = _archive(held)
+        except ValueError:
+            raise FileError(
+                f"{held.path}: is no file of torch.save, or of a torch older than 1.6 (convert it: "
+                "torch.save(torch.load(path, weights_only=True), path))"
+            ) from None
+        with archive:
+            for member in archive.infolist():
+                if member.compress_type != zipfile.ZIP_STORED or (
+                    member.filename.endswith("/data.pkl") and member.file_size > MAX_HEADER
+                ):
+                    raise ValueError(f"its member {shown(member.filename)} is compressed, or too long")
+        # On the device "meta" storages have no memory, but know where in the file their bytes are.
+        loaded = torch.load(io.BufferedReader(_Stream(held)), map_location="meta", weights_only=True)
+        if isinstance(loaded, torch.Tensor):
+            loaded = {"array": loaded}
+        if not isinstance(loaded, dict):
+            raise ValueError(f"it holds a {type(loaded).__name__}; expected a dict of tensors")
+        self._flatten(loaded, "")
+
+    def _flatten(self, values: dict[Any, Any], prefix: str) -> None:
+        import torch
+
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, torch.Tensor):
+                self._add_tensor(name, value)
+            elif isinstance(value, dict):
+                self._flatten(value, name + ".")
+            elif isinstance(value, (str, int, float, bool)):
+                self.metadata[name] = value
+            elif value is not None:
+                raise ValueError(
+                    f"its entry {shown(name)} is a {type(value).__name__}; expected tensors, or save those"
+                )
+
+    def _add_tensor(self, name: str, value: Any) -> None:
+        import torch
+
+        if value.layout != torch.strided or value.is_quantized or value.is_conj() or value.is_neg():
+            raise ValueError(f"tensor {shown(name)} is sparse, quantized or lazy; expected a dense one")
+        code = str(value.dtype).removeprefix("torch.")
+        known = {dtype.name: dtype for dtype in (*CODES.values(), np.dtype(np.complex128))}
+        if code not in known:
+            raise FileError(f"{self.path}: tensor {shown(name)} has the unsupported dtype {code}")
+        tensor, storage = Tensor(tuple(value.shape), known[code]), value.untyped_storage()
+        place = getattr(storage, "_checkpoint_offset", None)
+        if place is None:
+            raise ValueError("this torch does not tell where tensors lie in a file (it takes torch 2.7, or newer)")
+        steps = None if value.is_contiguous() else tuple(value.stride())
+        count = tensor.size if steps is None or not tensor.size else _reach(tensor.shape, steps)
+        end = (value.storage_offset() + count) * tensor.dtype.itemsize
+        if end > storage.nbytes() or place + storage.nbytes() > self.held.size:
+            raise ValueError(f"truncated: tensor {shown(name)} goes beyond the end")
+        self.add(name, tensor, _Span(place + value.storage_offset() * tensor.dtype.itemsize, steps))
+
+
+def _npy_header(start: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
+    """Return what an array is, where its values begin, and their steps where they are not in the order of C."""
+    file = io.BytesIO(start)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    shape, fortran, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
     if any(size < 0 for size in shape):
         raise ValueError(f"its shape {shape} is negative")
-    return Tensor(shape, dtype), file.tell()
+    steps = None
+    if fortran and sum(size != 1 for size in shape) > 1:
+        steps = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
+    return Tensor(shape, dtype), file.tell(), steps
 
 
 def _check_length(tensor: Tensor, offset: int, length: int) -> None:
     """Hold what a header promises against what is there."""
-    expected = offset + tensor.size * tensor.dtype.itemsize
+    expected = offset + tensor.nbytes
     if length < expected:
         raise ValueError(f"truncated: {length} bytes, expected {expected} for shape {tensor.shape}")
 
 
-def open_reader(path: Path) -> Reader:
-    """Look at what a file holds; raise a `FileError` where it cannot be read."""
-    readers: dict[str, Callable[[Path], Reader]] = {
-        ".safetensors": _SafetensorsReader,
-        ".npz": _NpzReader,
-        ".npy": _NpyReader,
-    }
-    if path.suffix not in readers:
+_READERS: dict[str, Callable[[Held], Reader]] = {
+    ".safetensors": _Safetensors,
+    ".npz": _Npz,
+    ".npy": _Npy,
+    **dict.fromkeys(TORCH, _Torch),
+}
+
+
+def open_reader(path: Path, hold: bool = True, kind: str | None = None) -> Reader:
+    """Look at what a file of a kind holds; raise a `FileError` where it cannot be read."""
+    kind = kind or kind_of(path)
+    if kind not in _READERS:
         raise FileError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise FileError(f"{path}: no such file")
-    with naming(path):
-        return readers[path.suffix](path)
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises on a bad file into an error that names the file."""
+    held = Held(path, hold)
     try:
-        yield
-    except (FileError, MemoryError):
-        raise
-    except Exception as error:  # the libraries raise their own kinds for corrupt input
-        raise FileError(f"{path}: corrupt, truncated or no {path.suffix[1:]} file ({error})") from error
-
-
-# ---- writers ---------------------------------------------------------------------------------------------------
-
-
-class Writer(Protocol):
-    """Writes tensors one by one."""
-
-    order: list[str]
-
-    def write(self, name: str, values: NDArray[Any]) -> None:
-        """Write one tensor; they come in `order`."""
-
-    def close(self) -> None:
-        """Write what comes last."""
-
-
-class _SafetensorsWriter:
-    """Writes tensors one by one behind a header that is known beforehand."""
-
-    def __init__(self, file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        codes = {dtype: code for code, dtype in _SAFETENSORS_DTYPES.items()}
-        # Aligned for its readers: wider dtypes first.
-        self.order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        offset = 0
-        for name in self.order:
-            tensor = tensors[name]
-            end = offset + tensor.size * tensor.dtype.itemsize
-            header[name] = {
-                "dtype": codes[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        self._file = file
-
-    def write(self, name: str, values: NDArray[Any]) -> None:
-        self._file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-
-    def close(self) -> None:
-        pass
-
-
-class _NpzWriter:
-    def __init__(self, file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        self.order = list(tensors)
-        self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-
-    def write(self, name: str, values: NDArray[Any]) -> None:
-        with self._archive.open(name + ".npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array(member, values, allow_pickle=False)
-
-    def close(self) -> None:
-        self._archive.close()
-
-
-class _NpyWriter:
-    def __init__(self, file: IO[bytes], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        self.order = list(tensors)
-        self._file = file
-
-    def write(self, name: str, values: NDArray[Any]) -> None:
-        np.lib.format.write_array(self._file, values, allow_pickle=False)
-
-    def close(self) -> None:
-        pass
-
-
-def writer_for(
-    out: Path, tensors: dict[str, Tensor], inputs: list[Path]
-) -> Callable[[IO[bytes], dict[str, Tensor], dict[str, str]], Writer]:
-    """Return what writes a file of these tensors; raise where it cannot be written, or is one of the inputs."""
-    if out.suffix not in SUFFIXES:
-        raise FileError(f"{out}: unknown kind of output; expected one of {', '.join(SUFFIXES)}")
-    if out.is_dir():
-        raise FileError(f"{out}: is a directory (name a file)")
-    if not out.parent.is_dir():
-        raise FileError(f"{out}: the directory {out.parent} does not exist")
-    if out.exists() and any(out.samefile(path) for path in inputs):
-        raise FileError(f"{out}: is one of the updates, which are never overwritten")
-    if out.suffix == ".npy" and len(tensors) != 1:
-        raise FileError(f"{out}: an npy file holds one tensor, the updates have {len(tensors)} (use .npz)")
-    if out.suffix != ".safetensors" and any(t.dtype == ml_dtypes.bfloat16 for t in tensors.values()):
-        raise FileError(f"{out}: {out.suffix[1:]} files cannot hold bfloat16 (use .safetensors)")
-    for name in tensors:
-        if (out.suffix == ".safetensors" and name == "__metadata__") or (out.suffix == ".npz" and "\0" in name):
-            raise FileError(f"{out}: {out.suffix[1:]} files cannot hold a tensor named {name!r}")
-    writers: dict[str, Callable[[IO[bytes], dict[str, Tensor], dict[str, str]], Writer]] = {
-        ".safetensors": _SafetensorsWriter,
-        ".npz": _NpzWriter,
-        ".npy": _NpyWriter,
-    }
-    return writers[out.suffix]
-
-
-@contextlib.contextmanager
-def complete_or_absent(target: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside the target that replaces it at the end, and is removed after an error."""
-    handle, name = tempfile.mkstemp(prefix=".robustkern-", suffix=".part", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp's files are private, an ordinary output is not
-        os.replace(name, target)
+        with naming(path):
+            return _READERS[kind](held)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        held.close()
         raise
+
+
+def is_output(path: Path) -> bool:
+    """Tell whether this package wrote a file, as far as the file itself says it."""
+    if kind_of(path) not in (".safetensors", ".npz"):
+        return False
+    try:
+        held = Held(path)
+    except FileError:
+        return False
+    try:
+        with naming(path):
+            return MARK in _READERS[kind_of(path)](held).metadata
+    except FileError:
+        return False
+    finally:
+        held.close()

@@ -7,13 +7,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_api_compat import is_numpy_array, is_torch_array
+from array_api_compat import is_jax_array, is_numpy_array, is_torch_array
 from numpy.typing import NDArray
 
-from robustkern.contract.rows import DTYPES
-from robustkern.errors import BackendUnavailable
+from robustkern.errors import BackendUnavailable, warn
 from robustkern.inputs.addresses import address_of
 from robustkern.inputs.devices import DeviceArray, Place, view_of
+from robustkern.inputs.leaves import FLOAT8, computed
 
 __all__ = [
     "ArrayView",
@@ -27,8 +27,10 @@ __all__ = [
     "leaf_of",
     "library_of",
     "name_of",
+    "pairs",
     "place_of",
     "view_on_host",
+    "warn_of_gradients",
     "where_is",
 ]
 
@@ -75,25 +77,60 @@ def array_view(x: Any, what: str) -> ArrayView:
 
         if getattr(x, "is_nested", False) or x.layout != torch.strided:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
-        if x.is_quantized or x.is_complex():
-            raise TypeError(f"{what} has dtype {x.dtype}; expected float16, bfloat16, float32, float64 or an integer")
+        if x.is_quantized:
+            raise TypeError(f"{what} has dtype {x.dtype}; expected floats or integers (pass x.dequantize())")
         try:
             if x.requires_grad:
+                warn_of_gradients()
                 x = x.detach()
-            if x.is_neg():
-                x = x.resolve_neg()
-            array: NDArray[Any] = x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-            return array.view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else array
+            x = x.resolve_conj().resolve_neg()
+            bits = _torch_bits().get(x.dtype)
+            array: NDArray[Any] = x.numpy() if bits is None else x.view(bits[0]).numpy().view(bits[1])
+            return array
         except (RuntimeError, TypeError) as error:  # tensors without memory of their own, dtypes NumPy lacks
             raise TypeError(f"{what} is a torch tensor that NumPy cannot view: {error}") from None
+    if is_jax_array(x):
+        return np.asarray(x)  # where it is, on the processor
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{what} is a masked array, whose mask would be lost (pass x.filled(numpy.nan))")
     if is_numpy_array(x) or isinstance(x, np.generic):
         return np.asarray(x)
     raise TypeError(
-        f"{what} is {described(x)}; expected a NumPy array, a torch tensor, or an array on a GPU that speaks DLPack "
-        "(pass numpy.asarray(x))"
+        f"{what} is {described(x)}; expected a NumPy array, a torch tensor, a JAX array, or an array on a GPU that "
+        "speaks DLPack (pass numpy.asarray(x))"
     )
+
+
+@functools.cache
+def _torch_bits() -> dict[Any, tuple[Any, np.dtype[Any]]]:
+    """Dtypes of torch that its NumPy lacks: as which integers they are viewed, and what NumPy calls them."""
+    import torch
+
+    return {
+        torch.bfloat16: (torch.int16, np.dtype(ml_dtypes.bfloat16)),
+        torch.float8_e4m3fn: (torch.uint8, FLOAT8[0]),
+        torch.float8_e5m2: (torch.uint8, FLOAT8[1]),
+    }
+
+
+def warn_of_gradients() -> None:
+    """Say that gradients are dropped, where torch records them."""
+    import torch
+
+    if torch.is_grad_enabled():
+        warn(
+            "updates require gradients, which do not flow through robustkern (pass x.detach(), or call it under "
+            "torch.no_grad())",
+            UserWarning,
+        )
+
+
+def pairs(view: ArrayView) -> NDArray[Any]:
+    """Return complex numbers as pairs of floats, in the same memory, which is the host's."""
+    assert isinstance(view, np.ndarray)
+    parts = view.real
+    strides = (*parts.strides, parts.itemsize)
+    return np.lib.stride_tricks.as_strided(parts, (*parts.shape, 2), strides, writeable=view.flags.writeable)
 
 
 def view_on_host(x: Any, what: str) -> NDArray[Any]:
@@ -106,18 +143,17 @@ def view_on_host(x: Any, what: str) -> NDArray[Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def check_dtype(dtype: np.dtype[Any], what: str, integers: bool) -> None:
+def check_dtype(dtype: np.dtype[Any], what: str, integers: bool, library: str = "numpy") -> None:
     """Raise where rows cannot be of a dtype; `integers` are for leaves that count."""
-    if dtype in DTYPES:
+    if computed(dtype) is not None:
         return
     if integers and dtype.kind in "iub" and dtype.isnative:
         return
     known = "float16, bfloat16, float32 or float64" + (" (or an integer counter)" if integers else "")
-    remedy = (
-        "swap its bytes: x.astype(x.dtype.newbyteorder('='))"
-        if not dtype.isnative
-        else "convert it, x.astype('float32')"
-    )
+    if not dtype.isnative:
+        remedy = "swap its bytes: x.astype(x.dtype.newbyteorder('='))"
+    else:
+        remedy = "convert it, " + ("x.to(torch.float32)" if library == "torch" else "x.astype('float32')")
     raise TypeError(f"{what} has dtype {dtype}; expected {known} ({remedy})")
 
 
@@ -125,34 +161,43 @@ def library_of(x: Any) -> str:
     """Return the name of an array's library."""
     if is_torch_array(x):
         return "torch"
+    if is_jax_array(x):
+        return "jax"
     return "numpy" if is_numpy_array(x) or isinstance(x, np.generic) else type(x).__module__.partition(".")[0]
 
 
-def empty(shape: tuple[int, ...], like: Any, view: ArrayView) -> Any:
-    """Return a new array of the kind of another one, whose view is given too."""
+def empty(shape: tuple[int, ...], like: Any, view: ArrayView, dtype: np.dtype[Any] | None = None) -> Any:
+    """Return a new array of the kind of another one, whose view is given too, perhaps of another dtype."""
     if isinstance(view, DeviceArray):
         return view.place.empty(shape, view.dtype).array
-    if isinstance(like, (np.ndarray, np.generic)):
-        return np.empty(shape, dtype=like.dtype)
-    return empty_tensor(shape, like)
+    if is_torch_array(like):
+        return empty_tensor(shape, like, dtype)
+    return np.empty(shape, dtype=view.dtype if dtype is None else dtype)  # JAX's arrays are made of it at the end
 
 
-def empty_tensor(shape: tuple[int, ...], like: Any) -> Any:
-    """Return a new torch tensor where another one is, whatever torch's default device."""
+def empty_tensor(shape: tuple[int, ...], like: Any, dtype: np.dtype[Any] | None = None) -> Any:
+    """Return a new torch tensor where another one is, whatever torch's default device, perhaps of another dtype."""
     import torch
 
-    return torch.empty(shape, dtype=like.dtype, device=like.device)
+    wanted = like.dtype if dtype is None else getattr(torch, dtype.name)
+    return torch.empty(shape, dtype=wanted, device=like.device)
 
 
-def checked_out(out: Any, shape: tuple[int, ...], like: Any, view_like: ArrayView, what: str) -> Any:
-    """Return the caller's array for the result, or raise where it cannot hold one like `like`."""
+def checked_out(
+    out: Any, shape: tuple[int, ...], like: Any, view_like: ArrayView, what: str, dtype: np.dtype[Any] | None = None
+) -> Any:
+    """Return the caller's array for the result, or raise where it cannot hold one like `like`, or of another dtype."""
+    if library_of(out) == "jax":
+        raise TypeError(f"{what} is a JAX array, which cannot be written (drop out=)")
     if library_of(out) != library_of(like) or not (hasattr(out, "shape") and hasattr(out, "dtype")):
         raise TypeError(f"{what} is {described(out)}; expected a {library_of(like)} array like the updates")
-    if tuple(out.shape) != shape or out.dtype != like.dtype:
+    view = None if tuple(out.shape) != shape else array_view(out, what)
+    wanted = view_like.dtype if dtype is None else dtype
+    if view is None or view.dtype != wanted:
+        name = like.dtype if dtype is None else dtype
         raise ValueError(
-            f"{what} has shape {tuple(out.shape)} and dtype {out.dtype}; expected shape {shape} and dtype {like.dtype}"
+            f"{what} has shape {tuple(out.shape)} and dtype {out.dtype}; expected shape {shape} and dtype {name}"
         )
-    view = array_view(out, what)
     if place_of(view) != place_of(view_like):
         raise ValueError(f"{what} is on {where_is(view)}; expected {where_is(view_like)} like the updates")
     if not view.flags.c_contiguous or not view.flags.writeable or not view.flags.aligned:

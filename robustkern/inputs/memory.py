@@ -1,26 +1,26 @@
 """Rows in memory: the floating-point leaves of updates, cut into segments that are used where they lie.
 
-Leaves whose last axis is not contiguous are copied in blocks of bounded size. Integer and boolean leaves (counters,
-such as BatchNorm's) are no coordinates: they take no part in any distance, and the result holds their column-wise lower
-median, an actual value that at least half of the rows do not exceed.
+Leaves whose last axis is not contiguous, and those that are computed in another dtype, are copied in blocks of bounded
+size. Integer and boolean leaves (counters, such as BatchNorm's) are no coordinates, see `robustkern.contract.counters`.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.contract.counters import lower_median
 from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, one_segment
 from robustkern.inputs.arrays import address, leaf_of, name_of
 from robustkern.inputs.devices import DeviceArray, Place
 
-__all__ = ["Leaf", "MemorySource", "check_disjoint", "lower_median", "plain_leaf"]
+__all__ = ["Leaf", "MemorySource", "check_disjoint", "plain_leaf"]
 
 MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their addresses would take 1 % of memory
 BLOCK_BYTES = 1 << 22
@@ -28,7 +28,10 @@ BLOCK_BYTES = 1 << 22
 
 @dataclass
 class Leaf:
-    """One leaf of all rows, and the memory of its result."""
+    """One leaf of all rows, and the memory of its result.
+
+    Values of another dtype than `dtype`, in which they are computed, are converted block by block.
+    """
 
     path: tuple[Any, ...]
     shape: tuple[int, ...]
@@ -42,6 +45,25 @@ class Leaf:
     def size(self) -> int:
         """Number of columns."""
         return math.prod(self.shape)
+
+    @property
+    def converted(self) -> bool:
+        """Whether its values, or those of the result, are of another dtype than what is computed."""
+        if self.addresses is not None:
+            return False
+        arrays = self.arrays if isinstance(self.arrays, list) else [self.arrays]
+        return any(array.dtype != self.dtype for array in (*arrays, self.out))
+
+    @property
+    def out_address(self) -> int:
+        """Where the result begins."""
+        return address(self.out) if self.addresses is None else int(self.addresses[-1])
+
+    def places(self) -> list[tuple[Any, ...]]:
+        """Return where each row's values lie, and how."""
+        if self.addresses is not None:
+            return [(int(first), self.shape) for first in self.addresses[:-1]]
+        return [(address(row), row.shape, row.strides) for row in self.arrays]
 
     def bounds(self) -> Iterator[tuple[NDArray[np.int64], int]]:
         """Yield first bytes of the rows, and how many bytes from there may be theirs."""
@@ -71,10 +93,16 @@ class MemorySource(Undivided):
         As `Source`.
     direct : Block
         What is used where it lies.
-    strided, counters : list of Leaf
+    strided, integers : list of Leaf
         Leaves that are copied in blocks, and leaves of integers and booleans.
     plain : sequence of PlainLeaf
         Leaves that are no arrays.
+    combine : callable
+        How integers are combined.
+    parts : dict of str to MemorySource
+        The leaves of floats by name, each as a source of its own, where that was asked for.
+    finish : callable or None
+        Returns the result once everything is written, where its parts are not what was written to.
     """
 
     n: int
@@ -83,9 +111,12 @@ class MemorySource(Undivided):
     device: str
     direct: Block
     strided: list[Leaf] = field(default_factory=list)
-    counters: list[Leaf] = field(default_factory=list)
+    integers: list[Leaf] = field(default_factory=list)
     has_centre: bool = False
     plain: Sequence[PlainLeaf] = ()
+    combine: Any = lower_median
+    parts: dict[str, MemorySource] = field(default_factory=dict)
+    finish: Callable[[], Any] | None = None
 
     @classmethod
     def of(cls, n: int, leaves: list[Leaf], has_centre: bool = False, plain: Sequence[PlainLeaf] = ()) -> MemorySource:
@@ -106,9 +137,9 @@ class MemorySource(Undivided):
 
     def blocks(self) -> Iterable[Block]:
         """Return what lies contiguous as one block, then copies of the rest."""
-        return self._copied() if self.strided else [self.direct]
+        return self._copied(False) if self.strided else [self.direct]
 
-    def _copied(self) -> Iterator[Block]:
+    def _copied(self, write: bool) -> Iterator[Block]:
         yield self.direct
         for leaf in self.strided:
             if leaf.place is not None:
@@ -123,21 +154,33 @@ class MemorySource(Undivided):
                 for i in range(count):
                     row = leaf.arrays[i]
                     values[i] = row[begin:end] if row.ndim == 1 else row.flat[begin:end]
-                yield Block((Rows.of(values),), (Rows.of(target[None, begin:end]),))
+                if target.dtype == leaf.dtype:
+                    yield Block((Rows.of(values),), (Rows.of(target[None, begin:end]),))
+                    continue
+                out = np.empty((1, end - begin), dtype=leaf.dtype)
+                yield Block((Rows.of(values),), (Rows.of(out),))
+                if write:
+                    target[begin:end] = out[0].astype(target.dtype)
 
     def results(self) -> Iterable[Block]:
         """Return the blocks once more to have results written, besides those of the counters, which are written now."""
-        for leaf in self.counters:
+        for leaf in self.integers:
             if leaf.place is not None:
-                _combine_on_host(leaf, leaf.place, self.n)
+                values = np.stack([leaf.place.library.to_host(leaf.arrays[i].array) for i in range(self.n)])
+                leaf.place.library.assign(leaf.out.array, self._combined(values, leaf))
                 continue
             target = leaf.out.reshape(-1)
             columns = max(BLOCK_BYTES // (self.n * leaf.dtype.itemsize), 1)
             for begin in range(0, target.size, columns):
                 end = min(begin + columns, target.size)
                 values = np.stack([np.asarray(leaf.arrays[i]).flat[begin:end] for i in range(self.n)])
-                target[begin:end] = lower_median(values)
-        return self.blocks()
+                target[begin:end] = self._combined(values, leaf)
+        return self._copied(True) if self.strided else [self.direct]
+
+    def _combined(self, values: NDArray[Any], leaf: Leaf) -> NDArray[Any]:
+        """Combine integers; those on a GPU, which are few (counters), go through the host."""
+        wanted: np.dtype[Any] = leaf.out.dtype
+        return np.asarray(self.combine(values, None if wanted == leaf.dtype else wanted), dtype=wanted)
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
@@ -193,22 +236,12 @@ def _copied_blocks(leaf: Leaf, place: Place) -> Iterator[Block]:
         )
 
 
-def _combine_on_host(leaf: Leaf, place: Place, n: int) -> None:
-    """Write the lower median of integers or booleans, which are few (counters) and go through the host."""
-    values = np.stack([place.library.to_host(leaf.arrays[i].array) for i in range(n)])
-    place.library.assign(leaf.out.array, lower_median(values).astype(leaf.dtype))
-
-
-def lower_median(values: NDArray[Any]) -> NDArray[Any]:
-    """Return the column-wise lower median of (n, m) integers or booleans."""
-    middle = (len(values) - 1) // 2
-    return np.asarray(np.partition(values, middle, axis=0)[middle])
-
-
 def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
     """Addresses (n_segments, n + 1) of equal contiguous runs and of their result, or None where there are none."""
     if leaf.addresses is not None:
         return leaf.addresses[None], leaf.size
+    if leaf.converted:
+        return None
     arrays, item = leaf.arrays, leaf.dtype.itemsize
     if isinstance(arrays, (np.ndarray, DeviceArray)):
         strides = [arrays.strides[1:]]
@@ -250,8 +283,8 @@ def check_disjoint(leaves: list[Leaf]) -> None:
     high = low + np.repeat(sizes, [len(each) for each in starts])
     order = np.argsort(low)
     low, reach = low[order], np.maximum.accumulate(high[order])
-    begin = np.array([address(leaf.out) if leaf.addresses is None else leaf.addresses[-1] for leaf in leaves])
-    end = begin + [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    begin = np.array([leaf.out_address for leaf in leaves])
+    end = begin + [leaf.size * getattr(leaf.out, "itemsize", leaf.dtype.itemsize) for leaf in leaves]
     order = np.argsort(begin)
     begin, end = begin[order], end[order]
     before = np.searchsorted(low, end)  # so many rows' parts begin before a result ends: does one reach into it?

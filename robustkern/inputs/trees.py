@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ from array_api_compat import is_torch_array
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import DTYPES, MAX_ROWS, Block, Rows, one_segment
+from robustkern.errors import plain
 from robustkern.inputs.addresses import address_of, addresses_of
 from robustkern.inputs.arrays import (
+    address,
     array_view,
     check_dtype,
     checked_out,
@@ -24,9 +26,14 @@ from robustkern.inputs.arrays import (
     leaf_of,
     library_of,
     name_of,
+    pairs,
     place_of,
+    view_on_host,
+    warn_of_gradients,
     where_is,
 )
+from robustkern.inputs.devices import DeviceArray
+from robustkern.inputs.leaves import EVERYTHING, Choice, computed
 from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint, plain_leaf
 
 __all__ = ["adapt"]
@@ -42,7 +49,14 @@ def _check_count(n: int) -> None:
         raise ValueError(f"updates: expected between 1 and {MAX_ROWS} rows; got {n}")
 
 
-def adapt(updates: Any, out: Any = None, centre: Any = None) -> tuple[MemorySource, Any]:
+def adapt(
+    updates: Any,
+    out: Any = None,
+    centre: Any = None,
+    choice: Choice = EVERYTHING,
+    tolerates: Callable[[NDArray[np.bool_]], bool] | None = None,
+    apart: bool = False,
+) -> tuple[MemorySource, Any]:
     """Turn updates into rows.
 
     Parameters
@@ -53,13 +67,19 @@ def adapt(updates: Any, out: Any = None, centre: Any = None) -> tuple[MemorySour
         Receives the result.
     centre : like one update, optional
         Joins the rows of the source as one more.
+    choice : Choice
+        Which leaves take part, and in what dtype.
+    tolerates : callable, optional
+        Tells whether some of the rows, (n,) bool, may be Byzantine.
+    apart : bool
+        Whether each leaf becomes a source of its own too (`MemorySource.parts`).
 
     Returns
     -------
     source : MemorySource
         The rows.
     result : like one update
-        Where the result goes, in the caller's kind.
+        Where the result goes, in the caller's kind, unless the source has something to `finish`.
 
     Raises
     ------
@@ -70,6 +90,7 @@ def adapt(updates: Any, out: Any = None, centre: Any = None) -> tuple[MemorySour
         type(updates) is np.ndarray
         and out is None
         and centre is None
+        and choice is EVERYTHING
         and updates.dtype in DTYPES
         and updates.ndim >= 2
         and 0 < len(updates) <= MAX_ROWS
@@ -79,7 +100,8 @@ def adapt(updates: Any, out: Any = None, centre: Any = None) -> tuple[MemorySour
         return _adapt_plain(updates)
     if isinstance(updates, np.ndarray) or is_torch_array(updates) or hasattr(updates, "__dlpack_device__"):
         if centre is None:
-            return _adapt_stacked(updates, out)
+            _require_names(choice)
+            return _adapt_stacked(updates, out, choice)
         updates = [updates[i] for i in range(_rows_of(array_view(updates, "updates").shape))]
     if isinstance(updates, (str, bytes, Mapping)) or not isinstance(updates, Sequence):
         raise TypeError(
@@ -91,12 +113,13 @@ def adapt(updates: Any, out: Any = None, centre: Any = None) -> tuple[MemorySour
     if centre is not None:
         updates = [*updates, centre]
     if all(type(u) is np.ndarray for u in updates):
-        leaf, result = _make_leaf(updates, n, (), out)
+        _require_names(choice)
+        leaf, result = _make_leaf(updates, n, (), out, choice)
         if out is not None:
             check_disjoint([leaf])
         return MemorySource.of(n, [leaf], centre is not None), result
     try:
-        return _adapt_trees(updates, n, out)
+        return _adapt_trees(updates, n, out, choice, tolerates, apart)
     except RecursionError:
         raise ValueError("updates: a pytree is nested too deeply, or contains itself") from None
 
@@ -112,17 +135,40 @@ def _rows_of(shape: tuple[int, ...]) -> int:
     return shape[0]
 
 
-def _adapt_stacked(updates: Any, out: Any) -> tuple[MemorySource, Any]:
+def _require_names(choice: Choice) -> None:
+    """Raise where leaves of arrays are chosen by name."""
+    if choice.only or choice.exclude:
+        raise ValueError(f"{choice}: the updates are arrays, which have no named leaves (pass mappings of them)")
+
+
+def _adapt_stacked(updates: Any, out: Any, choice: Choice) -> tuple[MemorySource, Any]:
     array = array_view(updates, "updates")
     n = _rows_of(array.shape)
-    check_dtype(array.dtype, "updates", False)
-    shape = array.shape[1:]
-    result = empty(shape, updates, array) if out is None else checked_out(out, shape, updates, array, "out")
+    check_dtype(array.dtype, "updates", False, library_of(updates))
+    shape, form = array.shape[1:], choice.form(array.dtype)
+    assert form is not None
+    if isinstance(array, DeviceArray) and form.dtype != array.dtype:
+        raise TypeError(f"updates are on {array.place}, where {array.dtype} is not combined as {form.result} (convert)")
+    wanted = None if form.result == array.dtype else form.result
+    result = (
+        empty(shape, updates, array, wanted) if out is None else checked_out(out, shape, updates, array, "out", wanted)
+    )
     target = array_view(result, "out")
-    leaf = Leaf((), shape, array.dtype, array, target, place=place_of(array))
+    if form.factor == 2:
+        array, target, shape = pairs(array), pairs(target), (*shape, 2)
+    leaf = Leaf((), shape, form.dtype, array, target, place=place_of(array))
     if out is not None:
         check_disjoint([leaf])
-    return MemorySource.of(n, [leaf]), result
+    source = MemorySource.of(n, [leaf])
+    if library_of(updates) == "jax":
+        source.finish = functools.partial(_jax_array, result)
+    return source, result
+
+
+def _jax_array(result: NDArray[Any]) -> Any:
+    import jax.numpy
+
+    return jax.numpy.asarray(result)
 
 
 def _adapt_plain(updates: NDArray[Any]) -> tuple[MemorySource, NDArray[Any]]:
@@ -137,7 +183,7 @@ def _adapt_plain(updates: NDArray[Any]) -> tuple[MemorySource, NDArray[Any]]:
     return MemorySource(n, d, {dtype}, "cpu", Block((rows,), (target,))), result
 
 
-_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
+_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu", "requires_grad")
 
 
 @functools.cache
@@ -165,8 +211,10 @@ def _look(values: Sequence[Any]) -> tuple[np.dtype[Any], list[int]] | None:
         return None
     try:
         looks = [*map(_TORCH_LOOK, values)]
-        if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True):
+        if looks.count(looks[0]) != len(looks) or looks[0][3:5] != (dense, True):
             return None
+        if looks[0][5]:
+            warn_of_gradients()
         if not all(value.is_contiguous() and not value.is_neg() for value in values):
             return None
         addresses = [value.data_ptr() for value in values]
@@ -179,11 +227,11 @@ def _name_of_row(i: int, n: int) -> str:
     return f"row {i}" if i < n else "centre"
 
 
-def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any) -> tuple[Leaf, Any]:
+def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, choice: Choice) -> tuple[Leaf, Any]:
     """Check that all n rows, and what follows them, have the same leaf, and allocate its result."""
     like = values[0]
     looked = _look(values if out is None else (*values, out))
-    if looked is not None:
+    if looked is not None and choice.dtype in (None, looked[0]):
         dtype, addresses = looked
         shape = tuple(like.shape)
         result = out
@@ -199,27 +247,59 @@ def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any) -
         array = array_view(value, f"{row}{where}")
         if i == 0:
             first = array
-            check_dtype(array.dtype, f"row 0{where}", bool(path))
+            check_dtype(array.dtype, f"row 0{where}", bool(path), library_of(like))
         elif type(value) is not type(like) and library_of(value) != library_of(like):
             raise TypeError(
                 f"{row}{where} is a {library_of(value)} array, row 0 a {library_of(like)} array (convert one)"
             )
         elif place_of(array) != place_of(first):
             raise ValueError(f"{row}{where} is on {where_is(array)}, row 0 on {where_is(first)} (move one)")
-        elif array.shape != first.shape or array.dtype != first.dtype:
+        elif array.shape != first.shape or choice.kind(array.dtype) != choice.kind(first.dtype):
+            mixed = array.shape == first.shape and computed(array.dtype) and computed(first.dtype)
+            remedy = (
+                "convert it, x.to(row0.dtype)" if library_of(like) == "torch" else "convert it, x.astype(row0.dtype)"
+            )
             raise ValueError(
                 f"{row}{where} has shape {array.shape} and dtype {array.dtype}; "
                 f"row 0 has shape {first.shape} and dtype {first.dtype}"
+                + (f" (pass dtype='float32' to combine them, or {remedy})" if mixed else "")
             )
         arrays.append(array)
-    shape = first.shape
-    result = empty(shape, like, first) if out is None else checked_out(out, shape, like, first, f"out{where}")
-    return Leaf(path, shape, first.dtype, arrays, array_view(result, f"out{where}"), place=place_of(first)), result
+    shape, form, wanted = first.shape, choice.form(first.dtype), choice.result(first.dtype)
+    if isinstance(first, DeviceArray) and ((form is not None and form.dtype != first.dtype) or wanted != first.dtype):
+        raise TypeError(
+            f"row 0{where} is on {first.place}, where {first.dtype} is not combined as {wanted} (convert it)"
+        )
+    changed = None if wanted == first.dtype else wanted
+    result = (
+        empty(shape, like, first, changed)
+        if out is None
+        else checked_out(out, shape, like, first, f"out{where}", changed)
+    )
+    target = array_view(result, f"out{where}")
+    if form is not None and form.factor == 2:
+        arrays, target, shape = list(map(pairs, arrays)), pairs(target), (*shape, 2)
+    dtype = first.dtype if form is None else form.dtype
+    return Leaf(path, shape, dtype, arrays, target, place=place_of(first)), result
 
 
-def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource, Any]:
+def _adapt_trees(
+    updates: Sequence[Any],
+    n: int,
+    out: Any,
+    choice: Choice,
+    tolerates: Callable[[NDArray[np.bool_]], bool] | None,
+    apart: bool,
+) -> tuple[MemorySource, Any]:
     import optree
 
+    whole_out = out
+    if choice.only or choice.exclude:
+        names: list[str] = []
+        _named(updates[0], (), names)
+        choice.check(names)
+        updates = [_pruned(update, choice, ()) for update in updates]
+        out = None if out is None else _pruned(out, choice, ())
     paths, leaves, spec = optree.tree_flatten_with_path(updates[0])
     if not leaves:
         raise ValueError("row 0 holds no arrays; expected an array or a pytree of arrays")
@@ -231,29 +311,27 @@ def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource
         if row_spec != spec:  # mappings are matched by their keys, whatever their kind and order
             row, row_spec = optree.tree_flatten(_in_the_order_of(updates[0], update), is_leaf)
         if row_spec != spec:
-            name = _name_of_row(i, n)
-            raise ValueError(f"{name} {_difference(paths, update)} (structure {row_spec}, in row 0 {spec})")
+            raise ValueError(f"{_name_of_row(i, n)} {_difference(paths, update)}")
         rows.append(row)
     targets: list[Any] = [None] * len(leaves)
     if out is not None:
         targets, out_spec = optree.tree_flatten(_in_the_order_of(updates[0], out), is_leaf)
         if out_spec != spec:
-            raise ValueError(f"out {_difference(paths, out)} (structure {out_spec}, in the updates {spec})")
-    made, plain, results = [], [], []
+            raise ValueError(f"out {_difference(paths, out)}")
+    made, settings, results, places = [], [], [], []
     for column, path, target in zip(zip(*rows, strict=True), paths, targets, strict=True):
         if type(column[0]) in PLAIN and all(type(value) in PLAIN for value in column):
-            plain.append(plain_leaf(path, column[:n]))
-            results.append(plain[-1].value)
+            settings.append(plain_leaf(path, column[:n]))
+            results.append(settings[-1].value)
         else:
-            leaf, result = _make_leaf(column, n, path, target)
+            leaf, result = _make_leaf(column, n, path, target, choice)
             made.append(leaf)
+            places.append(len(results))
             results.append(result)
     if not made:
         raise ValueError(
             "row 0 holds no arrays, only numbers or texts of Python (pass numpy.asarray(x) of each number)"
         )
-    if out is not None:
-        check_disjoint(made)
     arrays = [leaf for leaf in leaves if type(leaf) not in PLAIN]
     libraries = sorted({library_of(leaf) for leaf in {type(leaf): leaf for leaf in arrays}.values()})
     if len(libraries) > 1:
@@ -263,7 +341,107 @@ def _adapt_trees(updates: Sequence[Any], n: int, out: Any) -> tuple[MemorySource
             here, there = (str(place or "cpu") for place in (leaf.place, made[0].place))
             first = name_of(made[0].path)
             raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {first} on {there} (move one)")
-    return MemorySource.of(n, made, len(updates) > n, plain), optree.tree_unflatten(spec, results)
+    tied = _tied(made, n, tolerates) if tolerates is not None and len(made) > 1 else {}
+    copies: list[tuple[Any, Any]] = []
+    for k, other in tied.items():
+        if out is None:
+            results[places[k]] = results[places[other]]
+        elif made[k].out_address != made[other].out_address:
+            copies.append((results[places[k]], results[places[other]]))
+    kept = [leaf for k, leaf in enumerate(made) if k not in tied]
+    if out is not None:
+        check_disjoint(kept if not copies else made)
+    source = MemorySource.of(n, kept, len(updates) > n, settings)
+    if apart:
+        source.parts = _parts(source, kept)
+    if libraries == ["jax"] or copies or whole_out is not out:
+
+        def finish() -> Any:
+            for target, result in copies:
+                np.copyto(view_on_host(target, "out"), view_on_host(result, "out"))
+            if whole_out is not None:
+                return whole_out
+            if libraries == ["jax"]:
+                results[:] = [_jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
+            return optree.tree_unflatten(spec, results)
+
+        source.finish = finish
+    return source, optree.tree_unflatten(spec, results)
+
+
+def _parts(source: MemorySource, leaves: list[Leaf]) -> dict[str, MemorySource]:
+    """Return a source for each leaf of floats; the first has what is no coordinate too."""
+    parts: dict[str, MemorySource] = {}
+    for leaf in leaves:
+        if leaf.dtype in DTYPES:
+            first = not parts
+            more = source.integers if first else []
+            parts[".".join(map(str, leaf.path))] = MemorySource.of(
+                source.n, [leaf, *more], source.has_centre, source.plain if first else ()
+            )
+    return parts
+
+
+def _tied(leaves: list[Leaf], n: int, tolerates: Callable[[NDArray[np.bool_]], bool]) -> dict[int, int]:
+    """Return leaves that are one memory with another in all rows but some that may be Byzantine: with which."""
+    looked = [leaf.addresses for leaf in leaves if leaf.addresses is not None]
+    if len(looked) == len(leaves):
+        table = np.sort(np.stack(looked)[:, :n], axis=0)
+        if (table[1:] != table[:-1]).all():
+            return {}
+    first: dict[tuple[Any, ...], int] = {}
+    apart: dict[tuple[int, int], NDArray[np.bool_]] = {}
+    for k, leaf in enumerate(leaves):
+        if leaf.size == 0 or leaf.place is not None or not isinstance(leaf.arrays, (list, tuple)):
+            continue
+        for i, place in enumerate(leaf.places()[:n]):
+            other = first.setdefault((i, leaf.dtype, *place), k)
+            if other != k:
+                apart.setdefault((k, other), np.ones(n, dtype=np.bool_))[i] = False
+    tied: dict[int, int] = {}
+    for (k, other), mask in apart.items():
+        if k not in tied and tolerates(mask):
+            tied[k] = tied.get(other, other)
+    return tied
+
+
+#: Stands for a leaf, or a mapping of leaves, that is left out.
+_NOTHING = object()
+
+
+def _named(tree: Any, path: tuple[Any, ...], names: list[str]) -> None:
+    """Collect the names of all leaves."""
+    if type(tree) in MAPPINGS:
+        for key, value in tree.items():
+            _named(value, (*path, key), names)
+    elif type(tree) in (list, tuple):
+        for k, value in enumerate(tree):
+            _named(value, (*path, k), names)
+    elif tree is not None:
+        if isinstance(tree, (tuple, Mapping)):
+            raise TypeError(
+                f"only= and exclude= look into dicts, lists and tuples; leaf {name_of(path)} is a {type(tree).__name__}"
+            )
+        names.append(".".join(map(str, path)))
+
+
+def _pruned(tree: Any, choice: Choice, path: tuple[Any, ...]) -> Any:
+    """Return a tree without the leaves that take no part: mappings lack their keys, sequences have None."""
+    if type(tree) in MAPPINGS:
+        items = {key: _pruned(value, choice, (*path, key)) for key, value in tree.items()}
+        left = {key: value for key, value in items.items() if value is not _NOTHING}
+        if path and items and not left:
+            return _NOTHING
+        kind: Any = type(tree)
+        return kind(tree.default_factory, left) if isinstance(tree, defaultdict) else kind(left)
+    if type(tree) in (list, tuple):
+        parts = [_pruned(value, choice, (*path, k)) for k, value in enumerate(tree)]
+        if path and parts and all(part is _NOTHING for part in parts):
+            return _NOTHING
+        return type(tree)(None if part is _NOTHING else part for part in parts)
+    if tree is None or choice.takes(".".join(map(str, path))):
+        return tree
+    return _NOTHING
 
 
 def _in_the_order_of(first: Any, other: Any) -> Any:
@@ -289,9 +467,15 @@ def _difference(paths: list[tuple[Any, ...]], other: Any) -> str:
         return ", ".join(
             text
             for text in (
-                f"lacks the leaves {', '.join(missing[:5])}" if missing else "",
-                f"has the unexpected leaves {', '.join(extra[:5])}" if extra else "",
+                f"lacks the {_some(missing)}" if missing else "",
+                f"has the unexpected {_some(extra)}" if extra else "",
             )
             if text
         )
-    return "has another structure than row 0"
+    return f"has another structure than row 0 ({plain(str(optree.tree_structure(other)), 200)})"
+
+
+def _some(names: list[str]) -> str:
+    """Name the first of some leaves, and say how many more there are."""
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return f"leaves {', '.join(plain(name, 100) for name in names[:2])}{more}"

@@ -1,0 +1,353 @@
+"""Writing the result: tensor by tensor, complete or not at all, and looked at before it replaces anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern.errors import shown
+from robustkern.files.formats import CODES, MARK, WRITTEN, FileError, Tensor, kind_of, open_reader
+
+try:
+    import fcntl as locks
+except ImportError:  # no Unix
+    locks = None  # type: ignore[assignment]
+LOCKS: Any = locks
+
+__all__ = ["Output", "check_target", "in_order"]
+
+PART = ".part"
+_CODES = {dtype: code for code, dtype in CODES.items()}
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return names in the order of a file: wider dtypes first, so that readers find every value aligned."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+class Writer(Protocol):
+    """Writes tensors one by one."""
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        """Go on to the next tensor."""
+
+    def write(self, values: NDArray[np.uint8]) -> None:
+        """Write its next bytes."""
+
+    def close(self) -> None:
+        """Write what comes last."""
+
+
+class _SafetensorsWriter:
+    """Writes behind a header that is known beforehand."""
+
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
+        offset = 0
+        for name, tensor in tensors.items():
+            end = offset + tensor.nbytes
+            header[name] = {
+                "dtype": _CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(struct.pack("<Q", len(text)) + text)
+        self._file = file
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        pass
+
+    def write(self, values: NDArray[np.uint8]) -> None:
+        self._file.write(values.data)
+
+    def close(self) -> None:
+        pass
+
+
+class _NpzWriter:
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._archive.comment = MARK.encode()
+        self._member: IO[bytes] | None = None
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        self._end()
+        # The time of a member would make two outputs of the same updates differ.
+        self._member = self._archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True)
+        _write_npy_header(self._member, tensor)
+
+    def write(self, values: NDArray[np.uint8]) -> None:
+        assert self._member is not None
+        self._member.write(values.data)
+
+    def _end(self) -> None:
+        if self._member is not None:
+            self._member.close()
+            self._member = None
+
+    def close(self) -> None:
+        self._end()
+        self._archive.close()
+
+
+class _NpyWriter:
+    def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+        self._file = file
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        _write_npy_header(self._file, tensor)
+
+    def write(self, values: NDArray[np.uint8]) -> None:
+        self._file.write(values.data)
+
+    def close(self) -> None:
+        pass
+
+
+def _write_npy_header(file: IO[bytes], tensor: Tensor) -> None:
+    fields = {"descr": np.lib.format.dtype_to_descr(tensor.dtype), "fortran_order": False, "shape": tensor.shape}
+    np.lib.format.write_array_header_1_0(file, fields)
+
+
+_WRITERS: dict[str, type[_SafetensorsWriter] | type[_NpzWriter] | type[_NpyWriter]] = {
+    ".safetensors": _SafetensorsWriter,
+    ".npz": _NpzWriter,
+    ".npy": _NpyWriter,
+}
+
+
+class Output:
+    """Where a result goes: one file, or shards of a bounded size with an index.
+
+    Parameters
+    ----------
+    out : Path
+        The file, or what shards are named after: "model.safetensors" makes "model-00001-of-00002.safetensors" and
+        "model.safetensors.index.json".
+    tensors : dict
+        What is to be written, in this order.
+    metadata : dict
+        Texts for formats that have some.
+    inputs : sequence of paths
+        Files that must not be replaced.
+    shard_size : int, optional
+        Most bytes of the tensors in a shard; a larger tensor has a shard of its own.
+
+    Raises
+    ------
+    FileError
+        If it cannot be written so.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        tensors: Mapping[str, Tensor],
+        metadata: dict[str, str],
+        inputs: Sequence[Path],
+        shard_size: int | None = None,
+    ) -> None:
+        self.out, self.tensors = out, dict(tensors)
+        self.metadata = {**metadata, MARK: "aggregated"}
+        kind = kind_of(out)
+        if kind not in WRITTEN:
+            raise FileError(
+                f"{out}: unknown kind of output; expected one of {', '.join(WRITTEN)} (convert it afterwards: torch "
+                "reads safetensors, and they hold no code)"
+            )
+        if shard_size is not None and kind != ".safetensors":
+            raise FileError(f"{out}: only safetensors files are written in shards (use .safetensors)")
+        self._files = self._shards(shard_size)
+        for path in [*self._files, *([self._index] if self._index else [])]:
+            check_target(path, inputs)
+        if kind == ".npy" and len(tensors) != 1:
+            raise FileError(f"{out}: an npy file holds one tensor, the updates have {len(tensors)} (use .npz)")
+        for name, tensor in tensors.items():
+            _check_name(out, kind, name)
+            if kind != ".safetensors" and tensor.dtype.isbuiltin != 1:
+                raise FileError(f"{out}: {kind[1:]} files cannot hold {tensor.dtype} (use .safetensors)")
+            if kind == ".safetensors" and tensor.dtype not in _CODES:
+                raise FileError(f"{out}: safetensors files cannot hold {tensor.dtype} (use .npz)")
+
+    def _shards(self, limit: int | None) -> dict[Path, dict[str, Tensor]]:
+        self._index: Path | None = None
+        groups: list[dict[str, Tensor]] = [{}]
+        held = 0
+        for name, tensor in self.tensors.items():
+            if limit is not None and groups[-1] and held + tensor.nbytes > limit:
+                groups.append({})
+                held = 0
+            groups[-1][name] = tensor
+            held += tensor.nbytes
+        if len(groups) == 1:
+            return {self.out: groups[0]}
+        self._index = self.out.with_name(self.out.name + ".index.json")
+        names = (f"{self.out.stem}-{k + 1:05}-of-{len(groups):05}{self.out.suffix}" for k in range(len(groups)))
+        return dict(zip(map(self.out.with_name, names), groups, strict=True))
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Writer]:
+        """Open what takes the tensors in order; everything appears under its name at the end, or nothing does."""
+        remove_leftovers(self.out.parent)
+        with contextlib.ExitStack() as stack:
+            parts = _Parts(stack, self._files, self.metadata)
+            yield parts
+            parts.close()
+            for path, (part, tensors) in parts.made.items():
+                _look_at(path, part, tensors)
+            if self._index is not None:
+                text = json.dumps(
+                    {
+                        "metadata": {**self.metadata, "total_size": sum(t.nbytes for t in self.tensors.values())},
+                        "weight_map": {name: path.name for path, group in self._files.items() for name in group},
+                    },
+                    indent=2,
+                )
+                part = stack.enter_context(_part(self._index))
+                part.write(text.encode())
+                parts.made[self._index] = (part, {})
+            for path, (part, _) in parts.made.items():  # the index last
+                _replace(part, path)
+
+
+class _Parts:
+    """Writes one file after the other."""
+
+    def __init__(
+        self, stack: contextlib.ExitStack, files: Mapping[Path, dict[str, Tensor]], metadata: dict[str, str]
+    ) -> None:
+        self.made: dict[Path, tuple[IO[bytes], dict[str, Tensor]]] = {}
+        self._stack, self._metadata = stack, metadata
+        self._left = list(files.items())
+        self._writer: Writer | None = None
+        self._next()
+
+    def _next(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        path, tensors = self._left.pop(0)
+        part = self._stack.enter_context(_part(path))
+        self.made[path] = (part, tensors)
+        self._names = set(tensors)
+        self._writer = _WRITERS[kind_of(path)](part, tensors, self._metadata)
+
+    def begin(self, name: str, tensor: Tensor) -> None:
+        if name not in self._names:
+            self._next()
+        assert self._writer is not None
+        self._writer.begin(name, tensor)
+
+    def write(self, values: NDArray[np.uint8]) -> None:
+        assert self._writer is not None
+        self._writer.write(values)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def check_target(path: Path, inputs: Sequence[Path]) -> None:
+    """Raise where a file cannot be replaced, or must not be."""
+    if path.is_dir():
+        raise FileError(f"{path}: is a directory (name a file)")
+    if not path.parent.is_dir():
+        raise FileError(f"{path}: the directory {path.parent} does not exist")
+    if path.exists():
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileError(f"{path}: is no regular file, which are all that is ever replaced")
+        if any(other.exists() and path.samefile(other) for other in inputs):
+            raise FileError(f"{path}: is one of the updates, which are never overwritten")
+
+
+def _check_name(out: Path, kind: str, name: str) -> None:
+    """Raise where a file cannot hold a tensor of that name, or somebody who unpacks it would be led elsewhere."""
+    bad = kind == ".safetensors" and name == "__metadata__"
+    if kind == ".npz":
+        steps = name.replace("\\", "/").split("/")
+        bad = (
+            "\0" in name
+            or len(name.encode()) > 65_000
+            or not name
+            or steps[0] == ""
+            or ".." in steps
+            or ":" in steps[0]
+        )
+    if bad:
+        raise FileError(f"{out}: {kind[1:]} files cannot hold a tensor named {shown(name)} (use another kind of file)")
+
+
+# ---- temporary files -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _part(target: Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file beside the target, which is locked while it is written, and removed if it is left."""
+    file = None
+    try:
+        while file is None or not _is_ours(file):
+            path = target.with_name(f".{MARK}-{secrets.token_hex(8)}{PART}")
+            file = path.open("xb+")
+        with file:
+            yield file
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise FileError(f"{target}: cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError, UnboundLocalError):
+            path.unlink()
+
+
+def _is_ours(file: IO[bytes]) -> bool:
+    """Lock a new temporary file; whoever removes leftovers may have taken it for one before."""
+    if LOCKS is None:
+        return True
+    try:
+        LOCKS.flock(file, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
+        return os.stat(file.name).st_ino == os.fstat(file.fileno()).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _look_at(target: Path, part: IO[bytes], tensors: dict[str, Tensor]) -> None:
+    """Read what was written as a reader will, before it replaces anything."""
+    part.flush()
+    os.fsync(part.fileno())
+    try:
+        reader = open_reader(Path(part.name), kind=kind_of(target))
+        reader.held.close()
+    except FileError as error:
+        raise FileError(f"{target}: what was written cannot be read ({error}); nothing was replaced") from None
+    found = reader.tensors if kind_of(target) != ".npy" else dict(zip(tensors, reader.tensors.values(), strict=True))
+    if found != tensors:
+        raise FileError(f"{target}: what was written is not what was to be written; nothing was replaced")
+
+
+def _replace(part: IO[bytes], target: Path) -> None:
+    part.flush()
+    os.fsync(part.fileno())
+    os.replace(part.name, target)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of runs that were killed: nobody holds their locks."""
+    if LOCKS is None:
+        return
+    for path in folder.glob(f".{MARK}-*{PART}*"):
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            LOCKS.flock(file, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
+            path.unlink()
