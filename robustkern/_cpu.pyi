@@ -77,4 +77,15 @@ def update_momenta(
     threads: int,
 ) -> None: ...
 def digest(isa: str, data: NDArray[uint8], key: NDArray[uint32], point: int) -> int: ...
+def read_rows(
+    isa: str,
+    files: NDArray[int64],
+    offsets: NDArray[int64],
+    out: NDArray[uint64],
+    bytes: int,
+    key: NDArray[uint32] | None,
+    point: int,
+    digests: NDArray[uint64],
+    threads: int,
+) -> bool: ...
 def read_pass(isa: str, data: NDArray[uint64], offsets: NDArray[int64], dtype: int, threads: int) -> int: ...

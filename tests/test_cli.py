@@ -82,7 +82,10 @@ def test_command(tmp_path: Path) -> None:
         (["--rule", "medain"], "--rule: 'medain' is not known; did you mean 'median'"),
         (["--rule", "nnm"], "--rule: nnm only mixes the rows; end it with a rule"),
         (["--rule", "median("], "--rule: "),
-        (["--weights", "1,a"], "--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got '1,a'"),
+        (
+            ["--weights", "1,a"],
+            "--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got '1,a'",
+        ),
         (["--f", "1", "--weights", "1,1,1"], "--weights has 3 numbers for 9 workers"),
         (["--f", "1", "--weights", "1,1,1,1,1,1,1,1,-1"], "--weights must be finite, not negative, and not all 0"),
         (["--f", "1", "--weights", "0,0,0,0,0,0,0,0,0"], "--weights must be finite, not negative, and not all 0"),

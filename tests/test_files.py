@@ -125,7 +125,9 @@ def test_a_folder_is_a_pool_or_one_worker(tmp_path: Path) -> None:
     folders = [tmp_path / "pool" / f"client_{i}" for i in range(3)]
     assert aggregate_files(folders, "median", out=tmp_path / "out.safetensors").n == 3
     (tmp_path / "none").mkdir()
-    with pytest.raises(FileError, match=r"none: the folder holds no worker: no .safetensors, .npz, .npy, .*subdirectory"):
+    with pytest.raises(
+        FileError, match=r"none: the folder holds no worker: no .safetensors, .npz, .npy, .*subdirectory"
+    ):
         aggregate_files([tmp_path / "none"], "median", out=tmp_path / "out.safetensors")
 
 

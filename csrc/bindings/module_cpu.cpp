@@ -4,7 +4,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__unix__) || defined(__APPLE__)
+#define RK_PREAD
+#include <unistd.h>
+#endif
+
 #include <algorithm>
+#include <atomic>
 #include <new>
 #include <optional>
 #include <string>
@@ -148,6 +154,46 @@ std::uint64_t digest(const char* isa, nb::handle data, nb::handle key, std::uint
   return value;
 }
 
+#ifdef RK_PREAD
+// Read as many bytes of each file, from a position of its own, into the rows of a buffer, and hash them where there is
+// a key; true where all could be read. Between the copy and the hash nothing leaves the cache.
+bool read_rows(const char* isa, Array<const std::int64_t, 1> files, Array<const std::int64_t, 1> offsets,
+               Array<std::uint64_t, 1> out, std::int64_t bytes, nb::handle key, std::uint64_t point,
+               Array<std::uint64_t, 1> digests, int threads) {
+  const rk::Kernels& table = kernels(isa);
+  const std::size_t n = files.shape(0);
+  require(offsets.shape(0) == n && out.shape(0) == n && digests.shape(0) == n, "one file, place and hash for each row");
+  Py_buffer secret;
+  const std::uint32_t* words = nullptr;
+  if (!key.is_none()) {
+    if (PyObject_GetBuffer(key.ptr(), &secret, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    words = static_cast<const std::uint32_t*>(secret.buf);
+    const bool fits = secret.len == rk::kDigestWords * 4;
+    PyBuffer_Release(&secret);
+    require(fits, "the key must have the words of a block");
+  }
+  nb::gil_scoped_release release;
+  std::atomic<bool> read{true};
+  const int team = rk::usable_threads(threads, bytes * static_cast<std::int64_t>(n));
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (std::size_t i = 0; i < n; ++i) {
+    char* row = reinterpret_cast<char*>(static_cast<std::uintptr_t>(out.data()[i]));
+    std::int64_t done = 0;
+    while (done < bytes) {
+      const ssize_t count = pread(static_cast<int>(files.data()[i]), row + done, static_cast<std::size_t>(bytes - done),
+                                  offsets.data()[i] + done);
+      if (count <= 0) break;
+      done += count;
+    }
+    if (done < bytes)
+      read = false;
+    else if (words)
+      digests.data()[i] = table.digest(row, bytes, words, point);
+  }
+  return read;
+}
+#endif
+
 // Where the first element of an array of any dtype and strides lies.
 std::uintptr_t address_of(nb::handle array) {
   Py_buffer view;
@@ -211,6 +257,10 @@ NB_MODULE(_cpu, m) {
         "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,
         "gradient_scales"_a, "correction_scales"_a.none(), "momenta"_a, "threads"_a);
+#ifdef RK_PREAD
+  m.def("read_rows", &read_rows, "isa"_a, "files"_a, "offsets"_a, "out"_a, "bytes"_a, "key"_a.none(), "point"_a,
+        "digests"_a, "threads"_a);
+#endif
   m.def("digest", &digest, "isa"_a, "data"_a, "key"_a, "point"_a);
   m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);
 }

@@ -185,6 +185,20 @@ class Cpp:
         """Hash contiguous bytes; see `robustkern.files.digest`."""
         return int(self._cpu.digest(self.isa, data, key, point))
 
+    def read_rows(
+        self,
+        files: NDArray[np.int64],
+        offsets: NDArray[np.int64],
+        out: NDArray[np.uint64],
+        count: int,
+        key: NDArray[np.uint32] | None,
+        point: int,
+        digests: NDArray[np.uint64],
+    ) -> bool:
+        """Read `count` bytes of each file into memory, and hash them; see `robustkern.files.digest`."""
+        read: bool = self._cpu.read_rows(self.isa, files, offsets, out, count, key, point, digests, requested_threads())
+        return read
+
     def read_pass(self, rows: Rows) -> int:
         """Sum the rows as 64-bit words: one read of the data, which the benchmarks measure in."""
         return int(self._cpu.read_pass(self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], requested_threads()))

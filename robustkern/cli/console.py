@@ -7,8 +7,10 @@ import functools
 import inspect
 import json
 import re
+import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -108,6 +110,24 @@ def errors(names: Collection[str] = (), extra: str = "cli", much: str = "this") 
         fail(in_options(str(error), names), CANNOT)
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that what it has begun is cleaned up."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def command(extra: str = "demo", much: str = "one tensor of all files") -> Callable[[Any], Any]:
     """Make a function a command: what users can do something about becomes a message and an exit code.
 
@@ -124,7 +144,7 @@ def command(extra: str = "demo", much: str = "one tensor of all files") -> Calla
 
         @functools.wraps(function)
         def run(*arguments: Any, **options: Any) -> None:
-            with errors(names, extra, much):
+            with errors(names, extra, much), terminable():
                 function(*arguments, **options)
 
         return run

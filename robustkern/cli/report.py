@@ -100,6 +100,7 @@ def print_workers(info: Info, pool: Pool, weighed: Weights, out: Path, seconds: 
             for k, (worker, (verdict, why, i)) in enumerate(zip(pool.workers, _verdicts(info, pool), strict=True))
         ],
         numbers=("distance", *weights, "weight"),
+        prose=("why",),
     )
     if info.bound_met is False:
         note(f"n = {info.n}, f = {info.f} do not satisfy what this rule's guarantee needs.")

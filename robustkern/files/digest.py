@@ -6,12 +6,15 @@ they are, as long as the key is secret; the compiled one runs at the speed of me
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.backends.cpp import Cpp
 from robustkern.backends.registry import load_backend
+from robustkern.errors import BackendUnavailable
 
 __all__ = ["Digest"]
 
@@ -25,13 +28,15 @@ class Digest:
     def __init__(self) -> None:
         self.key = np.frombuffer(secrets.token_bytes(4 * WORDS), dtype=np.uint32)
         self.point = secrets.randbelow(PRIME)
-        compiled = load_backend("cpp")
-        self._compiled = None if isinstance(compiled, str) else compiled
+        self.compiled: Cpp | None = None
+        with contextlib.suppress(BackendUnavailable):
+            found = load_backend("cpp")
+            self.compiled = found if isinstance(found, Cpp) else None
 
     def __call__(self, data: NDArray[np.uint8]) -> int:
         """Return the hash, below 2^61 - 1."""
-        if self._compiled is not None:
-            return int(self._compiled.digest(data, self.key, self.point))  # type: ignore[attr-defined]
+        if self.compiled is not None:
+            return self.compiled.digest(data, self.key, self.point)
         return self.plain(data)
 
     def plain(self, data: NDArray[np.uint8]) -> int:

@@ -8,6 +8,7 @@ it is used and read by position, never mapped: one that shrinks is an error, not
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -159,6 +160,11 @@ class Held:
         except OSError as error:
             raise FileError(f"{self.path}: cannot be opened ({error.strerror})") from None
 
+    @property
+    def fileno(self) -> int | None:
+        """The descriptor, where it is held open."""
+        return self._fd
+
     def close(self) -> None:
         """Let the file go."""
         if self._fd is not None:
@@ -271,6 +277,9 @@ class Reader(Protocol):
     def in_pieces(self, name: str) -> bool:
         """Tell whether parts of a tensor can be read; one in another order of its axes is read whole."""
 
+    def offset_of(self, name: str) -> int | None:
+        """Return where in the file a tensor's bytes begin, where they lie there as they are."""
+
     def place_of(self, name: str) -> Any:
         """Return where a tensor lies: the same for two names of one memory."""
 
@@ -305,6 +314,10 @@ class _Spans:
 
     def in_pieces(self, name: str) -> bool:
         return self.spans[name].steps is None
+
+    def offset_of(self, name: str) -> int | None:
+        offset, steps = self.spans[name]
+        return offset if steps is None else None
 
     def place_of(self, name: str) -> Any:
         return self.spans[name]
@@ -404,6 +417,9 @@ class _Npz(_Spans):
             if span.steps is not None or name in self._streams:
                 continue
             self._sums[name] = (at, member.CRC)
+
+    def offset_of(self, name: str) -> int | None:
+        return None  # the sums are of members
 
     def place_of(self, name: str) -> Any:
         return name
@@ -545,7 +561,15 @@ class _Torch(_Spans):
 
 def _npy_header(start: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
     """Return what an array is, where its values begin, and their steps where they are not in the order of C."""
-    file = io.BytesIO(start)
+    version = np.lib.format.read_magic(io.BytesIO(start[:8]))
+    size, code = (10, "<H") if version == (1, 0) else (12, "<I")
+    (length,) = struct.unpack(code, start[8:size])
+    return _parsed(start[: size + length])
+
+
+@functools.lru_cache(maxsize=4096)  # tensors of one shape have equal headers, in all files
+def _parsed(header: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
+    file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
@@ -556,7 +580,7 @@ def _npy_header(start: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
     steps = None
     if fortran and sum(size != 1 for size in shape) > 1:
         steps = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
-    return Tensor(shape, dtype), file.tell(), steps
+    return Tensor(shape, dtype), len(header), steps
 
 
 def _check_length(tensor: Tensor, offset: int, length: int) -> None:

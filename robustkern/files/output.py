@@ -171,6 +171,7 @@ class Output:
             )
         if shard_size is not None and kind != ".safetensors":
             raise FileError(f"{out}: only safetensors files are written in shards (use .safetensors)")
+        self._index: Path | None = None
         self._files = self._shards(shard_size)
         for path in [*self._files, *([self._index] if self._index else [])]:
             check_target(path, inputs)
@@ -184,7 +185,6 @@ class Output:
                 raise FileError(f"{out}: safetensors files cannot hold {tensor.dtype} (use .npz)")
 
     def _shards(self, limit: int | None) -> dict[Path, dict[str, Tensor]]:
-        self._index: Path | None = None
         groups: list[dict[str, Tensor]] = [{}]
         held = 0
         for name, tensor in self.tensors.items():

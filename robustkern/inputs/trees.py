@@ -16,7 +16,6 @@ from robustkern.contract.rows import DTYPES, MAX_ROWS, Block, Rows, one_segment
 from robustkern.errors import plain
 from robustkern.inputs.addresses import address_of, addresses_of
 from robustkern.inputs.arrays import (
-    address,
     array_view,
     check_dtype,
     checked_out,
@@ -231,7 +230,7 @@ def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, c
     """Check that all n rows, and what follows them, have the same leaf, and allocate its result."""
     like = values[0]
     looked = _look(values if out is None else (*values, out))
-    if looked is not None and choice.dtype in (None, looked[0]):
+    if looked is not None and (choice.dtype is None or choice.dtype == looked[0]):
         dtype, addresses = looked
         shape = tuple(like.shape)
         result = out
@@ -359,11 +358,10 @@ def _adapt_trees(
         def finish() -> Any:
             for target, result in copies:
                 np.copyto(view_on_host(target, "out"), view_on_host(result, "out"))
-            if whole_out is not None:
-                return whole_out
             if libraries == ["jax"]:
                 results[:] = [_jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
-            return optree.tree_unflatten(spec, results)
+            tree = optree.tree_unflatten(spec, results)
+            return tree if whole_out is out else _merged(whole_out, tree)
 
         source.finish = finish
     return source, optree.tree_unflatten(spec, results)
@@ -423,6 +421,15 @@ def _named(tree: Any, path: tuple[Any, ...], names: list[str]) -> None:
                 f"only= and exclude= look into dicts, lists and tuples; leaf {name_of(path)} is a {type(tree).__name__}"
             )
         names.append(".".join(map(str, path)))
+
+
+def _merged(whole: Any, part: Any) -> Any:
+    """Return a tree with the leaves of another one that has some of them; see `_pruned`."""
+    if isinstance(whole, Mapping):
+        return {key: _merged(value, part[key]) if key in part else value for key, value in whole.items()}
+    if type(whole) in (list, tuple):
+        return type(whole)(a if b is None else _merged(a, b) for a, b in zip(whole, part, strict=True))
+    return part
 
 
 def _pruned(tree: Any, choice: Choice, path: tuple[Any, ...]) -> Any:

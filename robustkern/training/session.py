@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.errors import plain
 from robustkern.measure import style
 from robustkern.training.settings import Settings
 from robustkern.training.simulation import Server, Times
@@ -83,8 +84,8 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
         lost = {int(worker): str(reason) for worker, reason in json.loads(facts["lost"]).items()}
         if t < 0 or not all(1 <= worker < settings.workers for worker in lost):
             raise ValueError(f"round {t} and lost workers {sorted(lost)} cannot be")
-    except (SafetensorError, OSError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error} (start again with --overwrite)") from None
+    except (SafetensorError, OSError, KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read: {plain(str(error))} (start again with --overwrite)") from None
     _check_settings(settings, theirs, out)
     if t > settings.rounds:
         raise ValueError(
@@ -95,7 +96,7 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
 
 
 def _check_settings(settings: Settings, theirs: Any, out: Path) -> None:
-    different = settings.differences(theirs) if isinstance(theirs, dict) else f"{theirs!r} there"
+    different = settings.differences(theirs) if isinstance(theirs, dict) else f"{plain(repr(theirs), 100)} there"
     if different:
         raise ValueError(
             f"{out} holds a run with other settings ({different}); choose another --out, or start again with "
@@ -149,7 +150,7 @@ def read_lines(path: Path) -> list[Line]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):
             lines.append(line)
@@ -157,20 +158,21 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def _read_log(path: Path) -> list[Line]:
-    """Return the settings, and the tests that are complete."""
-    return [
-        line
-        for line in read_lines(path)
-        if "settings" in line
-        or (
-            isinstance(line.get("round"), int)
-            and isinstance(line.get("accuracy"), float)
-            and isinstance(line.get("lost"), dict)
-            and isinstance(line.get("seconds"), dict)
-            and "loss" in line
-            and "total" in line["seconds"]
-        )
-    ]
+    """Return the settings, and the tests that are complete; whatever else stands there is left out."""
+    return [line for line in read_lines(path) if line.keys() == {"settings"} or _is_test(line)]
+
+
+def _is_test(line: Line) -> bool:
+    seconds, loss = line.get("seconds"), line.get("loss", "")
+    return (
+        type(line.get("round")) is int
+        and isinstance(line.get("accuracy"), float)
+        and (loss is None or isinstance(loss, float))
+        and isinstance(line.get("lost"), dict)
+        and isinstance(seconds, dict)
+        and "total" in seconds
+        and all(isinstance(value, (int, float)) for value in seconds.values())
+    )
 
 
 def _number(value: float) -> float | None:

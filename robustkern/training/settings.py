@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from robustkern.errors import plain
 from robustkern.rules import parse_rule
 from robustkern.training.attacks import available_attacks, parse_attack
 from robustkern.training.data import DATA_SETS, dirichlet_of
@@ -143,4 +144,7 @@ class Settings:
             else:
                 return f"split: {old!r} there, as in all runs of version 0.1, {self.split!r} here"
         names = [name for name in {**mine, **other} if name != "rounds" and mine.get(name) != other.get(name)]
-        return ", ".join(f"{name}: {other.get(name)!r} there, {mine.get(name)!r} here" for name in names)
+        return ", ".join(
+            f"{plain(name, 50)}: {plain(repr(other.get(name)), 100)} there, {mine.get(name)!r} here"
+            for name in names[:5]
+        ) + (f", and {len(names) - 5} more" if len(names) > 5 else "")
