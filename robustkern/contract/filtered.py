@@ -120,7 +120,7 @@ class SharedInfinities(_Of):
             for rows, out in zip(block.rows, block.out, strict=True):
                 columns = max(BLOCK_BYTES // (rows.n * rows.dtype.itemsize), 1)
                 for part, target in zip(rows.blocks(columns), out.blocks(columns), strict=True):
-                    values = np.stack([part.array(0, i) for i in range(rows.n)])
+                    values = part.matrix(0)
                     sign = np.zeros(part.d, dtype=np.int8)
                     if not np.isfinite(values.astype(np.float32, copy=False)).all():
                         for value in (1, -1):

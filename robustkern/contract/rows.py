@@ -143,6 +143,16 @@ class Rows:
         memory = _Memory(int(self.addresses[segment, row]), count * self.dtype.itemsize)
         return np.asarray(memory).view(self.dtype)
 
+    def matrix(self, segment: int) -> NDArray[Any]:
+        """Return all rows' parts of one segment, (n, m): a copy; only of rows in the host's memory."""
+        first, count = self.addresses[segment].astype(np.int64), int(self.offsets[segment + 1] - self.offsets[segment])
+        step = int(first[1] - first[0]) if len(first) > 1 else 0
+        if count and step >= count * self.dtype.itemsize and (np.diff(first) == step).all():  # of one array
+            memory = np.asarray(_Memory(int(first[0]), step * (len(first) - 1) + count * self.dtype.itemsize))
+            whole = np.lib.stride_tricks.as_strided(memory, (len(first), count * self.dtype.itemsize), (step, 1))
+            return np.ascontiguousarray(whole).view(self.dtype)
+        return np.stack([self.array(segment, i) for i in range(self.n)])
+
     def scratch(self) -> Rows:
         """Return new memory for one row of as many columns, in one segment, where these lie."""
         if self.place is None:

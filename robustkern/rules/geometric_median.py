@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.rows import Vector
+from robustkern.contract.rows import Matrix, Vector
 from robustkern.rules.base import Aggregator, Goals, register
 from robustkern.rules.geometry import SINGLE_NOISE
-from robustkern.rules.least_distances import converged_weights, shift_bound, smoothed_weights
+from robustkern.rules.least_distances import Products, converged_weights, shift_bound, smoothed_weights
 from robustkern.rules.text import set_name
 from robustkern.rules.view import Solution, View
 
@@ -75,6 +75,8 @@ class GeometricMedian(Aggregator):
     def solve(self, view: View) -> Solution:
         """Solve on the rows that are finite."""
         converges = self.nu == 0 and self.max_iter is None
+        if converges and (columns := view.few_columns(self.name)) is not None:
+            return _solve_in_columns(view, *columns)
         # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
         geometry, weights = view.measured(self.name, quick=converges)
         if converges and (row := _majority(view, weights)) is not None:
@@ -115,6 +117,19 @@ class GeometricMedian(Aggregator):
             if done:
                 break
         return np.asarray(y, dtype=x.dtype)
+
+
+def _solve_in_columns(view: View, x: Matrix, finite: NDArray[np.bool_], rounding: float) -> Solution:
+    """Solve for many rows of few columns."""
+    used = np.flatnonzero(finite & (view.weights_or_ones() > 0))
+    found, iterations, converged, gap = converged_weights(Products(x[used]), view.weights_or_ones()[used], rounding)
+    weights = np.zeros(view.n)
+    weights[used] = found
+    total = math.fsum(found)
+    squares = np.where(finite, ((x - weights @ x / total) ** 2).sum(axis=1), np.inf)
+    return Solution(
+        weights, total, sq_distances=squares, iterations=iterations, converged=converged, gap=gap, gave_up=not converged
+    )
 
 
 def _majority(view: View, weights: Vector) -> int | None:

@@ -33,6 +33,9 @@ __all__ = [
 
 Mask = NDArray[np.bool_]
 
+#: From so many rows on, and with so many of them for each column, rows are known by their columns, not their products:
+#: then the geometric median of 3000 x 20 takes 0.02 s instead of 0.4.
+MANY_ROWS, ROWS_PER_COLUMN = 512, 8
 FLOAT64 = np.dtype(np.float64)
 EPSILON = 2.0**-53
 #: Powers of two that bring float64 rows of any magnitude to where squares neither overflow nor vanish.
@@ -303,6 +306,31 @@ class Given:
         self.geometry = Geometry(inner, finite, lengths, rounding, single, scale, origin, centre)
         self.nonfinite = ~finite
         return self.geometry
+
+    def few_columns(self) -> tuple[Matrix, Mask, float] | None:
+        """Return the rows themselves, see `robustkern.rules.view.View.few_columns`."""
+        n, source = self.n, self.source
+        few = n >= MANY_ROWS and source.d * ROWS_PER_COLUMN <= n
+        if not few or self.geometry is not None or source.device != "cpu" or source.divided or source.has_centre:
+            return None
+        parts = [
+            rows.matrix(s).astype(np.float64)
+            for block in source.blocks()
+            for rows in block.rows
+            for s in range(len(rows.addresses))
+        ]
+        x = np.concatenate([np.zeros((n, 0)), *parts], axis=1)
+        finite = np.asarray(np.isfinite(x).all(axis=1))
+        if not finite.any():
+            self.nonfinite = ~finite
+            return x, finite, _rounding(source.d)
+        x[finite] -= np.sort(x[finite], axis=0)[(np.count_nonzero(finite) - 1) // 2]
+        x[~finite] = 0.0
+        largest = float(abs(x).max(initial=0.0))
+        if not largest < 1e100 or (0 < largest < 1e-100):
+            return None  # squares need a scale, see `measure`
+        self.nonfinite = ~finite
+        return x, finite, _rounding(source.d)
 
     def _gram(self, scale: float, single: bool) -> Matrix:
         m = self.n + self.source.has_centre + self.needs_origin

@@ -1,5 +1,7 @@
 """The geometric median of rows known by their inner products: a step costs n^2 or n^3, and nothing of d.
 
+Of many rows of few columns it costs n d: their products with a vector are taken in the space of the columns.
+
 The median is the point y = sum w_i x_i (sum w = 1) of least cost sum s_i |x_i - y|. With r_i = |x_i - y|, c = s / r and
 C = sum c, it is where the rows pull equally: the resultant sum c_i (x_i - y) vanishes. As coefficients of the rows the
 resultant is g = c - C w, which is small where the resultant is small, so that nothing cancels near the end.
@@ -29,7 +31,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 
-__all__ = ["Median", "converged_weights", "shift_bound", "smoothed_weights"]
+__all__ = ["Median", "Products", "converged_weights", "shift_bound", "smoothed_weights"]
 
 MAX_STEPS = 100
 MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
@@ -37,6 +39,7 @@ MAX_SMOOTHED_STEPS = 10_000
 MAX_TRIALS = 60  # on one line
 MAX_DOUBLINGS = 2200  # more than there are powers of two
 MAX_INNER = 60  # products for one Newton step
+CANDIDATES, CANDIDATE_STEPS = 16, 100  # rows of few columns that may be the median, and steps to find them
 SOLVED_ROWS = 200  # from more on, conjugate gradients are the faster way to a Newton step
 FAIR_SHARE = 0.1  # of a Newton step
 ENOUGH = 1e-11  # resultant of the pulls, of the weight, below which rounding ends the descent
@@ -71,15 +74,48 @@ class Median(NamedTuple):
     gap: float
 
 
-def converged_weights(gram: Matrix, s: Vector, rounding: float) -> Median:
+class Products:
+    """Inner products of n rows of few columns: what is asked of their (n, n) matrix, in the space of the columns."""
+
+    __array_ufunc__ = None  # so that an array leaves `array @ products` to this class
+
+    def __init__(self, x: Matrix) -> None:
+        self.x = x
+
+    def diagonal(self) -> Vector:
+        """Return the squared lengths of the rows."""
+        return np.asarray(np.einsum("ij,ij->i", self.x, self.x))
+
+    def __matmul__(self, weights: Vector) -> Vector:
+        return np.asarray(self.x @ (self.x.T @ weights))
+
+    __rmatmul__ = __matmul__  # it is symmetric
+
+    def __getitem__(self, row: int) -> Vector:
+        return np.asarray(self.x @ self.x[row])
+
+
+Gram = Matrix | Products
+
+
+def converged_weights(gram: Gram, s: Vector, rounding: float) -> Median:
     """Find the minimiser of sum s_i |x_i - y|, given inner products whose errors are rounding * |x_i| |x_j|."""
-    gram = _of_ordinary_size(gram)
-    norms = gram.diagonal()
-    lengths = np.sqrt(norms)
-    squares = norms[:, None] + norms - 2 * gram
-    distances = np.sqrt(np.maximum(squares, 0.0))
-    distances[distances <= np.sqrt(rounding) * (lengths[:, None] + lengths)] = 0.0
-    costs = _relative_costs(gram, s, distances)
+    distances: Matrix | _Distances
+    if isinstance(gram, Products):
+        some = _near_the_median(gram.x, s)
+        costs = np.full(len(s), math.inf)
+        distances = _Distances(gram.x, rounding)
+        costs[some] = _relative_costs_of(gram.x, s, some)
+        norms = gram.diagonal()
+        lengths = np.sqrt(norms)
+    else:
+        gram = _of_ordinary_size(gram)
+        norms = gram.diagonal()
+        lengths = np.sqrt(norms)
+        squares = norms[:, None] + norms - 2 * gram
+        lines = np.sqrt(np.maximum(squares, 0.0))
+        lines[lines <= np.sqrt(rounding) * (lengths[:, None] + lengths)] = 0.0
+        distances, costs = lines, _relative_costs(gram, s, lines)
     best = int(np.argmin(costs))
     # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
     gram = _seen_from(gram, best)
@@ -150,7 +186,48 @@ def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
     return np.asarray(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s)
 
 
-def _descend(gram: Matrix, s: Vector, w: Vector, least: float) -> tuple[Matrix, Vector, int]:
+class _Distances:
+    """Distances of rows of few columns, computed where they are asked for; what rounding may have made counts as 0."""
+
+    def __init__(self, x: Matrix, rounding: float) -> None:
+        self._x, self._least = x, math.sqrt(rounding)
+        self._lengths = np.sqrt(np.einsum("ij,ij->i", x, x))
+
+    def __getitem__(self, pair: tuple[int, int]) -> float:
+        i, j = pair
+        found = float(np.linalg.norm(self._x[i] - self._x[j]))
+        return found if found > self._least * float(self._lengths[i] + self._lengths[j]) else 0.0
+
+
+def _near_the_median(x: Matrix, s: Vector) -> NDArray[np.intp]:
+    """Return the rows nearest to where some steps of Weiszfeld lead: if the median is a row, it is one of them."""
+    y = s @ x / s.sum()
+    r = np.zeros(len(x))
+    for _ in range(CANDIDATE_STEPS):
+        r = np.linalg.norm(x - y, axis=1)
+        pull = s / np.maximum(r, EPSILON * (_middle(r) or 1.0))
+        moved = pull @ x / pull.sum()
+        still = float(np.linalg.norm(moved - y)) <= 1e-3 * TOLERANCE * _middle(r)
+        y = moved
+        if still:
+            break
+    count = min(CANDIDATES, len(x))
+    return np.sort(np.argpartition(np.linalg.norm(x - y, axis=1), count - 1)[:count])
+
+
+def _relative_costs_of(x: Matrix, s: Vector, some: NDArray[np.intp]) -> Vector:
+    """As `_relative_costs`, of some of the rows of few columns, less that of the first of them."""
+    base = np.linalg.norm(x - x[some[0]], axis=1)
+    costs = []
+    for i in some:
+        lengths = np.linalg.norm(x - x[i], axis=1) + base
+        # |x_i - x_j|^2 - |b - x_j|^2 = <x_i - b, x_i + b - 2 x_j>
+        squares = (x[i] - x[some[0]]) @ (x[i] + x[some[0]] - 2 * x).T
+        costs.append(float(np.divide(squares, lengths, out=np.zeros_like(squares), where=lengths > 0) @ s))
+    return np.array(costs)
+
+
+def _descend(gram: Gram, s: Vector, w: Vector, least: float) -> tuple[Gram, Vector, int]:
     """Take Newton steps until none descends; squared distances count as no smaller than `least`.
 
     Returns
@@ -229,7 +306,7 @@ class _Point(NamedTuple):
     h: Vector
 
     @classmethod
-    def of(cls, gram: Matrix, s: Vector, w: Vector, norms: Vector, least: float) -> _Point:
+    def of(cls, gram: Gram, s: Vector, w: Vector, norms: Vector, least: float) -> _Point:
         """Measure; squared distances count as no smaller than `least`."""
         products = gram @ w
         square = float(w @ products)
@@ -245,12 +322,12 @@ class _Point(NamedTuple):
         return cls(w, products, square, r, c, total, others, g, pulled - w @ pulled)
 
 
-def _weiszfeld(gram: Matrix, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
+def _weiszfeld(gram: Gram, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
     """Change of the weights by a Weiszfeld step: down the gradient."""
     return at.g / at.total, 0
 
 
-def _newton(gram: Matrix, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
+def _newton(gram: Gram, at: _Point, damping: float, products_left: int) -> tuple[Vector, int]:
     """Change of the weights by a Newton step, and how many products it took.
 
     With u_i = x_i - y and b = c / r^2 the Hessian is C I - sum b_i u_i u_i^T. For the step v and z_i = sqrt(b_i)
@@ -259,7 +336,7 @@ def _newton(gram: Matrix, at: _Point, damping: float, products_left: int) -> tup
     whose own pull dwarfs the others', rounding would hide these otherwise.
     """
     scale = np.sqrt(at.c / (at.others + damping)) / at.r
-    if len(scale) > SOLVED_ROWS:
+    if len(scale) > SOLVED_ROWS or isinstance(gram, Products):
         z, used = _conjugate_gradients(gram, at, scale, products_left)
     else:
         z, used = _solved(gram, at, scale), 0
@@ -279,7 +356,7 @@ def _solved(gram: Matrix, at: _Point, scale: Vector) -> Vector:
         return np.zeros_like(scale)
 
 
-def _conjugate_gradients(gram: Matrix, at: _Point, scale: Vector, products_left: int) -> tuple[Vector, int]:
+def _conjugate_gradients(gram: Gram, at: _Point, scale: Vector, products_left: int) -> tuple[Vector, int]:
     own = 1 + (scale * at.r) ** 2
     z = np.zeros_like(scale)
     direction = residual = scale * at.h
@@ -325,7 +402,7 @@ def _line_search(s: Vector, r: Vector, q: Vector, squared: float, slope: float, 
     return low
 
 
-def _flat_middle(gram: Matrix, s: Vector, pull: Vector, here: NDArray[np.bool_], slack: float) -> tuple[Vector, float]:
+def _flat_middle(gram: Gram, s: Vector, pull: Vector, here: NDArray[np.bool_], slack: float) -> tuple[Vector, float]:
     """Weights of the middle of the stretch from a row, where the others pull, on which the cost is flat to rounding.
 
     Also how far the cost may have risen on the way.
@@ -357,7 +434,7 @@ def _flat_middle(gram: Matrix, s: Vector, pull: Vector, here: NDArray[np.bool_],
 
 
 def _judged(
-    gram: Matrix,
+    gram: Gram,
     s: Vector,
     w: Vector,
     lengths: Vector,
@@ -421,19 +498,21 @@ def _judged(
     return Median(w, steps, proven <= TOLERANCE or lost, gap)
 
 
-def _seen_from(gram: Matrix, row: int) -> Matrix:
+def _seen_from(gram: Gram, row: int) -> Gram:
     """Inner products of the rows less one of them; its own are exactly 0."""
+    if isinstance(gram, Products):
+        return Products(gram.x - gram.x[row])
     result = gram - gram[row]
     result -= result[:, [row]]
     return np.asarray(result)
 
 
-def _shared(tied: NDArray[np.bool_], distances: Matrix) -> Vector:
+def _shared(tied: NDArray[np.bool_], distances: Matrix | _Distances) -> Vector:
     """Equal weights for the distinct ones of some rows."""
     distinct: list[int] = []
-    for i in np.flatnonzero(tied):
+    for i in np.flatnonzero(tied).tolist():
         if all(distances[i, j] > 0 for j in distinct):
-            distinct.append(int(i))
+            distinct.append(i)
     w = np.zeros(len(tied))
     w[distinct] = 1.0 / len(distinct)
     return w
@@ -450,7 +529,7 @@ def _middle(values: Vector) -> float:
     return float(ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
 
 
-def _length(gram: Matrix, change: Vector) -> float:
+def _length(gram: Gram, change: Vector) -> float:
     return math.sqrt(max(float(change @ gram @ change), 0.0))
 
 

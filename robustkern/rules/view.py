@@ -164,6 +164,30 @@ class View:
             centre=_mixed(mix, base.centre),
         )
 
+    def few_columns(self, rule: str) -> tuple[Matrix, Mask, float] | None:
+        """Return the rows where they are many of few columns, which then cost less than their inner products.
+
+        One read of the data.
+
+        Returns
+        -------
+        x : (n, d) float64
+            The rows less their column-wise middle; 0 where they are not finite.
+        finite : (n,) bool
+            Rows that hold no NaN or Inf.
+        rounding : float
+            As `Geometry.rounding`.
+
+        Raises
+        ------
+        NonFiniteError
+            If more rows are not finite than may be Byzantine.
+        """
+        found = None if self.mix is not None else self._given.few_columns()
+        if found is not None:
+            self.require_finite(rule, found[1])
+        return found
+
     def measured(self, rule: str, *, quick: bool = False) -> tuple[Geometry, Vector]:
         """Return the geometry, and the rows' weights, which are 0 for rows that are not finite.
 
