@@ -13,6 +13,7 @@ from robustkern.backends.registry import info, load_best, use_backend
 from robustkern.backends.threads import set_num_threads
 from robustkern.engine import Info
 from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
+from robustkern.files import FileError, aggregate_files
 from robustkern.functions import (
     aggregate,
     bucketing,
@@ -59,6 +60,7 @@ __all__ = [
     "Bucketing",
     "Chain",
     "ConvergenceWarning",
+    "FileError",
     "GeometricMedian",
     "Info",
     "Krum",
@@ -76,6 +78,7 @@ __all__ = [
     "View",
     "__version__",
     "aggregate",
+    "aggregate_files",
     "available_rules",
     "bucketing",
     "ctma",

@@ -38,7 +38,7 @@ LAYERS |= {
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "measure", "training"},
-    "__init__": {"kernels", "backends", "engine", "errors", "functions", "rules"},
+    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "rules"},
     "__main__": {"cli"},
 }
 

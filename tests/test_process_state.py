@@ -389,3 +389,28 @@ def test_mappings_are_matched_by_key_whatever_their_kind_and_order() -> None:
     assert list(rk.mean(nested)["a"][0]) == ["x", "y"]  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"row 1 lacks the leaves \['b'\]"):
         rk.median([{"w": w[0], "b": b[0]}, OrderedDict(w=w[1])])
+
+
+def test_a_sub_interpreter_gets_an_honest_import_error() -> None:
+    """Or works: NumPy loads once a process, and says so."""
+    script = """
+try:
+    import _xxsubinterpreters as interpreters
+except ImportError:
+    import _interpreters as interpreters
+import robustkern
+inner = interpreters.create()
+interpreters.run_string(inner, '''
+try:
+    import numpy as np, robustkern as rk
+    print(rk.median(np.eye(3)).tolist())
+except ImportError as error:
+    print("ImportError", error)
+''')
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
+    first, end = done.stdout.splitlines()
+    assert first.startswith("ImportError") or first == "[0.0, 0.0, 0.0]"
+    assert end == "end"
+    assert done.returncode == 0

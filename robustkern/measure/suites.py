@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ import numpy as np
 from robustkern.backends.registry import load_backend
 from robustkern.backends.threads import requested_threads, set_num_threads
 from robustkern.errors import BackendUnavailable
+from robustkern.files import aggregate_files
 from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
 from robustkern.measure.peers import load
@@ -32,6 +34,9 @@ __all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
 COMPARED = 80_000_000
 #: Values of a row, as a tree and as one array.
 TREE_VALUES = 4_000_000
+#: Values of a file, and how long files may take, in reads of them.
+FILE_VALUES = 25_000_000
+FILE_GOALS = {"median": 1.3, "ctma(median)": 1.5}
 STATUS = Path("/proc/self/status")
 
 Call = Callable[[], Any]
@@ -372,6 +377,37 @@ def momenta(kind: str, rounds: int, d: int | None) -> Iterator[Line]:
         yield Line("momenta", f"{what}, numba", _ratio(ours["numba"], ours["cpp"], rounds), "x the compiled time", 4.0)
 
 
+# ---- files -----------------------------------------------------------------------------------------------------
+
+
+def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare the aggregation of 20 files in the page cache, to a file, with reading them on one thread."""
+    count, goal = 20, FILE_GOALS[rule]
+    rows = make_rows(count, d or FILE_VALUES)
+    reads = 1 if goal < 1.4 else 2
+    with tempfile.TemporaryDirectory(prefix="robustkern-") as folder:
+        paths = [Path(folder, f"{i}.npy") for i in range(count)]
+        for path, row in zip(paths, rows, strict=True):
+            np.save(path, row)
+        out, buffer = Path(folder, "out.npy"), np.empty(1 << 22, dtype=np.uint8)
+
+        def read() -> None:
+            for _ in range(reads):
+                for path in paths:
+                    with path.open("rb", buffering=0) as file:
+                        while file.readinto(buffer):
+                            pass
+
+        def merge() -> None:
+            aggregate_files(paths, rule, f=count // 4, out=out)
+
+        merge()
+        check_close(f"{rule} of files", np.load(out), aggregate(rows, rule, f=count // 4), atol=1e-5)
+        times = "the time to read them" if reads == 1 else "the time to read them twice"
+        size = rows[0].nbytes / 1e6
+        yield Line("files", f"{rule}, 20 files of {size:.4g} MB", _ratio(merge, read, rounds), f"x {times}", goal)
+
+
 # ---- all -------------------------------------------------------------------------------------------------------
 
 #: Each suite: what measures one case (called with it, the rounds, and the columns or None), and its cases.
@@ -384,6 +420,7 @@ SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ..
     "trees": (trees, (("median",), ("geometric_median",))),
     "memory": (memory, tuple(itertools.product(("mean", *cases()), (16, 128)))),
     "threads": (threads, (("speed-up",), ("two calls at once",), ("after other pools",), ("two threads a core",))),
+    "files": (files, tuple((rule,) for rule in FILE_GOALS)),
     "momenta": (momenta, (("mu2sgd",), ("momentum",))),
     "numba": (numba, ((8,), (16,), (32,), (64,))),
 }
