@@ -229,7 +229,7 @@ def test_bench_command(tmp_path: Path) -> None:
         (["--against", "nothing"], "--against: 'nothing' is not known (known: numpy, torch, byzfl,"),
         (
             ["--suite", "speed"],
-            "--suite: 'speed' is not known (known: rules, dtypes, calls, trees, memory, threads, momenta,",
+            "--suite: 'speed' is not known (known: rules, dtypes, calls, trees, memory, threads, files,",
         ),
         (["--suite", "trees", "--plot", "x.png"], "--plot draws the rules (add --suite rules)"),
         (["--rules", "median,medain"], "--rules: 'medain' is not known; did you mean 'median'"),

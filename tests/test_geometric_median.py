@@ -553,7 +553,7 @@ def test_many_rows_of_few_columns(monkeypatch: pytest.MonkeyPatch, n: int, kind:
         x = kinds_of_many(np.random.default_rng(d), n, d)[kind]
         got, info = rk.geometric_median(x, return_info=True)
         with monkeypatch.context() as patch:
-            patch.setattr(geometry, "MANY_ROWS", 10**9)
+            patch.setattr(geometry, "ROWS_PER_COLUMN", 10**9)
             want, known = rk.geometric_median(x, return_info=True)
         assert info.converged
         y, z = (np.longdouble(1) * p - np.sort(x, axis=0)[(len(x) - 1) // 2] for p in (got, want))

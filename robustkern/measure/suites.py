@@ -7,6 +7,7 @@ result, and a ratio is the median over calls made in turn. Where something canno
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -401,6 +402,7 @@ def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
         def merge() -> None:
             aggregate_files(paths, rule, f=count // 4, out=out)
 
+        os.sync()  # or the system writes the updates while they are read
         merge()
         check_close(f"{rule} of files", np.load(out), aggregate(rows, rule, f=count // 4), atol=1e-5)
         times = "the time to read them" if reads == 1 else "the time to read them twice"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 from robustkern.rules.base import Aggregator, Goals, register
-from robustkern.rules.geometry import SINGLE_NOISE
+from robustkern.rules.geometry import MANY_ROWS, SINGLE_NOISE
 from robustkern.rules.least_distances import Products, converged_weights, shift_bound, smoothed_weights
 from robustkern.rules.text import set_name
 from robustkern.rules.view import Solution, View
@@ -75,7 +75,7 @@ class GeometricMedian(Aggregator):
     def solve(self, view: View) -> Solution:
         """Solve on the rows that are finite."""
         converges = self.nu == 0 and self.max_iter is None
-        if converges and (columns := view.few_columns(self.name)) is not None:
+        if converges and view.n >= MANY_ROWS and (columns := view.few_columns(self.name)) is not None:
             return _solve_in_columns(view, *columns)
         # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
         geometry, weights = view.measured(self.name, quick=converges)

@@ -310,7 +310,7 @@ class Given:
     def few_columns(self) -> tuple[Matrix, Mask, float] | None:
         """Return the rows themselves, see `robustkern.rules.view.View.few_columns`."""
         n, source = self.n, self.source
-        few = n >= MANY_ROWS and source.d * ROWS_PER_COLUMN <= n
+        few = source.d * ROWS_PER_COLUMN <= n
         if not few or self.geometry is not None or source.device != "cpu" or source.divided or source.has_centre:
             return None
         parts = [
