@@ -178,7 +178,6 @@ def limits(
 def run(
     rule: Aggregator,
     source: Source,
-    *,
     f: Any = None,
     delta: Any = None,
     weights: ArrayLike | None = None,

@@ -247,12 +247,11 @@ def _aggregated(
         return limits(plan, len(bad), str, f, delta, weights).tolerates(bad)
 
     source, result = adapt(updates, out, centre, choice, tolerates, scope == "leaf")
-    options: dict[str, Any] = {"f": f, "delta": delta, "weights": weights, "seed": seed, "nonfinite": nonfinite}
     info: Info | None
-    if scope != "update":
-        info = _leaf_by_leaf(plan, source, scope, options | {"backend": backend})
+    if scope == "update":
+        info = run(plan, source, f, delta, weights, seed, nonfinite, backend, return_info)
     else:
-        info = run(plan, source, **options, backend=backend, wants_info=return_info)
+        info = _leaf_by_leaf(plan, source, scope, (f, delta, weights, seed, nonfinite, backend))
     if source.finish is not None:
         result = source.finish()
     if not return_info:
@@ -261,12 +260,12 @@ def _aggregated(
     return result, replace(info, integers=len(source.integers)) if source.integers else info
 
 
-def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: dict[str, Any]) -> Info:
+def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: tuple[Any, ...]) -> Info:
     if scope != "leaf":
         raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     if not source.parts:
         raise ValueError("scope='leaf': the updates are arrays, which are one leaf (pass mappings, or scope='update')")
-    infos = {name: run(plan, part, **options) for name, part in source.parts.items()}
+    infos = {name: run(plan, part, *options) for name, part in source.parts.items()}
     return joined({name: info for name, info in infos.items() if info is not None})
 
 

@@ -49,9 +49,9 @@ function(rk_try_cuda)
   set(reason "${reason}" PARENT_SCOPE)
 endfunction()
 
-# From Turing on; the last one also as PTX, for what is newer.
+# From Turing on; 8.6 and 8.9 run the code of 8.0. The last one also as PTX, for what is newer.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90-real 100-real 120)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
 endif()
 if(NOT RK_CUDA_TRIED STREQUAL "works: ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_ARCHITECTURES}")
   message(STATUS "Trying CUDA")

@@ -99,7 +99,7 @@ class MemorySource(Undivided):
         Leaves that are no arrays.
     combine : callable
         How integers are combined.
-    parts : dict of str to MemorySource
+    parts : dict of str to MemorySource, or None
         The leaves of floats by name, each as a source of its own, where that was asked for.
     finish : callable or None
         Returns the result once everything is written, where its parts are not what was written to.
@@ -115,7 +115,7 @@ class MemorySource(Undivided):
     has_centre: bool = False
     plain: Sequence[PlainLeaf] = ()
     combine: Any = lower_median
-    parts: dict[str, MemorySource] = field(default_factory=dict)
+    parts: dict[str, MemorySource] | None = None
     finish: Callable[[], Any] | None = None
 
     @classmethod

@@ -384,7 +384,7 @@ def _tied(leaves: list[Leaf], n: int, tolerates: Callable[[NDArray[np.bool_]], b
     """Return leaves that are one memory with another in all rows but some that may be Byzantine: with which."""
     looked = [leaf.addresses for leaf in leaves if leaf.addresses is not None]
     if len(looked) == len(leaves):
-        table = np.sort(np.stack(looked)[:, :n], axis=0)
+        table = np.sort(np.concatenate(looked).reshape(len(looked), -1)[:, :n], axis=0)
         if (table[1:] != table[:-1]).all():
             return {}
     first: dict[tuple[Any, ...], int] = {}

@@ -396,7 +396,7 @@ def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
             for _ in range(reads):
                 for path in paths:
                     with path.open("rb", buffering=0) as file:
-                        while file.readinto(buffer):
+                        while file.readinto(buffer.data):
                             pass
 
         def merge() -> None:
