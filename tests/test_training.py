@@ -945,7 +945,16 @@ def test_a_log_that_is_gone_or_mangled(tmp_path: Path) -> None:
     settings = settings_of()
     whole = run_in(tmp_path, settings)
     log = tmp_path / "log.jsonl"
-    log.write_text(log.read_text() + '{"round": 1}\n{"round": 2, "seconds": 3}\n[]\nx\n')
+    good = json.loads(log.read_text().splitlines()[1])
+    hostile = [
+        *({"round": 1}, {"round": 2, "seconds": 3}, [], {"settings": {}, "round": 1}, {"settings": {}, **good}),
+        *(good | {key: value} for key in good for value in ("1", None, [], {}, True) if key != "loss" or value),
+        good | {"seconds": good["seconds"] | {"total": "1"}},
+    ]
+    hostile = [line for line in hostile if not (isinstance(line, dict) and line.get("lost") == {} and line == good)]
+    deep = '{"round": 1, "accuracy": ' + "[" * 100_000
+    extra = "\n".join([*map(json.dumps, hostile), deep, "x", "1" * 5000])
+    log.write_text(log.read_text() + extra + "\n")
     assert facts(run_in(tmp_path, settings)) == facts(whole)
     log.unlink()
     again = run_in(tmp_path, settings)

@@ -146,6 +146,8 @@ class Held:
         except BaseException:
             os.close(fd)
             raise
+        if hasattr(os, "posix_fadvise"):  # the system reads further ahead, while what is there is computed
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         if hold:
             self._fd = fd
         else:

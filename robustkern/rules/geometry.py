@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Source, Vector
-from robustkern.errors import NonFiniteError
+from robustkern.errors import NonFiniteError, plain
 from robustkern.lazy import lazy
 
 __all__ = [
@@ -437,7 +437,9 @@ class Given:
     def nonfinite_error(self, rule: str, bad: NDArray[np.intp]) -> NonFiniteError:
         """Build the error that names rows which are not finite."""
         rows = bad if self.nonfinite is None or not self.nonfinite.any() else self.nonfinite.nonzero()[0]
-        names = ", ".join(self.source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
+        names = plain(", ".join(self.source.row_name(int(i)) for i in rows[:20]), 200) + (
+            ", ..." if len(rows) > 20 else ""
+        )
         what, limit = "rows", f"f={self.f}" if self.f is not None else f"fewer than half of n={self.n}"
         if self.weights is not None:
             held = float(self.weights[rows].sum() / self.weights.sum())
@@ -446,7 +448,8 @@ class Given:
         far = " or are 1e150 spreads away" if FLOAT64 in self.source.dtypes else ""
         return NonFiniteError(
             f"{rule}: {len(rows)} {what} hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
-            f"Byzantine; drop them, or raise {'f' if self.weights is None else 'f or delta'}",
+            f"Byzantine; drop them, or raise {'f' if self.weights is None else 'f or delta'} "
+            "(nonfinite='drop' goes on without them)",
             tuple(int(i) for i in rows),
         )
 

@@ -165,7 +165,8 @@ def _read_log(path: Path) -> list[Line]:
 def _is_test(line: Line) -> bool:
     seconds, loss = line.get("seconds"), line.get("loss", "")
     return (
-        type(line.get("round")) is int
+        "settings" not in line
+        and type(line.get("round")) is int
         and isinstance(line.get("accuracy"), float)
         and (loss is None or isinstance(loss, float))
         and isinstance(line.get("lost"), dict)
