@@ -294,6 +294,11 @@ def test_members_of_npz_in_every_way_that_numpy_writes_them(tmp_path: Path, monk
             np.testing.assert_allclose(got, want[key], rtol=1e-12)
     with pytest.raises(FileError, match="has its axes in another order, and is too large to be read whole"):
         aggregate_files(paths, "median", out=tmp_path / "out.npz", memory=20_000)
+    contiguous = [tmp_path / f"c{i}.safetensors" for i in range(3)]
+    for path in contiguous:
+        save_file({k: np.ascontiguousarray(v) for k, v in rows[2].items()}, path)
+    info = aggregate_files([*contiguous, paths[0]], "median", f=1, out=tmp_path / "out.npz", memory=20_000, bad="count")
+    assert info.bad.keys() == {"0.npz"}
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -203,7 +203,6 @@ class Files:
         self._cut()
         self.writer: Callable[[], Writer] | None = None
         self._spilled: dict[str, IO[bytes]] = {}
-        self._ending: list[Part] = []
 
     # -- which tensors, and which rows have them -------------------------------------------------------------------
 
@@ -324,13 +323,7 @@ class Files:
             dtype, factor = (source.dtype, 1) if form is None else (form.dtype, form.factor)
             limit = bytes_each // max(dtype.itemsize, *(stored.itemsize for stored in self._stored(name)))  # of values
             size, begin = source.size * factor, 0
-            whole = not all(r.tensors[name][0].in_pieces(name) for r in self.rows if r.wrong is None)
-            if whole and size * dtype.itemsize > self.memory // (rows + 4):
-                which = next(r for r in self.rows if r.wrong is None and not r.tensors[name][0].in_pieces(name))
-                raise FileError(
-                    f"{which.readers[0].path}: tensor {shown(name)} has its axes in another order, and is too large "
-                    "to be read whole (save numpy.ascontiguousarray(x), or allow more memory)"
-                )
+            whole = self._needs_whole(name, size * dtype.itemsize > self.memory // (rows + 4))
             alone = whole or self._apart or name in self.tied.values()
             while True:
                 if piece is None or piece.dtype != dtype or alone or piece.count >= limit:
@@ -349,6 +342,23 @@ class Files:
         self._result = np.empty(self._width, dtype=np.uint8)
         self._buffer = np.empty((rows, self._width), dtype=np.uint8)
         self.nbytes = sum(p.count * p.dtype.itemsize for p in self.pieces if p.dtype in DTYPES) * rows
+
+    def _needs_whole(self, name: str, too_large: bool) -> bool:
+        """Tell whether a row's tensor cannot be read in pieces; where it is too large to be read whole, it is bad."""
+        whole = False
+        for row in self.rows:
+            if row.wrong is None and not row.tensors[name][0].in_pieces(name):
+                whole = True
+                if too_large:
+                    error = (
+                        f"{row.readers[0].path}: tensor {shown(name)} has its axes in another order, and is too large "
+                        "to be read whole (save numpy.ascontiguousarray(x), or allow more memory)"
+                    )
+                    if self.bad == "error" or (row is self.rows[-1] and self.has_centre):
+                        raise FileError(error)
+                    row.wrong, whole = error, False
+                    self.check_bad()
+        return whole
 
     def _stored(self, name: str) -> set[np.dtype[Any]]:
         """Dtypes of the values of a tensor in the files."""
