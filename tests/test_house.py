@@ -129,6 +129,10 @@ assert_type(info, rk.Info)
 assert_type(info.weights, NDArray[np.float64] | None)
 g, more = rk.bucketing(states, then=rk.Median(), size=2, seed=3, return_info=True)
 assert_type(g, dict[str, torch.Tensor])
+part: dict[str, torch.Tensor] = rk.ctma(
+    states, f=1, anchor="median", only="w", exclude=["b*"], scope="leaf", dtype="float32", nonfinite="drop"
+)
+assert_type(rk.aggregate_files(["a.npz", "b.npz"], "median", out="c.npz", weights={"a": 1.0}, memory="1GiB"), rk.Info)
 chain: rk.Chain = rk.NNM() | "median"
 assert_type(rk.info()["backends"], dict[str, str])
 assert_type(rk.info()["threads"], int)
@@ -140,6 +144,8 @@ WRONG = {
     'rk.aggregate(x, "median", retrun_info=True)': "No overload variant",
     'rk.aggregate(x, "median", f="two")': "No overload variant",
     'rk.median(x, even="upper")': "No overload variant",
+    'rk.median(x, scope="layer")': "No overload variant",
+    'rk.median(x, nonfinite="skip")': "No overload variant",
     "rk.median({})": "No overload variant",
     "y: tuple[int] = rk.median(x)": "Incompatible types",
     "z: np.ndarray = rk.median(x, return_info=True)": "Incompatible types",

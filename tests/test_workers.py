@@ -645,7 +645,7 @@ def written_over(path: Path, data: bytes) -> None:
 
 @pytest.mark.parametrize("rule", ["ctma(median)", "geometric_median", "krum", "nnm | median"])
 @pytest.mark.parametrize("kind", ["safetensors", "npz", "npy"])
-@pytest.mark.parametrize("how", ["replaced", "in place", "same time", "shortened"])
+@pytest.mark.parametrize("how", ["replaced", "in place", "same time", "shortened", "grown"])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_file_that_is_swapped_between_the_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, kind: str, how: str, held: bool
@@ -669,6 +669,9 @@ def test_a_file_that_is_swapped_between_the_passes(
     def swap() -> None:
         if how == "replaced":
             os.replace(tmp_path / f"evil.{kind}", paths[2])
+        elif how == "grown":
+            with paths[2].open("ab") as file:
+                file.write(bytes(8))
         elif how == "shortened":
             os.truncate(paths[2], 9000)
         elif how == "same time":
