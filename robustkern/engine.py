@@ -5,7 +5,6 @@ It knows rows only as a `Source`, in memory, in files, or on ranks; what is adde
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -20,10 +19,10 @@ from robustkern.contract.counters import Combine, lower_median, rounded_mean
 from robustkern.contract.filtered import SharedInfinities, SomeRows
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import Block, Rows, Source, Vector
-from robustkern.errors import ConvergenceWarning, NonFiniteError, warn
+from robustkern.errors import ConvergenceWarning, NonFiniteError, brief, warn
 from robustkern.rules.base import Aggregator
 from robustkern.rules.coordinate import Median
-from robustkern.rules.geometry import Given, TooCloseError, tolerated
+from robustkern.rules.geometry import CentreError, Given, TooCloseError, tolerated
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
@@ -223,7 +222,7 @@ def _run(
     backend: str,
     wants_info: bool,
 ) -> Info | None:
-    if nonfinite not in ("error", "drop"):
+    if not isinstance(nonfinite, str) or nonfinite not in ("error", "drop"):
         raise ValueError(f"{rule}: nonfinite must be 'error' or 'drop'; got {nonfinite!r}")
     if not source.dtypes and not isinstance(rule, (Mean, Median)):  # which are what integers are combined by
         raise TypeError(
@@ -235,10 +234,10 @@ def _run(
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
     if nonfinite == "drop":
-        return _run_without(rule, source, kernels, within, delta, drawn_from, wants_info)
+        return _run_without(rule, source, kernels, within, drawn_from, wants_info)
     try:
         return _solved(rule, source, kernels, within, drawn_from, wants_info)
-    except NonFiniteError:
+    except (NonFiniteError, CentreError):
         if source.device != "cpu":
             raise
         without = SharedInfinities(source, within.enough)
@@ -253,7 +252,6 @@ def _run_without(
     source: Source,
     kernels: Kernels,
     within: Limits,
-    delta: Any,
     seed: int | None,
     wants_info: bool,
 ) -> Info | None:
@@ -261,26 +259,56 @@ def _run_without(
     n, columns = source.n, 0
     broken = _broken(source, kernels)
     if source.device == "cpu" and broken.any():
-        shared = SharedInfinities(source, within.enough)
-        if shared.columns:
-            source, columns = shared, shared.columns
-            broken = _broken(source, kernels)
+        # Infinities may be shared by all who hold no NaN.
+        nans = _holding_nan(source)
+        rest = SomeRows(source, np.flatnonzero(~nans)) if nans.any() else source
+        shared = SharedInfinities(rest, _left(within, ~nans).enough) if rest.n else None
+        if shared is not None and shared.columns:
+            columns = shared.columns
+            broken = nans.copy()
+            broken[~nans] = _broken(shared, kernels)
     kept = np.flatnonzero(~broken)
     if len(kept) < n:
-        left = None if within.weights is None else within.weights[kept]
-        if len(kept) == 0 or 2 * (within.f or 0) >= len(kept) or (left is not None and not left.any()):
+        left = _left(within, ~broken)
+        too_few = len(kept) == 0 or 2 * (within.f or 0) >= len(kept)
+        if too_few or (left.weights is not None and not left.weights.any()) or (left.share or 0) >= 0.5:
             raise NonFiniteError(
                 f"{rule}: {n - len(kept)} of {n} rows hold NaN or Inf, and without them too few are left for "
-                f"f={within.f} (2*f must be below what is left)",
+                f"f={within.f} (2*f must be below what is left, with weights the share below half)",
                 tuple(np.flatnonzero(broken).tolist()),
             )
+        within = left
         source = SomeRows(source, kept)
-        within = limits(rule, len(kept), source.row_name, within.f if delta is None else None, delta, left)._replace(
-            f=within.f
-        )
-    info = _solved(rule, source, kernels, within, seed, wants_info)
+    if columns:
+        source = SharedInfinities(source, within.enough)
+    try:
+        info = _solved(rule, source, kernels, within, seed, wants_info)
+    except NonFiniteError as error:  # too far away to be measured
+        raise NonFiniteError(str(error), tuple(kept[list(error.rows)].tolist())) from None
     dropped = tuple(np.flatnonzero(broken).tolist())
     return None if info is None else replace(info, shared_inf=columns, dropped=dropped)
+
+
+def _left(within: Limits, kept: NDArray[np.bool_]) -> Limits:
+    """Return the limits of some of the rows: as many, and as much weight, may be Byzantine among them as among all."""
+    weights = within.weights
+    if weights is None or kept.all():
+        return within
+    left = weights[kept]
+    share = within.share
+    if share is not None:
+        share = share * float(weights.sum()) / float(left.sum()) if left.any() else 1.0
+    return Limits(within.f, left, share)
+
+
+def _holding_nan(source: Source) -> NDArray[np.bool_]:
+    """Return which rows hold a NaN: one read of the data, in the host's memory."""
+    found = np.zeros(source.n, dtype=np.bool_)
+    for block in source.blocks():
+        for rows in block.rows:
+            for part in rows.blocks(max((1 << 22) // (rows.n * rows.dtype.itemsize), 1)):
+                found |= np.isnan(part.matrix(0)[: source.n]).any(axis=1)
+    return source.total(found.astype(np.float64)) > 0 if source.divided else found
 
 
 def _broken(source: Source, kernels: Kernels) -> NDArray[np.bool_]:
@@ -316,7 +344,15 @@ def _solved(
 
 def combining(rule: Aggregator, within: Limits) -> Combine:
     """Return how leaves of integers are combined."""
-    return functools.partial(rounded_mean, weights=within.weights) if isinstance(rule, Mean) else lower_median
+    of = rounded_mean if isinstance(rule, Mean) else lower_median
+
+    def combine(values: NDArray[Any], dtype: np.dtype[Any] | None, rows: NDArray[np.intp] | None) -> NDArray[Any]:
+        weights = within.weights
+        if weights is not None and rows is not None:
+            weights = weights[rows]
+        return of(values, dtype, weights if weights is None or weights.any() else None)
+
+    return combine
 
 
 def joined(leaves: dict[str, Info]) -> Info:
@@ -331,6 +367,8 @@ def joined(leaves: dict[str, Info]) -> Info:
         first.backend,
         first.share,
         None if None in met else all(met),
+        seed=next((info.seed for info in leaves.values() if info.seed is not None), None),
+        differing={name: rows for info in leaves.values() for name, rows in info.differing.items()},
         nonfinite_rows=tuple(sorted({row for info in leaves.values() for row in info.nonfinite_rows})),
         dropped=tuple(sorted({row for info in leaves.values() for row in info.dropped})),
         shared_inf=sum(info.shared_inf for info in leaves.values()),
@@ -395,7 +433,7 @@ def _differing(
             names = ", ".join(source.row_name(int(i)) for i in rows[:20]) + (", ..." if len(rows) > 20 else "")
             raise ValueError(
                 f"{rule}: leaf {leaf.name} is no array, and {len(rows)} of {source.n} rows differ from the others' "
-                f"{leaf.value!r:.60} (rows {names}), more than may be Byzantine (leave it out, make it an array, or "
+                f"{brief(leaf.value)} (rows {names}), more than may be Byzantine (leave it out, make it an array, or "
                 "raise f)"
             )
         if len(rows):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
 from robustkern.untraced import DYNAMO
 
@@ -14,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "RobustkernError",
     "SettingError",
+    "brief",
     "plain",
     "shown",
     "warn",
@@ -35,6 +37,14 @@ def plain(text: str, limit: int = 500) -> str:
 def shown(name: str, limit: int = 80) -> str:
     """Return a name in quotes, as `plain`."""
     return f"'{plain(name, limit)}'"
+
+
+def brief(value: Any) -> str:
+    """Return how an error should show a number or text, which may be as long as it likes."""
+    try:
+        return plain(repr(value), 60)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"an integer of {value.bit_length()} bits"
 
 
 class RobustkernError(Exception):

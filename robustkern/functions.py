@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from robustkern.engine import Info, joined, limits, run
+from robustkern.engine import Info, Limits, joined, limits, run
 from robustkern.inputs.leaves import EVERYTHING, Choice
 from robustkern.inputs.memory import MemorySource
 from robustkern.inputs.trees import adapt
@@ -243,10 +242,10 @@ def _aggregated(
     if only is not None or exclude is not None or dtype is not None:
         choice = Choice.of(only, exclude, dtype, isinstance(plan, Mean))
 
-    def tolerates(bad: NDArray[np.bool_]) -> bool:
-        return limits(plan, len(bad), str, f, delta, weights).tolerates(bad)
+    def within(n: int) -> Limits:
+        return limits(plan, n, str, f, delta, weights)
 
-    source, result = adapt(updates, out, centre, choice, tolerates, scope == "leaf")
+    source, result = adapt(updates, out, centre, choice, within, scope == "leaf")
     info: Info | None
     if scope == "update":
         info = run(plan, source, f, delta, weights, seed, nonfinite, backend, return_info)
@@ -263,10 +262,16 @@ def _aggregated(
 def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: tuple[Any, ...]) -> Info:
     if scope != "leaf":
         raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
-    if not source.parts:
+    if source.parts is None:
         raise ValueError("scope='leaf': the updates are arrays, which are one leaf (pass mappings, or scope='update')")
-    infos = {name: run(plan, part, *options) for name, part in source.parts.items()}
-    return joined({name: info for name, info in infos.items() if info is not None})
+    f, delta, weights, seed, nonfinite, backend = options
+    if not source.parts:  # integers only
+        return cast(Info, run(plan, source, f, delta, weights, seed, nonfinite, backend))
+    infos: dict[str, Info] = {}
+    for name, part in source.parts.items():
+        infos[name] = cast(Info, run(plan, part, f, delta, weights, seed, nonfinite, backend))
+        seed = infos[name].seed if seed is None else seed  # of the first that drew: all draw the same
+    return joined(infos)
 
 
 # ---- one function per rule: `aggregate` with the rule made from parameters -----------------------------------------

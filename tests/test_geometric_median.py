@@ -611,3 +611,28 @@ def test_many_rows_of_few_columns_take_little_time() -> None:
         return min(times)
 
     assert seconds(lambda: rk.geometric_median(x)) < 20 * seconds(plain)
+
+
+def test_few_columns_are_centred_on_who_has_weight() -> None:
+    g = np.random.default_rng(0)
+    x = g.standard_normal((600, 5)) * 1e-3
+    x[:400] += 1e5
+    weights = np.r_[np.zeros(400), np.ones(200)]
+    np.testing.assert_allclose(rk.geometric_median(x, weights=weights), rk.geometric_median(x[400:]), atol=1e-12)
+    tiny = g.standard_normal((600, 5)) * 1e-170
+    tiny[0] = 1
+    np.testing.assert_allclose(
+        rk.geometric_median(tiny, f=1), rk.geometric_median(tiny * 1e170, f=1) * 1e-170, atol=1e-171
+    )
+
+
+@pytest.mark.parametrize("n", [512, 600, 1000])
+def test_few_columns_meet_in_the_middle(n: int) -> None:
+    x = np.zeros((n, 3))
+    x[n // 2 :] = 1
+    for rows in (x, x[::-1], x[np.random.default_rng(0).permutation(n)]):
+        np.testing.assert_allclose(rk.geometric_median(rows), 0.5, rtol=1e-15)
+    line = np.random.default_rng(1).standard_normal((n, 1))
+    line[: n // 3] = 1e30
+    np.testing.assert_allclose(rk.geometric_median(line), np.median(line), rtol=1e-12)
+    np.testing.assert_allclose(rk.geometric_median(line[::-1]), np.median(line), rtol=1e-12)

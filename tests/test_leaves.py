@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import OrderedDict
 from fractions import Fraction
 from typing import Any
 
@@ -321,7 +322,7 @@ def test_too_few_rows_left_is_an_error() -> None:
     assert rk.median(rows, f=0, nonfinite="drop")["w"].shape == (5, 8)
     weights = [1, 1, 1, 0, 2]
     got = rk.trimmed_mean(rows, delta=0.1, weights=weights, nonfinite="drop")
-    assert np.array_equal(got["w"], rk.trimmed_mean(rows[3:], delta=0.1, weights=[0, 2])["w"])
+    assert np.array_equal(got["w"], rk.trimmed_mean(rows[3:], delta=0.25, weights=[0, 2])["w"])  # half a unit of weight
     with pytest.raises(ValueError, match="nonfinite must be 'error' or 'drop'; got 'skip'"):
         rk.median(rows, nonfinite="skip")  # type: ignore[call-overload]
 
@@ -387,3 +388,149 @@ def test_remedies_fit_the_library() -> None:
         rk.median(torch.arange(6).reshape(3, 2))
     with pytest.raises(TypeError, match=r"updates has dtype int64; expected .*\(convert it, x.astype\('float32'\)\)"):
         rk.median(np.arange(6).reshape(3, 2))
+
+
+# ---- what a review found --------------------------------------------------------------------------------------------
+
+
+def test_names_that_collide_lose_no_leaf() -> None:
+    rows = [{"a": {"b": np.full(3, float(i))}, "a.b": np.full(3, 10.0 + i), "n": np.array(i)} for i in range(5)]
+    got, info = rk.median(rows, scope="leaf", return_info=True)
+    assert got["a"]["b"].tolist() == [2, 2, 2]
+    assert got["a.b"].tolist() == [12, 12, 12]
+    assert int(got["n"]) == 2
+    assert list(info.leaves) == ["a.b", "['a.b']"]
+    assert int(rk.median([{"e": np.array(i)} for i in range(5)], scope="leaf")["e"]) == 2
+
+
+def test_what_scope_draws_can_be_drawn_again() -> None:
+    rows = [row | {"e": 3 if i else 4} for i, row in enumerate(states(8))]
+    got, info = rk.aggregate(rows, "bucketing | median", f=1, scope="leaf", return_info=True)
+    assert info.differing == {"['e']": (0,)}
+    again = rk.aggregate(rows, "bucketing | median", f=1, scope="leaf", seed=info.seed)
+    assert all(np.array_equal(again[key], got[key]) for key in ("w", "b"))
+
+
+def test_what_may_be_byzantine_does_not_shrink_with_the_rows() -> None:
+    x = RNG.standard_normal((10, 3)) * 0.01
+    x[:3], x[3:6] = np.nan, 1e6
+    weights = np.ones(10)
+    weights[9] = 1.01
+    assert abs(rk.trimmed_mean(x, delta=0.31, weights=weights, nonfinite="drop")).max() < 0.1
+    with pytest.raises(rk.NonFiniteError, match="without them too few are left"):
+        rk.trimmed_mean(x, delta=0.36, weights=weights, nonfinite="drop")
+    far = RNG.standard_normal((7, 3))
+    far[0], far[3] = np.nan, 1e200
+    with pytest.raises(rk.NonFiniteError, match=r"\(rows 3\)") as error:
+        rk.geometric_median(far, f=0, nonfinite="drop")
+    assert error.value.rows == (3,)
+
+
+def test_a_row_of_nan_does_not_hide_a_mask() -> None:
+    rows = [{"w": RNG.standard_normal(4), "m": np.array([0, -np.inf])} for _ in range(7)]
+    rows[2] = {"w": np.full(4, np.nan), "m": np.full(2, np.nan)}
+    for rule in ("median", "mean", "ctma(median)"):
+        got, info = rk.aggregate(rows, rule, f=0, nonfinite="drop", return_info=True)
+        assert info.dropped == (2,)
+        assert info.shared_inf == 1
+        assert got["m"].tolist() == [0, -np.inf]
+
+
+@pytest.mark.parametrize(
+    "odd", [lambda w: w.T.contiguous().T, lambda w: w.clone().requires_grad_(), lambda w: w[:, ::2]]
+)
+def test_a_row_of_another_layout_unties_nobody_else(odd: Any) -> None:
+    rows = tied_states()
+    rows[3]["head"] = odd(rows[3]["head"])
+    if rows[3]["head"].shape != rows[0]["head"].shape:
+        return
+    with torch.no_grad():
+        got, info = rk.ctma(rows, f=2, return_info=True)
+        assert info.d == 34
+        out = {"emb": torch.zeros(6, 5), "b": torch.zeros(4)}
+        out["head"] = out["emb"]
+        assert torch.equal(rk.ctma(rows, f=2, out=out)["head"], got["emb"])
+
+
+def test_one_memory_seen_as_two_dtypes_is_no_tie() -> None:
+    rows = []
+    for i in range(5):
+        z = torch.complex(torch.ones(3) * i, torch.ones(3))
+        bits = np.full(4, i, dtype=np.uint8)
+        rows.append({"z": z, "real": torch.view_as_real(z)})
+        views = {"a": bits.view(ml_dtypes.float8_e4m3fn), "b": bits.view(ml_dtypes.float8_e5m2)}
+        got = rk.median([views] * 3)
+        assert got["a"].dtype != got["b"].dtype
+        assert np.array_equal(got["b"].astype(float), views["b"].astype(float))
+    for dtype in (None, "float64"):
+        result = rk.median(rows, dtype=dtype)
+        assert not result["real"].is_complex()
+        assert result["real"].shape == (3, 2)
+
+
+def test_three_tied_leaves_and_tied_integers_into_any_out() -> None:
+    rows = [{"a": w, "b": w, "c": w} for w in np.random.default_rng(0).standard_normal((5, 3))]
+    want, shared = np.median([row["a"] for row in rows], axis=0), np.zeros(3)
+    for out in ({"a": shared, "b": shared, "c": np.zeros(3)}, {"a": np.zeros(3), "b": shared, "c": shared}):
+        got = rk.median(rows, out=out)
+        assert all(np.array_equal(got[key], want) for key in "abc")
+    counts = [{"n": k, "m": k, "w": np.ones(2)} for k in (np.array([i, 2]) for i in range(5))]
+    got = rk.median(counts, out={"n": np.zeros(2, int), "m": np.zeros(2, int), "w": np.zeros(2)})
+    assert got["m"].tolist() == got["n"].tolist() == [2, 2]
+
+
+def test_updates_are_not_written_through_leaves_that_take_no_part() -> None:
+    rows = [{"w": np.ones(2) * (i + 1), "b": np.ones(2)} for i in range(3)]
+    with pytest.raises(ValueError, match=r"out, leaf \['w'\] shares memory with the updates"):
+        rk.median(rows, exclude="b", out={"w": rows[1]["b"]})
+    tied = [{"a": w, "b": w} for w in RNG.standard_normal((5, 3))]
+    tied[3]["b"] = tied[3]["b"].copy()
+    with pytest.raises(ValueError, match=r"shares memory with the updates"):
+        rk.median(tied, f=1, out={"a": tied[3]["b"], "b": tied[3]["b"]})
+    with pytest.raises(TypeError, match=r"out, leaf \['a'\] is a number, which cannot be written"):
+        rk.median([{"a": np.float32(i), "w": np.ones(2)} for i in range(3)], out={"a": np.float32(-1), "w": np.ones(2)})
+
+
+def test_masks_are_never_written_and_come_back_every_time() -> None:
+    x = RNG.standard_normal((5, 50)).astype(np.float32)
+    x[:, 3] = np.inf
+    before = x.copy()
+    for rule in RULES:
+        assert rk.aggregate(x, rule, f=1)[3] == np.inf
+        assert np.array_equal(x, before)
+
+
+def test_weights_decide_what_is_no_coordinate_too() -> None:
+    rows: list[Any] = [{"w": np.ones(2) * i, "n": np.array(5 if i < 3 else 999), "e": i < 3} for i in range(7)]
+    got, info = rk.median(rows, delta=0.1, weights=[1, 1, 1, 0, 0, 0, 0], return_info=True)
+    assert int(got["n"]) == 5
+    assert got["e"] is True
+    assert info.differing == {"['e']": (3, 4, 5, 6)}
+    assert rk.median(rows[:6], weights=[1, 1, 1, 1, 1, 1.5])["n"] == 999
+
+
+def test_a_number_of_any_length_blocks_nobody() -> None:
+    rows: list[Any] = [{"e": 3, "w": np.ones(2) * i} for i in range(5)]
+    rows[2]["e"] = 10**5000
+    got, info = rk.median(rows, f=1, return_info=True)
+    assert got["e"] == 3
+    assert info.differing == {"['e']": (2,)}
+    for i, row in enumerate(rows):
+        row["e"] = 10**5000 + i // 3
+    with pytest.raises(ValueError, match="differ from the others' an integer of 16610 bits"):
+        rk.median(rows, f=1)
+
+
+def test_small_things_about_out_and_patterns() -> None:
+    rows = states(3)
+    with pytest.raises(TypeError, match="only must be a pattern of leaf names, or a list of them; got \\[\\]"):
+        rk.median(rows, only=[])
+    tensors = [{"w": torch.ones(2) * i} for i in range(3)]
+    got = rk.median(tensors, out={"w": torch.nn.Parameter(torch.zeros(2))})  # no warning: it is no update
+    assert got["w"].tolist() == [1, 1]
+    ordered = OrderedDict((key, np.zeros_like(value)) for key, value in rows[0].items())
+    assert type(rk.median(rows, exclude="b", out=ordered)) is OrderedDict
+    rows[1] |= {"h": {}}
+    rows[2] |= {"h": {"x": np.ones(2)}}
+    rows[0] |= {"h": {"y": np.ones(3)}}
+    assert rk.median(rows, exclude="h.*").keys() == {"w", "b"}

@@ -602,3 +602,15 @@ def test_rules_that_packages_offer(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
     assert "ValueError: rule: 'mda' is not known" in done.stderr
+
+
+def test_a_centre_with_the_mask_of_the_rows(own: Path) -> None:
+    x, rule = attacked(), "centred_clipping_of_mine"
+    rows = [{"a": row, "m": np.array([0, -np.inf], dtype=np.float32)} for row in x]
+    previous = rk.median(rows, f=1)
+    got = rk.aggregate(rows, rule, centre=previous, f=1)
+    np.testing.assert_allclose(got["a"], rk.aggregate(x, rule, centre=previous["a"], f=1), rtol=1e-6)
+    assert got["m"].tolist() == [0, -np.inf]
+    previous["a"][0] = np.nan
+    with pytest.raises(ValueError, match="centre holds NaN or Inf"):
+        rk.aggregate(rows, rule, centre=previous, f=1)

@@ -1,7 +1,8 @@
 """Leaves of integers and booleans, such as BatchNorm's counters of batches: they are no coordinates.
 
 They take no part in distances, so a row that a rule chose by distances may hold any integers: the result has the
-column-wise lower median, whatever the rule, an actual value that at least half of the rows do not exceed. Only `mean`,
+column-wise lower median, whatever the rule, an actual value that at least half of the rows (of the weight) do not
+exceed. Only `mean`,
 which trusts everybody, has their mean.
 """
 
@@ -15,14 +16,24 @@ from numpy.typing import NDArray
 
 __all__ = ["Combine", "lower_median", "rounded_mean"]
 
-#: From (n, m) integers to (m,), in their dtype, or in that of floats where it is given.
-Combine = Callable[[NDArray[Any], "np.dtype[Any] | None"], NDArray[Any]]
+#: From (k, m) integers to (m,), in their dtype, or in that of floats where it is given; and which of the rows these k
+#: are (None: all).
+Combine = Callable[[NDArray[Any], "np.dtype[Any] | None", "NDArray[np.intp] | None"], NDArray[Any]]
 
 
-def lower_median(values: NDArray[Any], dtype: np.dtype[Any] | None = None) -> NDArray[Any]:
-    """Return the column-wise lower median of (n, m) integers or booleans; `dtype` changes nothing."""
-    middle = (len(values) - 1) // 2
-    return np.asarray(np.partition(values, middle, axis=0)[middle])
+def lower_median(
+    values: NDArray[Any], dtype: np.dtype[Any] | None = None, weights: NDArray[np.float64] | None = None
+) -> NDArray[Any]:
+    """Return the column-wise lower median of (n, m) integers or booleans; `dtype` changes nothing.
+
+    With weights: the first value up to which there is at least half of the weight.
+    """
+    if weights is None:
+        middle = (len(values) - 1) // 2
+        return np.asarray(np.partition(values, middle, axis=0)[middle])
+    order = values.argsort(axis=0, kind="stable")
+    reached = 2 * weights[order].cumsum(axis=0) >= weights.sum()
+    return np.asarray(np.take_along_axis(values, order, axis=0)[reached.argmax(axis=0), np.arange(values.shape[1])])
 
 
 def rounded_mean(

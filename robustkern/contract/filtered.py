@@ -74,8 +74,9 @@ class SomeRows(_Of):
     def combine(self, how: Combine) -> None:
         rows = self.rows
 
-        def of_rows(values: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
-            return how(values[rows], dtype)
+        def of_rows(values: NDArray[Any], dtype: np.dtype[Any] | None, which: NDArray[np.intp] | None) -> NDArray[Any]:
+            assert which is None  # who has but some rows leaves them out himself
+            return how(values[rows], dtype, None)
 
         self._source.combine = of_rows
 

@@ -150,7 +150,7 @@ class Rows:
         if count and step >= count * self.dtype.itemsize and (np.diff(first) == step).all():  # of one array
             memory = np.asarray(_Memory(int(first[0]), step * (len(first) - 1) + count * self.dtype.itemsize))
             whole = np.lib.stride_tricks.as_strided(memory, (len(first), count * self.dtype.itemsize), (step, 1))
-            return np.ascontiguousarray(whole).view(self.dtype)
+            return whole.copy().view(self.dtype)
         return np.stack([self.array(segment, i) for i in range(self.n)])
 
     def scratch(self) -> Rows:
@@ -216,7 +216,7 @@ class Source(Protocol):
     plain : sequence of PlainLeaf
         Leaves that are no arrays.
     combine : callable
-        Takes (n, m) integers, and a dtype of floats or None, and returns their combination; the engine sets it.
+        See `robustkern.contract.counters.Combine`; the engine sets it.
     """
 
     n: int

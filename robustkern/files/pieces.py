@@ -15,7 +15,6 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.counters import lower_median
 from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, address_of
 from robustkern.engine import Limits
 from robustkern.errors import shown
@@ -128,7 +127,7 @@ class Source(Undivided):
     has_centre: bool
     device: str = "cpu"
     plain: Sequence[PlainLeaf] = ()
-    combine: Any = lower_median
+    combine: Any = None  # a `Combine`
 
     def row_name(self, row: int) -> str:
         """Return the worker's name."""
@@ -194,7 +193,7 @@ class Files:
         self._drops, self._apart = drops, apart
         self.rows, self.n, self.has_centre, self.base = rows, n, has_centre, base
         self.choice, self.within, self.bad, self.memory = choice, within, bad, memory
-        self.combine: Any = lower_median
+        self.combine: Any = None  # a `Combine`
         self._progress, self._done = progress, 0
         self._digest = Digest()
         self._digests: dict[tuple[str, int], NDArray[np.int64]] = {}
@@ -507,8 +506,9 @@ class Files:
         rows = self._buffer[:, :width].view(piece.dtype)
         out = self._result[:width].view(piece.dtype)
         if piece.dtype not in DTYPES:
-            good = [i for i, row in enumerate(self.rows[: self.n]) if self._drops or row.wrong is None]
-            self._integers = rows[good]
+            good = np.flatnonzero([row.wrong is None for row in self.rows[: self.n]])
+            self._counting = None if self._drops or len(good) == self.n else good
+            self._integers = rows[: self.n] if self._counting is None else rows[good]
             return Block((), ())
         self._done += rows.nbytes
         if self._progress is not None:
@@ -534,7 +534,8 @@ class Files:
                 values = values[part.at : part.at + part.length]
             else:
                 columns = self._integers[:, part.at : part.at + part.length]
-                values = self.combine(columns, tensor.dtype if tensor.dtype != piece.dtype else None)
+                wanted = tensor.dtype if tensor.dtype != piece.dtype else None
+                values = self.combine(columns, wanted, self._counting)
             form = computed(tensor.dtype)
             wanted = tensor.dtype if form is None else form.stored
             with np.errstate(all="ignore"):

@@ -65,8 +65,11 @@ def place_of(view: ArrayView) -> Place | None:
     return view.place if isinstance(view, DeviceArray) else None
 
 
-def array_view(x: Any, what: str) -> ArrayView:
-    """Return an array in the host's memory as a NumPy view, one on a GPU as its description; nothing is copied."""
+def array_view(x: Any, what: str, *, is_input: bool = True) -> ArrayView:
+    """Return an array in the host's memory as a NumPy view, one on a GPU as its description; nothing is copied.
+
+    Inputs that require gradients, which are not recorded, warn.
+    """
     if type(x) is np.ndarray:
         return x
     on_device = view_of(x, what)
@@ -81,7 +84,8 @@ def array_view(x: Any, what: str) -> ArrayView:
             raise TypeError(f"{what} has dtype {x.dtype}; expected floats or integers (pass x.dequantize())")
         try:
             if x.requires_grad:
-                warn_of_gradients()
+                if is_input:
+                    warn_of_gradients()
                 x = x.detach()
             x = x.resolve_conj().resolve_neg()
             bits = _torch_bits().get(x.dtype)
@@ -189,9 +193,11 @@ def checked_out(
     """Return the caller's array for the result, or raise where it cannot hold one like `like`, or of another dtype."""
     if library_of(out) == "jax":
         raise TypeError(f"{what} is a JAX array, which cannot be written (drop out=)")
+    if isinstance(out, np.generic):
+        raise TypeError(f"{what} is a number, which cannot be written (pass numpy.asarray(x))")
     if library_of(out) != library_of(like) or not (hasattr(out, "shape") and hasattr(out, "dtype")):
         raise TypeError(f"{what} is {described(out)}; expected a {library_of(like)} array like the updates")
-    view = None if tuple(out.shape) != shape else array_view(out, what)
+    view = None if tuple(out.shape) != shape else array_view(out, what, is_input=False)
     wanted = view_like.dtype if dtype is None else dtype
     if view is None or view.dtype != wanted:
         name = like.dtype if dtype is None else dtype

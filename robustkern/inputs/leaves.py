@@ -135,7 +135,12 @@ def _patterns(given: Any, option: str) -> tuple[str, ...]:
     if given is None:
         return ()
     patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns) or not all(patterns):
+    if (
+        not patterns
+        or not isinstance(patterns, Sequence)
+        or not all(isinstance(p, str) for p in patterns)
+        or not all(patterns)
+    ):
         raise TypeError(f"{option} must be a pattern of leaf names, or a list of them; got {given!r:.80}")
     return tuple(patterns)
 

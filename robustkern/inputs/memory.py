@@ -7,7 +7,6 @@ size. Integer and boolean leaves (counters, such as BatchNorm's) are no coordina
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.counters import lower_median
 from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, one_segment
 from robustkern.inputs.arrays import address, leaf_of, name_of
 from robustkern.inputs.devices import DeviceArray, Place
@@ -40,6 +38,7 @@ class Leaf:
     out: Any
     addresses: NDArray[np.int64] | None = None  # (n + 1,), the result's last, where all are known to be contiguous
     place: Place | None = None
+    stored: np.dtype[Any] | None = None  # of row 0's values, where that is another one than `dtype`
 
     @property
     def size(self) -> int:
@@ -60,10 +59,14 @@ class Leaf:
         return address(self.out) if self.addresses is None else int(self.addresses[-1])
 
     def places(self) -> list[tuple[Any, ...]]:
-        """Return where each row's values lie, and how."""
+        """Return where each row's values lie, and how: the same for two leaves that are one memory, seen alike."""
+        kind = self.stored or self.dtype
         if self.addresses is not None:
-            return [(int(first), self.shape) for first in self.addresses[:-1]]
-        return [(address(row), row.shape, row.strides) for row in self.arrays]
+            steps = [math.prod(self.shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(self.shape))]
+            layout = _layout(self.shape, steps)
+            return [(kind, int(first), layout, self.dtype) for first in self.addresses[:-1]]
+        # A row of another dtype than row 0's is no tie, whatever lies in its memory.
+        return [(kind, address(row), _layout(row.shape, row.strides), row.dtype) for row in self.arrays]
 
     def bounds(self) -> Iterator[tuple[NDArray[np.int64], int]]:
         """Yield first bytes of the rows, and how many bytes from there may be theirs."""
@@ -76,10 +79,22 @@ class Leaf:
             yield np.array([address(source) + low]), sum(map(abs, reach)) + source.itemsize
 
 
-def plain_leaf(path: tuple[Any, ...], values: Sequence[Any]) -> PlainLeaf:
-    """Return the leaf of n rows that hold numbers or texts of Python; of equally frequent ones the first counts."""
-    keys = [(type(value), repr(value)) for value in values]  # a NaN is one, and True is not 1
-    most = max(keys, key=Counter(keys).__getitem__)
+def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Return the axes that have steps, with these."""
+    return tuple((size, step) for size, step in zip(shape, strides, strict=True) if size != 1)
+
+
+def plain_leaf(path: tuple[Any, ...], values: Sequence[Any], weights: NDArray[np.float64] | None) -> PlainLeaf:
+    """Return the leaf of n rows that hold numbers or texts of Python.
+
+    Its value is what most rows, or most of the weight, have; of equals the first counts.
+    """
+    # A NaN is one, True is not 1, and an integer may have more digits than Python writes.
+    keys = [(type(value), value if type(value) is int else repr(value)) for value in values]
+    votes: dict[Any, float] = {}
+    for k, key in enumerate(keys):
+        votes[key] = votes.get(key, 0.0) + (1.0 if weights is None else float(weights[k]))
+    most = max(votes, key=votes.__getitem__)
     return PlainLeaf(name_of(path), values[keys.index(most)], np.array([key != most for key in keys]))
 
 
@@ -114,7 +129,7 @@ class MemorySource(Undivided):
     integers: list[Leaf] = field(default_factory=list)
     has_centre: bool = False
     plain: Sequence[PlainLeaf] = ()
-    combine: Any = lower_median
+    combine: Any = None  # a `Combine`
     parts: dict[str, MemorySource] | None = None
     finish: Callable[[], Any] | None = None
 
@@ -180,7 +195,7 @@ class MemorySource(Undivided):
     def _combined(self, values: NDArray[Any], leaf: Leaf) -> NDArray[Any]:
         """Combine integers; those on a GPU, which are few (counters), go through the host."""
         wanted: np.dtype[Any] = leaf.out.dtype
-        return np.asarray(self.combine(values, None if wanted == leaf.dtype else wanted), dtype=wanted)
+        return np.asarray(self.combine(values, None if wanted == leaf.dtype else wanted, None), dtype=wanted)
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
@@ -273,12 +288,16 @@ def _contiguous_axes(shape: tuple[int, ...], strides: tuple[int, ...], item: int
     return axes
 
 
-def check_disjoint(leaves: list[Leaf]) -> None:
-    """Raise where the memory of a result overlaps an update's or another result's, as far as their bounds tell."""
+def check_disjoint(leaves: list[Leaf], others: Sequence[Leaf] = ()) -> None:
+    """Raise where the memory of a result overlaps an update's or another result's, as far as their bounds tell.
+
+    Of `others` only the updates are looked at.
+    """
     leaves = [leaf for leaf in leaves if leaf.size]
     if not leaves:
         return
-    starts, sizes = zip(*(bounds for leaf in leaves for bounds in leaf.bounds()), strict=True)
+    inputs = [*leaves, *(leaf for leaf in others if leaf.size)]
+    starts, sizes = zip(*(bounds for leaf in inputs for bounds in leaf.bounds()), strict=True)
     low = np.concatenate(starts)
     high = low + np.repeat(sizes, [len(each) for each in starts])
     order = np.argsort(low)

@@ -13,7 +13,7 @@ from array_api_compat import is_torch_array
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import DTYPES, MAX_ROWS, Block, Rows, one_segment
-from robustkern.errors import plain
+from robustkern.errors import BackendUnavailable, plain
 from robustkern.inputs.addresses import address_of, addresses_of
 from robustkern.inputs.arrays import (
     array_view,
@@ -27,7 +27,6 @@ from robustkern.inputs.arrays import (
     name_of,
     pairs,
     place_of,
-    view_on_host,
     warn_of_gradients,
     where_is,
 )
@@ -53,7 +52,7 @@ def adapt(
     out: Any = None,
     centre: Any = None,
     choice: Choice = EVERYTHING,
-    tolerates: Callable[[NDArray[np.bool_]], bool] | None = None,
+    within: Callable[[int], Any] | None = None,
     apart: bool = False,
 ) -> tuple[MemorySource, Any]:
     """Turn updates into rows.
@@ -68,8 +67,8 @@ def adapt(
         Joins the rows of the source as one more.
     choice : Choice
         Which leaves take part, and in what dtype.
-    tolerates : callable, optional
-        Tells whether some of the rows, (n,) bool, may be Byzantine.
+    within : callable, optional
+        Returns the `robustkern.engine.Limits` of n rows, where something hangs on who may be Byzantine.
     apart : bool
         Whether each leaf becomes a source of its own too (`MemorySource.parts`).
 
@@ -118,7 +117,7 @@ def adapt(
             check_disjoint([leaf])
         return MemorySource.of(n, [leaf], centre is not None), result
     try:
-        return _adapt_trees(updates, n, out, choice, tolerates, apart)
+        return _adapt_trees(updates, n, out, choice, within, apart)
     except RecursionError:
         raise ValueError("updates: a pytree is nested too deeply, or contains itself") from None
 
@@ -152,7 +151,7 @@ def _adapt_stacked(updates: Any, out: Any, choice: Choice) -> tuple[MemorySource
     result = (
         empty(shape, updates, array, wanted) if out is None else checked_out(out, shape, updates, array, "out", wanted)
     )
-    target = array_view(result, "out")
+    target = array_view(result, "out", is_input=False)
     if form.factor == 2:
         array, target, shape = pairs(array), pairs(target), (*shape, 2)
     leaf = Leaf((), shape, form.dtype, array, target, place=place_of(array))
@@ -167,7 +166,10 @@ def _adapt_stacked(updates: Any, out: Any, choice: Choice) -> tuple[MemorySource
 def _jax_array(result: NDArray[Any]) -> Any:
     import jax.numpy
 
-    return jax.numpy.asarray(result)
+    made = jax.numpy.asarray(result)
+    if made.dtype != result.dtype:
+        raise TypeError(f"JAX would return {made.dtype} for {result.dtype} (switch jax_enable_x64 on, or drop dtype=)")
+    return made
 
 
 def _adapt_plain(updates: NDArray[Any]) -> tuple[MemorySource, NDArray[Any]]:
@@ -182,7 +184,7 @@ def _adapt_plain(updates: NDArray[Any]) -> tuple[MemorySource, NDArray[Any]]:
     return MemorySource(n, d, {dtype}, "cpu", Block((rows,), (target,))), result
 
 
-_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu", "requires_grad")
+_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
 
 
 @functools.cache
@@ -194,7 +196,7 @@ def _torch_kinds() -> tuple[frozenset[Any], dict[Any, np.dtype[Any]], Any]:
     return frozenset((torch.Tensor, torch.nn.Parameter)), dtypes, torch.strided
 
 
-def _look(values: Sequence[Any]) -> tuple[np.dtype[Any], list[int]] | None:
+def _look(values: Sequence[Any], inputs: int) -> tuple[np.dtype[Any], list[int]] | None:
     """Return dtype and addresses of plain contiguous arrays that are all alike: the usual case, without a view of each.
 
     None sends all others to `_make_leaf`'s loop, which also finds the words for what cannot be used.
@@ -210,9 +212,9 @@ def _look(values: Sequence[Any]) -> tuple[np.dtype[Any], list[int]] | None:
         return None
     try:
         looks = [*map(_TORCH_LOOK, values)]
-        if looks.count(looks[0]) != len(looks) or looks[0][3:5] != (dense, True):
+        if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True):
             return None
-        if looks[0][5]:
+        if any(value.requires_grad for value in values[:inputs]):
             warn_of_gradients()
         if not all(value.is_contiguous() and not value.is_neg() for value in values):
             return None
@@ -229,7 +231,7 @@ def _name_of_row(i: int, n: int) -> str:
 def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, choice: Choice) -> tuple[Leaf, Any]:
     """Check that all n rows, and what follows them, have the same leaf, and allocate its result."""
     like = values[0]
-    looked = _look(values if out is None else (*values, out))
+    looked = _look(values if out is None else (*values, out), len(values))
     if looked is not None and (choice.dtype is None or choice.dtype == looked[0]):
         dtype, addresses = looked
         shape = tuple(like.shape)
@@ -275,11 +277,11 @@ def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, c
         if out is None
         else checked_out(out, shape, like, first, f"out{where}", changed)
     )
-    target = array_view(result, f"out{where}")
+    target = array_view(result, f"out{where}", is_input=False)
     if form is not None and form.factor == 2:
         arrays, target, shape = list(map(pairs, arrays)), pairs(target), (*shape, 2)
     dtype = first.dtype if form is None else form.dtype
-    return Leaf(path, shape, dtype, arrays, target, place=place_of(first)), result
+    return Leaf(path, shape, dtype, arrays, target, place=place_of(first), stored=first.dtype), result
 
 
 def _adapt_trees(
@@ -287,18 +289,21 @@ def _adapt_trees(
     n: int,
     out: Any,
     choice: Choice,
-    tolerates: Callable[[NDArray[np.bool_]], bool] | None,
+    within: Callable[[int], Any] | None,
     apart: bool,
 ) -> tuple[MemorySource, Any]:
     import optree
 
-    whole_out = out
+    whole_out, others = out, []
     if choice.only or choice.exclude:
         names: list[str] = []
         _named(updates[0], (), names)
         choice.check(names)
-        updates = [_pruned(update, choice, ()) for update in updates]
-        out = None if out is None else _pruned(out, choice, ())
+        left_out: list[Any] = []
+        updates = [_pruned(update, choice, (), left_out) for update in updates]
+        if out is not None:
+            others = [leaf for value in left_out if (leaf := _input_only(value)) is not None]
+            out = _pruned(out, choice, (), [])
     paths, leaves, spec = optree.tree_flatten_with_path(updates[0])
     if not leaves:
         raise ValueError("row 0 holds no arrays; expected an array or a pytree of arrays")
@@ -320,7 +325,8 @@ def _adapt_trees(
     made, settings, results, places = [], [], [], []
     for column, path, target in zip(zip(*rows, strict=True), paths, targets, strict=True):
         if type(column[0]) in PLAIN and all(type(value) in PLAIN for value in column):
-            settings.append(plain_leaf(path, column[:n]))
+            weights = None if within is None else within(n).weights
+            settings.append(plain_leaf(path, column[:n], weights))
             results.append(settings[-1].value)
         else:
             leaf, result = _make_leaf(column, n, path, target, choice)
@@ -340,7 +346,7 @@ def _adapt_trees(
             here, there = (str(place or "cpu") for place in (leaf.place, made[0].place))
             first = name_of(made[0].path)
             raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {first} on {there} (move one)")
-    tied = _tied(made, n, tolerates) if tolerates is not None and len(made) > 1 else {}
+    tied = _tied(made, n, within) if within is not None and len(made) > 1 else {}
     copies: list[tuple[Any, Any]] = []
     for k, other in tied.items():
         if out is None:
@@ -349,7 +355,11 @@ def _adapt_trees(
             copies.append((results[places[k]], results[places[other]]))
     kept = [leaf for k, leaf in enumerate(made) if k not in tied]
     if out is not None:
-        check_disjoint(kept if not copies else made)
+        outs = {leaf.out_address: leaf for leaf in reversed([made[k] for k in tied])} | {
+            leaf.out_address: leaf for leaf in reversed(kept)
+        }
+        extra = [leaf for k, leaf in enumerate(made) if k in tied and outs[leaf.out_address] is leaf]
+        check_disjoint([*kept, *extra], [*others, *(made[k] for k in tied)])
     source = MemorySource.of(n, kept, len(updates) > n, settings)
     if apart:
         source.parts = _parts(source, kept)
@@ -357,7 +367,7 @@ def _adapt_trees(
 
         def finish() -> Any:
             for target, result in copies:
-                np.copyto(view_on_host(target, "out"), view_on_host(result, "out"))
+                np.copyto(_on_host(target), _on_host(result))
             if libraries == ["jax"]:
                 results[:] = [_jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
             tree = optree.tree_unflatten(spec, results)
@@ -367,6 +377,21 @@ def _adapt_trees(
     return source, optree.tree_unflatten(spec, results)
 
 
+def _on_host(result: Any) -> NDArray[Any]:
+    view = array_view(result, "out", is_input=False)
+    assert isinstance(view, np.ndarray)  # ties are looked for in the host's memory only
+    return view
+
+
+def _input_only(value: Any) -> Leaf | None:
+    """Return a leaf of one row that is left out, whose memory must not be written; None where it has none."""
+    try:
+        view = array_view(value, "a leaf that is left out", is_input=False)
+    except (TypeError, ValueError, BackendUnavailable):
+        return None
+    return None if isinstance(view, DeviceArray) else Leaf((), view.shape, view.dtype, [view], view)
+
+
 def _parts(source: MemorySource, leaves: list[Leaf]) -> dict[str, MemorySource]:
     """Return a source for each leaf of floats; the first has what is no coordinate too."""
     parts: dict[str, MemorySource] = {}
@@ -374,13 +399,14 @@ def _parts(source: MemorySource, leaves: list[Leaf]) -> dict[str, MemorySource]:
         if leaf.dtype in DTYPES:
             first = not parts
             more = source.integers if first else []
-            parts[".".join(map(str, leaf.path))] = MemorySource.of(
+            name = ".".join(map(str, leaf.path))
+            parts[name if name not in parts else name_of(leaf.path)] = MemorySource.of(
                 source.n, [leaf, *more], source.has_centre, source.plain if first else ()
             )
     return parts
 
 
-def _tied(leaves: list[Leaf], n: int, tolerates: Callable[[NDArray[np.bool_]], bool]) -> dict[int, int]:
+def _tied(leaves: list[Leaf], n: int, within: Callable[[int], Any]) -> dict[int, int]:
     """Return leaves that are one memory with another in all rows but some that may be Byzantine: with which."""
     looked = [leaf.addresses for leaf in leaves if leaf.addresses is not None]
     if len(looked) == len(leaves):
@@ -398,7 +424,7 @@ def _tied(leaves: list[Leaf], n: int, tolerates: Callable[[NDArray[np.bool_]], b
                 apart.setdefault((k, other), np.ones(n, dtype=np.bool_))[i] = False
     tied: dict[int, int] = {}
     for (k, other), mask in apart.items():
-        if k not in tied and tolerates(mask):
+        if k not in tied and within(n).tolerates(mask):
             tied[k] = tied.get(other, other)
     return tied
 
@@ -426,28 +452,31 @@ def _named(tree: Any, path: tuple[Any, ...], names: list[str]) -> None:
 def _merged(whole: Any, part: Any) -> Any:
     """Return a tree with the leaves of another one that has some of them; see `_pruned`."""
     if isinstance(whole, Mapping):
-        return {key: _merged(value, part[key]) if key in part else value for key, value in whole.items()}
+        items = {key: _merged(value, part[key]) if key in part else value for key, value in whole.items()}
+        kind: Any = type(whole) if type(whole) in MAPPINGS else dict
+        return kind(whole.default_factory, items) if isinstance(whole, defaultdict) else kind(items)
     if type(whole) in (list, tuple):
         return type(whole)(a if b is None else _merged(a, b) for a, b in zip(whole, part, strict=True))
     return part
 
 
-def _pruned(tree: Any, choice: Choice, path: tuple[Any, ...]) -> Any:
+def _pruned(tree: Any, choice: Choice, path: tuple[Any, ...], left_out: list[Any]) -> Any:
     """Return a tree without the leaves that take no part: mappings lack their keys, sequences have None."""
     if type(tree) in MAPPINGS:
-        items = {key: _pruned(value, choice, (*path, key)) for key, value in tree.items()}
+        items = {key: _pruned(value, choice, (*path, key), left_out) for key, value in tree.items()}
         left = {key: value for key, value in items.items() if value is not _NOTHING}
-        if path and items and not left:
+        if path and not left:
             return _NOTHING
         kind: Any = type(tree)
         return kind(tree.default_factory, left) if isinstance(tree, defaultdict) else kind(left)
     if type(tree) in (list, tuple):
-        parts = [_pruned(value, choice, (*path, k)) for k, value in enumerate(tree)]
-        if path and parts and all(part is _NOTHING for part in parts):
+        parts = [_pruned(value, choice, (*path, k), left_out) for k, value in enumerate(tree)]
+        if path and all(part is _NOTHING for part in parts):
             return _NOTHING
         return type(tree)(None if part is _NOTHING else part for part in parts)
     if tree is None or choice.takes(".".join(map(str, path))):
         return tree
+    left_out.append(tree)
     return _NOTHING
 
 

@@ -54,6 +54,10 @@ UNIT_ROUNDING = 1e-9  # shares that sum to 1 but for it sum to 1
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
 
 
+class CentreError(ValueError):
+    """The caller's centre is no vector of finite numbers."""
+
+
 class TooCloseError(Exception):
     """What a rule asks of the geometry is finer than float32 products: to be solved again on float64 ones."""
 
@@ -300,7 +304,7 @@ class Given:
         origin = _reference(gram, len(gram) - 1, finite) if self.needs_origin else None
         centre = _reference(gram, n, finite) if source.has_centre else None
         if centre is not None and not _measurable(np.array([centre.square])).all():
-            raise ValueError("centre holds NaN or Inf, or is 1e150 spreads away; expected a vector of finite numbers")
+            raise CentreError("centre holds NaN or Inf, or is 1e150 spreads away; expected a vector of finite numbers")
         rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)
         lengths = np.sqrt(inner.diagonal())
         self.geometry = Geometry(inner, finite, lengths, rounding, single, scale, origin, centre)
@@ -321,13 +325,15 @@ class Given:
         ]
         x = np.concatenate([np.zeros((n, 0)), *parts], axis=1)
         finite = np.asarray(np.isfinite(x).all(axis=1))
-        if not finite.any():
+        used = finite if self.weights is None else finite & (self.weights > 0)
+        if not used.any():
             self.nonfinite = ~finite
             return x, finite, _rounding(source.d)
-        x[finite] -= np.sort(x[finite], axis=0)[(np.count_nonzero(finite) - 1) // 2]
+        x[finite] -= _middles(x[used], None if self.weights is None else self.weights[used])
         x[~finite] = 0.0
-        largest = float(abs(x).max(initial=0.0))
-        if not largest < 1e100 or (0 < largest < 1e-100):
+        lengths = abs(x[used]).max(axis=1, initial=0.0)
+        lengths = lengths[lengths > 0]
+        if len(lengths) and not 1e-100 < np.median(lengths) <= lengths.max() < min(1e100, 1e140 * np.median(lengths)):
             return None  # squares need a scale, see `measure`
         self.nonfinite = ~finite
         return x, finite, _rounding(source.d)
@@ -463,6 +469,15 @@ class Given:
             _middle(after, weights) > 0
             and tolerated(_measurable(before) & ~_measurable(after), self.f, weights, self.share)
         )
+
+
+def _middles(x: Matrix, weights: Vector | None) -> Vector:
+    """Return the column-wise lower median, with weights: the first value up to which there is half of the weight."""
+    if weights is None:
+        return np.asarray(np.sort(x, axis=0)[(len(x) - 1) // 2])
+    order = x.argsort(axis=0, kind="stable")
+    reached = 2 * weights[order].cumsum(axis=0) >= weights.sum()
+    return np.asarray(np.take_along_axis(x, order, axis=0)[reached.argmax(axis=0), np.arange(x.shape[1])])
 
 
 def share_of_origin(weights: Vector, centre_weight: float) -> float:

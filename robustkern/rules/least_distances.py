@@ -200,9 +200,11 @@ class _Distances:
 
 
 def _near_the_median(x: Matrix, s: Vector) -> NDArray[np.intp]:
-    """Return the rows nearest to where some steps of Weiszfeld lead: if the median is a row, it is one of them."""
-    y = s @ x / s.sum()
-    r = np.zeros(len(x))
+    """Return distinct rows nearest to where some steps of Weiszfeld lead: if the median is a row, it is one of them.
+
+    The rows are less their column-wise middle, where the steps begin.
+    """
+    y = np.zeros(x.shape[1])
     for _ in range(CANDIDATE_STEPS):
         r = np.linalg.norm(x - y, axis=1)
         pull = s / np.maximum(r, EPSILON * (_middle(r) or 1.0))
@@ -211,8 +213,14 @@ def _near_the_median(x: Matrix, s: Vector) -> NDArray[np.intp]:
         y = moved
         if still:
             break
-    count = min(CANDIDATES, len(x))
-    return np.sort(np.argpartition(np.linalg.norm(x - y, axis=1), count - 1)[:count])
+    r = np.linalg.norm(x - y, axis=1)
+    some = r.argsort(kind="stable")[: 4 * CANDIDATES]
+    first = np.unique(x[some], axis=0, return_index=True)[1]
+    if len(first) < min(CANDIDATES, len(x)):  # copies: look at all rows
+        some = np.arange(len(x))
+        first = np.unique(x, axis=0, return_index=True)[1]
+    distinct = some[first]
+    return np.sort(distinct[r[distinct].argsort(kind="stable")[:CANDIDATES]])
 
 
 def _relative_costs_of(x: Matrix, s: Vector, some: NDArray[np.intp]) -> Vector:
