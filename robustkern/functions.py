@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 from numpy.typing import ArrayLike
 
-from robustkern.engine import Info, Limits, joined, limits, run
+from robustkern.engine import Info, Limits, combining, joined, limits, run
 from robustkern.inputs.leaves import EVERYTHING, Choice
 from robustkern.inputs.memory import MemorySource
 from robustkern.inputs.trees import adapt
@@ -271,6 +271,11 @@ def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: t
     for name, part in source.parts.items():
         infos[name] = cast(Info, run(plan, part, f, delta, weights, seed, nonfinite, backend))
         seed = infos[name].seed if seed is None else seed  # of the first that drew: all draw the same
+    if source.integers:  # which nobody is judged by: all rows vote
+        rest = MemorySource.of(source.n, source.integers)
+        rest.combine = combining(plan, limits(plan, source.n, str, f, delta, weights))
+        for _ in rest.results():
+            pass
     return joined(infos)
 
 

@@ -29,6 +29,7 @@ from robustkern.files import (
     memory_of,
     named_weights,
     read_weights,
+    touched,
 )
 from robustkern.inputs.leaves import Choice
 from robustkern.rules import Aggregator, available_rules
@@ -119,10 +120,10 @@ def aggregate(
         shard = None if shard_size is None else memory_of(shard_size)
     with said("dtype"):
         choice = Choice.of(listed(only) or None, listed(exclude) or None, dtype)
-    pool = find_workers(updates, out)
+    pool = find_workers(updates, out, bad_files.value)
     n = len(pool.workers)
     try:
-        check_target(out, [path for worker in pool.workers for path in worker.files])
+        check_target(out, *touched(pool))
     except FileError as error:
         raise Wrong(f"--out: {error}") from None
     shares = _weights(weights, pool)

@@ -75,8 +75,9 @@ class SomeRows(_Of):
         rows = self.rows
 
         def of_rows(values: NDArray[Any], dtype: np.dtype[Any] | None, which: NDArray[np.intp] | None) -> NDArray[Any]:
-            assert which is None  # who has but some rows leaves them out himself
-            return how(values[rows], dtype, None)
+            if which is None:
+                return how(values[rows], dtype, None)
+            return how(values[np.isin(which, rows)], dtype, np.flatnonzero(np.isin(rows, which)))
 
         self._source.combine = of_rows
 

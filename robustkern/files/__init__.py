@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from robustkern.files.formats import SUFFIXES, WRITTEN, FileError
-from robustkern.files.merge import Weights, aggregate_files, aggregate_pool, memory_of
+from robustkern.files.merge import Weights, aggregate_files, aggregate_pool, memory_of, touched
 from robustkern.files.output import check_target
 from robustkern.files.workers import Pool, find_workers, named_weights, read_weights
 
@@ -20,4 +20,5 @@ __all__ = [
     "memory_of",
     "named_weights",
     "read_weights",
+    "touched",
 ]

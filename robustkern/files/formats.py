@@ -13,8 +13,11 @@ import io
 import json
 import math
 import os
+import pickletools
+import re
 import stat
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +43,11 @@ __all__ = [
     "Tensor",
     "is_output",
     "kind_of",
+    "mark_of",
     "naming",
     "open_reader",
     "read_json",
+    "sum_of",
 ]
 
 #: Files that torch writes; they are read, not written.
@@ -51,7 +56,11 @@ WRITTEN = (".safetensors", ".npz", ".npy")
 SUFFIXES = (*WRITTEN, *TORCH)
 #: Bytes of a header, or of an archive's directory: some 100,000 tensors. Parsed, they take some ten times as much.
 MAX_HEADER = 1 << 24
-#: What marks a file that this package wrote: a key of metadata, or an archive's comment.
+#: Axes of a tensor, as in NumPy; entries of a torch file.
+MAX_AXES, MAX_ENTRIES = 64, 1 << 17
+#: Bytes of the pickle that says what a torch file holds.
+MAX_PICKLE = 1 << 22
+#: What marks a file that this package wrote, with a sum of what it holds: a key of metadata, or an archive's comment.
 MARK = "robustkern"
 
 #: What safetensors calls the dtypes.
@@ -231,6 +240,16 @@ class _Stream(io.RawIOBase):
         self._at = max(offset + (0, self._at, self._held.size)[whence], 0)
         return self._at
 
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._held.size - self._at, 0)
+        count = left if size is None or size < 0 else size
+        if count > MAX_HEADER:
+            raise ValueError(f"its directory has {count:,} bytes, more than {MAX_HEADER:,}")
+        count = min(count, left)
+        data = self._held.read(self._at, count)
+        self._at += count
+        return data
+
     def readinto(self, buffer: Any) -> int:
         data = np.frombuffer(buffer, dtype=np.uint8)
         count = max(min(len(data), self._held.size - self._at), 0)
@@ -312,6 +331,8 @@ class _Spans:
             raise ValueError(f"the name {shown(name)} is no text") from None
         if name in self.tensors:
             raise ValueError(f"it holds {shown(name)} twice")
+        if len(tensor.shape) > MAX_AXES:
+            raise ValueError(f"tensor {shown(name)} has {len(tensor.shape)} axes, more than {MAX_AXES}")
         self.tensors[name], self.spans[name] = tensor, span
 
     def in_pieces(self, name: str) -> bool:
@@ -336,7 +357,9 @@ class _Spans:
         raw = np.empty(reach * tensor.dtype.itemsize, dtype=np.uint8)
         self.held.read_into(raw, offset)
         strides = [step * tensor.dtype.itemsize for step in steps]
-        values = np.lib.stride_tricks.as_strided(raw.view(tensor.dtype), tensor.shape, strides, writeable=False)
+        # NumPy knows no strides of dtypes that are not its own.
+        same = np.dtype(f"u{tensor.dtype.itemsize}") if tensor.dtype.isbuiltin != 1 else tensor.dtype
+        values = np.lib.stride_tricks.as_strided(raw.view(same), tensor.shape, strides, writeable=False)
         whole = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         data[:] = whole[begin : begin + len(data)]
 
@@ -363,8 +386,10 @@ class _Safetensors(_Spans):
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if code not in CODES:
                 raise FileError(f"{self.path}: tensor {shown(name)} has the unsupported dtype {shown(str(code))}")
-            if not all(type(number) is int and number >= 0 for number in [*shape, begin, end]):
+            if not all(type(number) is int and 0 <= number < 1 << 63 for number in [*shape, begin, end]):
                 raise ValueError(f"shape or place of {shown(name)} are no whole numbers")
+            if len(shape) > MAX_AXES:
+                raise ValueError(f"tensor {shown(name)} has {len(shape)} axes, more than {MAX_AXES}")
             tensor = Tensor(tuple(shape), CODES[code])
             if begin != at or end - begin != tensor.nbytes:
                 raise ValueError(f"the place of {shown(name)} does not fit its shape, or the others' places")
@@ -391,8 +416,6 @@ class _Npz(_Spans):
         self._streams: dict[str, tuple[zipfile.ZipInfo, int]] = {}
         self._open: dict[str, tuple[Any, int]] = {}
         self._sums: dict[str, tuple[int, int]] = {}
-        if self._archive.comment == MARK.encode():
-            self.metadata[MARK] = ""
         for member in self._archive.infolist():
             if not member.filename.endswith(".npy"):
                 raise ValueError(f"its member {shown(member.filename)} is no array")
@@ -401,7 +424,7 @@ class _Npz(_Spans):
             name = member.filename[: -len(".npy")]
             if member.compress_type == zipfile.ZIP_DEFLATED:
                 with self._archive.open(member) as file:
-                    tensor, at, steps = _npy_header(file.read(1 << 16))
+                    tensor, at, steps = _npy_header(_header_of(file.read))
                 self._streams[name] = (member, at)
                 span = _Span(0, steps)
             else:
@@ -416,9 +439,8 @@ class _Npz(_Spans):
                 span = _Span(start + at, steps)
             _check_length(tensor, at, member.file_size)
             self.add(name, tensor, span)
-            if span.steps is not None or name in self._streams:
-                continue
-            self._sums[name] = (at, member.CRC)
+            if span.steps is None and name not in self._streams:
+                self._sums[name] = (at, member.CRC)
 
     def offset_of(self, name: str) -> int | None:
         return None  # the sums are of members
@@ -479,19 +501,33 @@ class _Npz(_Spans):
 
 
 def _archive(held: Held) -> zipfile.ZipFile:
-    """Open an archive whose directory has a bounded length."""
-    begin = max(held.size - (1 << 16) - 100, 0)
-    tail = held.read(begin, held.size - begin)
-    at = tail.rfind(b"PK\5\6")
-    if at < 0 or at + 22 > len(tail):
-        raise ValueError("it is no zip archive")
-    (length,) = struct.unpack_from("<L", tail, at + 12)
-    if length == 0xFFFFFFFF and at >= 20 and tail[at - 20 : at - 16] == b"PK\6\7":
-        (place,) = struct.unpack_from("<Q", tail, at - 12)
-        (length,) = struct.unpack("<Q", held.read(place + 40, 8)) if place + 48 <= held.size else (MAX_HEADER + 1,)
-    if length > MAX_HEADER:
-        raise ValueError(f"its directory has {length:,} bytes, more than {MAX_HEADER:,}")
+    """Open an archive whose directory has a bounded length: `_Stream` reads no more at once."""
     return zipfile.ZipFile(_Stream(held))
+
+
+def _header_of(read: Callable[[int], bytes]) -> bytes:
+    """Return the header of an array, and no more, from a stream."""
+    start = read(12)
+    if len(start) < 12 or not start.startswith(b"\x93NUMPY"):
+        raise ValueError("a member is no array")
+    (length,) = struct.unpack("<H", start[8:10]) if start[6] == 1 else struct.unpack("<I", start[8:12])
+    return start + read(min(length, 1 << 16))
+
+
+#: What the pickle of a dict of tensors names; torch's loader of weights allows more, such as arrays of any size.
+_NAMES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)|torch (Size|device|dtype|\w+Storage)"
+    r"|torch\.storage (TypedStorage|UntypedStorage)|torch [a-z0-9_]+"
+)
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raise where a pickle names what no dict of tensors needs: nothing else can take memory that the file has not."""
+    for code, argument, _ in pickletools.genops(data):
+        if code.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "PERSID") or (
+            code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument))
+        ):
+            raise ValueError(f"it holds {shown(str(argument or code.name))}, which is no tensor")
 
 
 class _Torch(_Spans):
@@ -505,30 +541,39 @@ class _Torch(_Spans):
             raise ImportError(f"{held.path}: torch is needed to read it ({error})") from error
         try:
             archive = _archive(held)
-        except ValueError:
+        except zipfile.BadZipFile:
             raise FileError(
                 f"{held.path}: is no file of torch.save, or of a torch older than 1.6 (convert it: "
                 "torch.save(torch.load(path, weights_only=True), path))"
             ) from None
         with archive:
             for member in archive.infolist():
-                if member.compress_type != zipfile.ZIP_STORED or (
-                    member.filename.endswith("/data.pkl") and member.file_size > MAX_HEADER
-                ):
+                name = member.filename.rpartition("/")[2]
+                if member.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and member.file_size > MAX_PICKLE):
                     raise ValueError(f"its member {shown(member.filename)} is compressed, or too long")
+                if name == "data.pkl":
+                    _check_pickle(archive.read(member))
+                elif name == "byteorder" and archive.read(member).strip() != sys.byteorder.encode():
+                    raise ValueError(
+                        "it was written on a machine with another order of bytes (save it again on this one)"
+                    )
         # On the device "meta" storages have no memory, but know where in the file their bytes are.
         loaded = torch.load(io.BufferedReader(_Stream(held)), map_location="meta", weights_only=True)
         if isinstance(loaded, torch.Tensor):
             loaded = {"array": loaded}
         if not isinstance(loaded, dict):
             raise ValueError(f"it holds a {type(loaded).__name__}; expected a dict of tensors")
+        self._entries = 0
         self._flatten(loaded, "")
 
     def _flatten(self, values: dict[Any, Any], prefix: str) -> None:
         import torch
 
         for key, value in values.items():
+            self._entries += 1
             name = f"{prefix}{key}"
+            if self._entries > MAX_ENTRIES or len(name) > 1 << 16:
+                raise ValueError(f"it holds more than {MAX_ENTRIES:,} entries, or names too long")
             if isinstance(value, torch.Tensor):
                 self._add_tensor(name, value)
             elif isinstance(value, dict):
@@ -574,11 +619,14 @@ def _parsed(header: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
+    try:
+        shape, fortran, dtype = read(file)
+    except MemoryError:  # how Python says that an expression is nested too deeply
+        raise ValueError("its header is nested too deeply") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"its shape {shape} is negative")
+    if any(not 0 <= size < 1 << 63 for size in shape) or len(shape) > MAX_AXES:
+        raise ValueError(f"its shape {plain(str(shape), 60)} is negative, or too large")
     steps = None
     if fortran and sum(size != 1 for size in shape) > 1:
         steps = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
@@ -615,7 +663,7 @@ def open_reader(path: Path, hold: bool = True, kind: str | None = None) -> Reade
 
 
 def is_output(path: Path) -> bool:
-    """Tell whether this package wrote a file, as far as the file itself says it."""
+    """Tell whether this package wrote a file, and nobody changed it since, as far as the file itself says it."""
     if kind_of(path) not in (".safetensors", ".npz"):
         return False
     try:
@@ -624,8 +672,33 @@ def is_output(path: Path) -> bool:
         return False
     try:
         with naming(path):
-            return MARK in _READERS[kind_of(path)](held).metadata
-    except FileError:
+            if kind_of(path) == ".npz":
+                archive = _archive(held)
+                return archive.comment == mark_of(sum_of(archive))
+            reader = _Safetensors(held)
+            begin = 8 + struct.unpack("<Q", held.read(0, 8))[0]
+            return MARK in reader.metadata and reader.metadata[MARK].encode() == mark_of(_sum(held, begin))
+    except (FileError, MemoryError):
         return False
     finally:
         held.close()
+
+
+def mark_of(value: int) -> bytes:
+    """Return the mark of a file whose values have a sum."""
+    return f"aggregated {value:08x}".encode()
+
+
+def sum_of(archive: zipfile.ZipFile) -> int:
+    """Return a sum of what an archive holds, from its directory."""
+    return zlib.crc32(b"".join(struct.pack("<L", member.CRC) for member in archive.infolist()))
+
+
+def _sum(held: Held, begin: int) -> int:
+    value, data = 0, np.empty(1 << 20, dtype=np.uint8)
+    while begin < held.size:
+        part = data[: min(len(data), held.size - begin)]
+        held.read_into(part, begin)
+        value = zlib.crc32(part.data, value)
+        begin += len(part)
+    return value

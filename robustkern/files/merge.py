@@ -15,15 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from robustkern.engine import Info, Limits, combining, joined, limits, run
+from robustkern.errors import NonFiniteError
 from robustkern.files.formats import MARK, FileError
-from robustkern.files.output import Output, Writer
+from robustkern.files.output import Output, Target
 from robustkern.files.pieces import Files, Progress, Row, descriptors
-from robustkern.files.workers import Pool, Worker, capped, claimed, find_workers, named_weights
+from robustkern.files.workers import Pool, Worker, below_half, capped, claimed, find_workers, named_weights
 from robustkern.inputs.leaves import Choice
 from robustkern.rules.base import Aggregator, as_aggregator
 from robustkern.rules.mean import Mean
 
-__all__ = ["Weights", "aggregate_files", "aggregate_pool", "memory_of"]
+__all__ = ["Weights", "aggregate_files", "aggregate_pool", "memory_of", "touched"]
 
 
 def memory_of(text: str | int) -> int:
@@ -133,7 +134,7 @@ def aggregate_files(
     column-wise lower median, for `mean` as their rounded mean. Metadata that at least n - f updates share are kept.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    pool = find_workers(given, Path(out))
+    pool = find_workers(given, Path(out), bad)
     info, _ = aggregate_pool(
         pool,
         as_aggregator(rule),
@@ -197,9 +198,8 @@ def aggregate_pool(
         beside = [Row.of(Worker(str(path), path, (path,)), hold) for path in others]
         for row in beside:
             stack.callback(row.close)
-            if row.wrong is not None:
-                raise FileError(row.wrong)
-        weighed = _weights(pool, rows, weights, weights_from, cap_weights, bad)
+            row.check()
+        weighed = _weights(pool, rows, weights, weights_from, cap_weights, bad, f)
         within = limits(rule, len(rows), lambda i: rows[i].name, f, delta, weighed.used)
         files = Files(
             [*rows, *(beside[:1] if centre is not None else [])],
@@ -209,45 +209,51 @@ def aggregate_pool(
             replace(choice, integers=mean and choice.dtype is not None),
             within,
             bad,
-            nonfinite == "drop",
             scope == "leaf",
             memory,
             progress,
         )
         stack.callback(files.close)
-        inputs = [reader.path for row in (*rows, *beside) for reader in row.readers]
-        output = Output(out, files.out, _shared_metadata(rows, within), inputs, shard_size)
-        opened: list[Writer] = []
-
-        def writer() -> Writer:
-            if not opened:
-                opened.append(stack.enter_context(output.open()))
-            return opened[0]
-
-        files.writer = writer
+        inputs, folders = touched(pool)
+        metadata = _shared_metadata(rows, within)
+        output = Output(out, files.out, metadata, [*inputs, *others], folders, shard_size)
         options = {"delta": delta, "f": f, "weights": weighed.used, "seed": seed}
-        info = _run(rule, files, scope, options | {"nonfinite": nonfinite, "backend": backend})
-        files.check_bad()
+        with Target(output) as files.target:
+            try:
+                info = _run(rule, files, scope, options | {"nonfinite": nonfinite, "backend": backend})
+            except NonFiniteError:
+                files.check_bad()  # which tells of files, where these were it
+                raise
+            files.check_bad()
         return replace(info, bad=files.bad_rows, integers=len(files.integers)), weighed
+
+
+def touched(pool: Pool) -> tuple[list[Path], list[Path]]:
+    """Return the files that workers have, and their folders: an output replaces none of these, and is in none."""
+    files = [path for worker in pool.workers for path in (worker.path, *worker.files) if not path.is_dir()]
+    return files, [worker.path for worker in pool.workers if worker.path.is_dir()]
 
 
 def _run(rule: Aggregator, files: Files, scope: str, options: dict[str, Any]) -> Info:
     """Run the rule on all tensors at once, or on each."""
-    if scope == "update":
+    if scope == "update" or not files.floats:
+        files.together()
         info = run(rule, files.source(), **options)
         assert info is not None
         return info
     leaves: dict[str, Info] = {}
     for name in files.out:
+        source = files.source({name})
         if name in files.floats:
-            found = run(rule, files.source({name}), **options)
+            found = run(rule, source, **options)
             assert found is not None
             leaves[name] = found
+            options["seed"] = found.seed if options["seed"] is None else options["seed"]
         else:
-            source = files.source({name})
             source.combine = combining(rule, files.within)
             for _ in source.results():
                 pass
+        files.commit()
     return joined(leaves)
 
 
@@ -265,6 +271,7 @@ def _weights(
     weights_from: str | None,
     cap: float | None,
     bad: str,
+    f: int | None,
 ) -> Weights:
     if cap is not None and not cap >= 1:
         raise ValueError(f"cap_weights must be at least 1, so many times the median; got {cap}")
@@ -281,14 +288,13 @@ def _weights(
                     row.wrong = f"{row.readers[0].path}: {error}"
         if bad == "error":
             for row in rows:
-                if row.wrong is not None:
-                    raise FileError(row.wrong)
+                row.check()
         known = [value for value in said if value is not None]
         if not known:
             raise FileError(f"no update can be used; the first: {rows[0].wrong}")
         middle = statistics.median(known)
         claims = [middle if value is None else value for value in said]
-        return Weights(claims, capped(claims, 10.0 if cap is None else cap))
+        return Weights(claims, below_half(claims, 10.0 if cap is None else cap, f))
     if weights is None:
         if cap is not None:
             raise ValueError("cap_weights is given, but no weights")
@@ -311,7 +317,12 @@ def _shared_metadata(rows: Sequence[Row], within: Limits) -> dict[str, str]:
     """Return the texts of metadata that enough updates share; no single worker decides them."""
     votes = Counter((k, v) for row in rows for k, v in row.metadata.items() if isinstance(v, str))
     found = {}
-    for (key, text), _ in votes.items():
-        if within.tolerates(np.array([row.metadata.get(key) != text for row in rows])) and key != MARK:
+    for (key, text), count in votes.items():
+        # Of a client's million keys none is looked at twice.
+        if (
+            2 * count > len(rows)
+            and within.tolerates(np.array([row.metadata.get(key) != text for row in rows]))
+            and key != MARK
+        ):
             found[key] = text
     return found if sum(len(k) + len(v) for k, v in found.items()) <= 1 << 20 else {}

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.errors import shown
-from robustkern.files.formats import CODES, MARK, WRITTEN, FileError, Tensor, kind_of, open_reader
+from robustkern.files.formats import CODES, MARK, WRITTEN, FileError, Tensor, kind_of, mark_of, open_reader, sum_of
 
 try:
     import fcntl as locks
@@ -25,7 +28,7 @@ except ImportError:  # no Unix
     locks = None  # type: ignore[assignment]
 LOCKS: Any = locks
 
-__all__ = ["Output", "check_target", "in_order"]
+__all__ = ["Output", "Target", "Writer", "check_target", "in_order"]
 
 PART = ".part"
 _CODES = {dtype: code for code, dtype in CODES.items()}
@@ -39,11 +42,15 @@ def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
 class Writer(Protocol):
     """Writes tensors one by one."""
 
-    def begin(self, name: str, tensor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         """Go on to the next tensor."""
 
-    def write(self, values: NDArray[np.uint8]) -> None:
+    def put(self, data: NDArray[np.uint8]) -> None:
         """Write its next bytes."""
+
+
+class Closing(Writer, Protocol):
+    """A writer of one file."""
 
     def close(self) -> None:
         """Write what comes last."""
@@ -53,8 +60,8 @@ class _SafetensorsWriter:
     """Writes behind a header that is known beforehand."""
 
     def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": metadata}
-        offset = 0
+        header: dict[str, Any] = {"__metadata__": {**metadata, MARK: mark_of(0).decode()}}
+        offset, self._sum = 0, 0
         for name, tensor in tensors.items():
             end = offset + tensor.nbytes
             header[name] = {
@@ -66,33 +73,36 @@ class _SafetensorsWriter:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         file.write(struct.pack("<Q", len(text)) + text)
-        self._file = file
+        self._file, self._header = file, text
 
-    def begin(self, name: str, tensor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         pass
 
-    def write(self, values: NDArray[np.uint8]) -> None:
-        self._file.write(values.data)
+    def put(self, data: NDArray[np.uint8]) -> None:
+        self._sum = zlib.crc32(data.data, self._sum)
+        self._file.write(data.data)
 
     def close(self) -> None:
-        pass
+        end = self._file.tell()
+        self._file.seek(8 + self._header.index(mark_of(0), self._header.index(b'"__metadata__"')))
+        self._file.write(mark_of(self._sum))
+        self._file.seek(end)
 
 
 class _NpzWriter:
     def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         self._archive = zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._archive.comment = MARK.encode()
         self._member: IO[bytes] | None = None
 
-    def begin(self, name: str, tensor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         self._end()
         # The time of a member would make two outputs of the same updates differ.
         self._member = self._archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True)
         _write_npy_header(self._member, tensor)
 
-    def write(self, values: NDArray[np.uint8]) -> None:
+    def put(self, data: NDArray[np.uint8]) -> None:
         assert self._member is not None
-        self._member.write(values.data)
+        self._member.write(data.data)
 
     def _end(self) -> None:
         if self._member is not None:
@@ -101,6 +111,7 @@ class _NpzWriter:
 
     def close(self) -> None:
         self._end()
+        self._archive.comment = mark_of(sum_of(self._archive))
         self._archive.close()
 
 
@@ -108,11 +119,11 @@ class _NpyWriter:
     def __init__(self, file: IO[bytes], tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
         self._file = file
 
-    def begin(self, name: str, tensor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         _write_npy_header(self._file, tensor)
 
-    def write(self, values: NDArray[np.uint8]) -> None:
-        self._file.write(values.data)
+    def put(self, data: NDArray[np.uint8]) -> None:
+        self._file.write(data.data)
 
     def close(self) -> None:
         pass
@@ -144,6 +155,8 @@ class Output:
         Texts for formats that have some.
     inputs : sequence of paths
         Files that must not be replaced.
+    folders : sequence of paths
+        Folders that must not be written to.
     shard_size : int, optional
         Most bytes of the tensors in a shard; a larger tensor has a shard of its own.
 
@@ -159,10 +172,11 @@ class Output:
         tensors: Mapping[str, Tensor],
         metadata: dict[str, str],
         inputs: Sequence[Path],
+        folders: Sequence[Path] = (),
         shard_size: int | None = None,
     ) -> None:
         self.out, self.tensors = out, dict(tensors)
-        self.metadata = {**metadata, MARK: "aggregated"}
+        self.metadata = metadata
         kind = kind_of(out)
         if kind not in WRITTEN:
             raise FileError(
@@ -174,7 +188,7 @@ class Output:
         self._index: Path | None = None
         self._files = self._shards(shard_size)
         for path in [*self._files, *([self._index] if self._index else [])]:
-            check_target(path, inputs)
+            check_target(path, inputs, folders)
         if kind == ".npy" and len(tensors) != 1:
             raise FileError(f"{out}: an npy file holds one tensor, the updates have {len(tensors)} (use .npz)")
         for name, tensor in tensors.items():
@@ -205,7 +219,12 @@ class Output:
         remove_leftovers(self.out.parent)
         with contextlib.ExitStack() as stack:
             parts = _Parts(stack, self._files, self.metadata)
-            yield parts
+            try:
+                yield parts
+            except BaseException:
+                with contextlib.suppress(Exception):  # what is half written is thrown away
+                    parts.close()
+                raise
             parts.close()
             for path, (part, tensors) in parts.made.items():
                 _look_at(path, part, tensors)
@@ -224,6 +243,40 @@ class Output:
                 _replace(part, path)
 
 
+class Target:
+    """An output that may be begun again; used as a context, at whose end it is complete or absent."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._stack = contextlib.ExitStack()
+        self._writer: Writer | None = None
+
+    def writer(self) -> Writer:
+        """Return what takes the tensors, opened when it is first asked for."""
+        if self._writer is None:
+            self._writer = self._stack.enter_context(self._output.open())
+        return self._writer
+
+    def restart(self) -> None:
+        """Throw away what was written."""
+        if self._writer is not None:
+            self._writer = None
+            with contextlib.suppress(_Again):
+                self._stack.__exit__(_Again, _Again(), None)
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+
+class _Again(Exception):
+    """Ends an output that is begun again."""
+
+
 class _Parts:
     """Writes one file after the other."""
 
@@ -233,7 +286,7 @@ class _Parts:
         self.made: dict[Path, tuple[IO[bytes], dict[str, Tensor]]] = {}
         self._stack, self._metadata = stack, metadata
         self._left = list(files.items())
-        self._writer: Writer | None = None
+        self._writer: Closing | None = None
         self._next()
 
     def _next(self) -> None:
@@ -245,23 +298,26 @@ class _Parts:
         self._names = set(tensors)
         self._writer = _WRITERS[kind_of(path)](part, tensors, self._metadata)
 
-    def begin(self, name: str, tensor: Tensor) -> None:
+    def start(self, name: str, tensor: Tensor) -> None:
         if name not in self._names:
             self._next()
         assert self._writer is not None
-        self._writer.begin(name, tensor)
+        self._writer.start(name, tensor)
 
-    def write(self, values: NDArray[np.uint8]) -> None:
+    def put(self, data: NDArray[np.uint8]) -> None:
         assert self._writer is not None
-        self._writer.write(values)
+        self._writer.put(data)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-def check_target(path: Path, inputs: Sequence[Path]) -> None:
-    """Raise where a file cannot be replaced, or must not be."""
+def check_target(path: Path, inputs: Sequence[Path], folders: Sequence[Path] = ()) -> None:
+    """Raise where a file cannot be replaced, or must not be: one of the inputs, or in one of the workers' folders."""
+    for folder in folders:
+        if folder.resolve() in path.resolve().parents:
+            raise FileError(f"{path}: is in the folder of a worker, {folder}, which is never written to")
     if path.is_dir():
         raise FileError(f"{path}: is a directory (name a file)")
     if not path.parent.is_dir():
@@ -285,6 +341,7 @@ def _check_name(out: Path, kind: str, name: str) -> None:
             or steps[0] == ""
             or ".." in steps
             or ":" in steps[0]
+            or name.endswith(".npy")
         )
     if bad:
         raise FileError(f"{out}: {kind[1:]} files cannot hold a tensor named {shown(name)} (use another kind of file)")
@@ -347,7 +404,14 @@ def remove_leftovers(folder: Path) -> None:
     """Remove temporary files of runs that were killed: nobody holds their locks."""
     if LOCKS is None:
         return
-    for path in folder.glob(f".{MARK}-*{PART}*"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            LOCKS.flock(file, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
-            path.unlink()
+    for name in os.listdir(folder):
+        if not re.fullmatch(rf"\.{MARK}-[0-9a-f]{{16}}\{PART}", name):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            try:
+                if stat.S_ISREG(os.fstat(fd).st_mode):
+                    LOCKS.flock(fd, LOCKS.LOCK_EX | LOCKS.LOCK_NB)
+                    os.unlink(folder / name)
+            finally:
+                os.close(fd)

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, address_of
 from robustkern.engine import Limits
-from robustkern.errors import shown
+from robustkern.errors import plain, shown
 from robustkern.files.digest import Digest
 from robustkern.files.formats import FileError, Reader, Tensor, naming, open_reader
-from robustkern.files.output import Writer, in_order
+from robustkern.files.output import Target, Writer, in_order
 from robustkern.files.workers import Worker
 from robustkern.inputs.leaves import Choice, computed
 
@@ -49,6 +49,8 @@ class Row:
     tensors: dict[str, tuple[Reader, Tensor]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     wrong: str | None = None
+    missing: ImportError | None = None
+    lost: str | None = None  # why its integers could not be read, where its floats could
 
     @classmethod
     def of(cls, worker: Worker, hold: bool) -> Row:
@@ -71,13 +73,21 @@ class Row:
             missing = sorted((worker.expected or {}).keys() - row.tensors.keys())
             if missing and row.wrong is None:
                 raise FileError(f"{worker.path}: lacks {shown(missing[0])}, which its index names")
-        except FileError as error:
-            row.wrong = str(error)
+        except (FileError, ImportError, MemoryError) as error:
+            row.wrong = plain(str(error) or "it takes more memory than there is", 1000)
+            row.missing = error if isinstance(error, ImportError) else None
             for reader in opened:
                 reader.held.close()
             opened = []
         row.readers = opened
         return row
+
+    def check(self) -> None:
+        """Raise what is wrong with it."""
+        if self.missing is not None:
+            raise self.missing
+        if self.wrong is not None:
+            raise FileError(self.wrong)
 
     def close(self) -> None:
         """Let its files go."""
@@ -142,6 +152,7 @@ class Source(Undivided):
     def results(self) -> Iterator[Block]:
         """Yield the pieces in the order of the output, and write their results there."""
         self.files.combine = self.combine
+        self.files.begin()
         for piece, block in self.files.read(self.pieces, judged=True):
             if piece.dtype in DTYPES:
                 yield block
@@ -166,8 +177,6 @@ class Files:
         Which rows may be bad.
     bad : {"error", "count"}
         What a file is that cannot be used.
-    drops : bool
-        Whether rows that are not finite, as bad ones are, are left out by the engine.
     apart : bool
         Whether no two tensors share a piece.
     memory : int
@@ -185,12 +194,11 @@ class Files:
         choice: Choice,
         within: Limits,
         bad: str,
-        drops: bool,
         apart: bool,
         memory: int,
         progress: Progress | None,
     ) -> None:
-        self._drops, self._apart = drops, apart
+        self._apart = apart
         self.rows, self.n, self.has_centre, self.base = rows, n, has_centre, base
         self.choice, self.within, self.bad, self.memory = choice, within, bad, memory
         self.combine: Any = None  # a `Combine`
@@ -200,7 +208,8 @@ class Files:
         self._stretches: dict[str, NDArray[np.int64] | None] = {}
         self._settle_structure()
         self._cut()
-        self.writer: Callable[[], Writer] | None = None
+        self.target: Target | None = None
+        self._spool: IO[bytes] | None = None
         self._spilled: dict[str, IO[bytes]] = {}
 
     # -- which tensors, and which rows have them -------------------------------------------------------------------
@@ -215,14 +224,13 @@ class Files:
         votes = Counter(form for form in forms[: self.n] if form is not None)
         if self.bad == "error":
             for row in self.rows:
-                if row.wrong is not None:
-                    raise FileError(row.wrong)
+                row.check()
         if not votes:
             raise FileError(f"no update can be used; the first: {self.rows[0].wrong}")
         shared = votes.most_common(1)[0][0]
         model = self.rows[forms.index(shared)]
         self.tensors = {name: model.tensors[name][1] for name, _, _ in shared}
-        self.choice.check(model.tensors)
+        self.choice.check(dict.fromkeys(name for row in (model, *self.rows) for name in row.tensors))
         for name, tensor in self.tensors.items():
             if computed(tensor.dtype) is None and (tensor.dtype.kind not in "iub" or not tensor.dtype.isnative):
                 raise FileError(
@@ -258,17 +266,18 @@ class Files:
     def check_bad(self) -> None:
         """Raise where more files are bad than may be."""
         wrong = [row for row in self.rows[: self.n] if row.wrong is not None]
-        mask = np.array([row.wrong is not None for row in self.rows[: self.n]])
+        wrong += [row for row in self.rows[: self.n] if row.lost is not None and row.wrong is None]
+        mask = np.array([row.wrong is not None or row.lost is not None for row in self.rows[: self.n]])
         if wrong and not self.within.tolerates(mask):
             limit = "fewer than half" if self.within.f is None else f"f={self.within.f}"
-            raise FileError(
-                f"{len(wrong)} of {self.n} updates cannot be used, more than {limit}; the first: {wrong[0].wrong}"
-            )
+            first = wrong[0].wrong or wrong[0].lost
+            raise FileError(f"{len(wrong)} of {self.n} updates cannot be used, more than {limit}; the first: {first}")
 
     @property
     def bad_rows(self) -> dict[str, str]:
         """Workers whose files cannot be used, and why."""
-        return {row.name: row.wrong for row in self.rows[: self.n] if row.wrong is not None}
+        found = {row.name: row.wrong or row.lost for row in self.rows[: self.n]}
+        return {name: reason for name, reason in found.items() if reason is not None}
 
     def _tied(self) -> dict[str, str]:
         """Tensors that are one with another in all rows but some that may be bad: by name, that one's name."""
@@ -278,7 +287,9 @@ class Files:
             places = []
             for row in good:
                 reader, tensor = row.tensors[name]
-                places.append((id(reader), reader.place_of(name), tensor.shape, tensor.dtype))
+                # What is empty is nothing that two names could share.
+                place = reader.place_of(name) if tensor.size else name
+                places.append((id(reader), place, tensor.shape, tensor.dtype))
             names[name] = places
         first: dict[tuple[Any, ...], str] = {}
         tied: dict[str, str] = {}
@@ -305,6 +316,7 @@ class Files:
         for name in in_order(results | base):
             self.out[name] = (results | base)[name]
         self.tied = self._tied()
+        self._twins = set(self.tied.values())
         self.floats = {k: t for k, t in self.tensors.items() if computed(t.dtype) is not None and k not in self.tied}
         self.integers = [k for k, t in self.tensors.items() if computed(t.dtype) is None]
         rows, self.pieces = len(self.rows), []
@@ -323,7 +335,7 @@ class Files:
             limit = bytes_each // max(dtype.itemsize, *(stored.itemsize for stored in self._stored(name)))  # of values
             size, begin = source.size * factor, 0
             whole = self._needs_whole(name, size * dtype.itemsize > self.memory // (rows + 4))
-            alone = whole or self._apart or name in self.tied.values()
+            alone = whole or self._apart or name in self._twins
             while True:
                 if piece is None or piece.dtype != dtype or alone or piece.count >= limit:
                     piece = Piece(dtype)
@@ -444,11 +456,14 @@ class Files:
         digests = self._digests.get(key)
         before = -1 if digests is None else int(digests[i])
         try:
-            if row.wrong is None:
+            if row.wrong is None and (floating or row.lost is None):
                 self._read_parts(row, piece, data)
         except FileError as error:
             if self.bad == "error" or before >= 0 or i >= self.n:
                 raise
+            if not floating:  # what was judged of it stays
+                row.lost = str(error)
+                return
             row.wrong = str(error)
         if row.wrong is not None:
             if floating:
@@ -506,8 +521,8 @@ class Files:
         rows = self._buffer[:, :width].view(piece.dtype)
         out = self._result[:width].view(piece.dtype)
         if piece.dtype not in DTYPES:
-            good = np.flatnonzero([row.wrong is None for row in self.rows[: self.n]])
-            self._counting = None if self._drops or len(good) == self.n else good
+            good = np.flatnonzero([row.wrong is None and row.lost is None for row in self.rows[: self.n]])
+            self._counting = None if len(good) == self.n else good
             self._integers = rows[: self.n] if self._counting is None else rows[good]
             return Block((), ())
         self._done += rows.nbytes
@@ -519,15 +534,17 @@ class Files:
 
     def write(self, piece: Piece, block: Block) -> None:
         """Write the result of a piece, which the engine has put into the buffer."""
-        assert self.writer is not None
-        writer = self.writer()
+        assert self.target is not None
+        writer: Writer = self if self._apart else self.target.writer()
         for part in piece.parts:
             tensor = self.out[part.name]
             if part.begin == 0:
-                writer.begin(part.name, tensor)
+                writer.start(part.name, tensor)
+                if part.name in self._twins:
+                    self._spilled.setdefault(part.name, tempfile.TemporaryFile()).seek(0)  # noqa: SIM115
             if piece.dtype == np.void:
                 for data in self._copied(part.name):
-                    writer.write(data)
+                    writer.put(data)
                 continue
             if piece.dtype in DTYPES:
                 values = self._result[: piece.count * piece.dtype.itemsize].view(piece.dtype)
@@ -540,11 +557,47 @@ class Files:
             wanted = tensor.dtype if form is None else form.stored
             with np.errstate(all="ignore"):
                 data = np.ascontiguousarray(values if values.dtype == wanted else values.astype(wanted)).view(np.uint8)
-            writer.write(data)
-            if part.name in self.tied.values():
-                if part.name not in self._spilled:
-                    self._spilled[part.name] = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the files)
+            writer.put(data)
+            if part.name in self._twins:
                 self._spilled[part.name].write(data.data)
+
+    # Leaf by leaf, a leaf's result waits for the rule's last word: it may begin again without shared infinities.
+
+    def begin(self) -> None:
+        """Begin to write the results, or to write them again."""
+        assert self.target is not None
+        if not self._apart:
+            self.target.restart()
+        elif self._spool is None:
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the files)
+
+    def together(self) -> None:
+        """Write all leaves as they come."""
+        self._apart = False
+
+    def start(self, name: str, tensor: Tensor) -> None:
+        """Go on to a leaf that waits."""
+        assert self._spool is not None
+        self._spool.seek(0)
+        self._waiting = name, tensor
+
+    def put(self, data: Bytes) -> None:
+        """Let bytes of it wait."""
+        assert self._spool is not None
+        self._spool.write(data.data)
+
+    def commit(self) -> None:
+        """Write the leaf that waits."""
+        assert self._spool is not None
+        assert self.target is not None
+        name, tensor = self._waiting
+        writer, left = self.target.writer(), tensor.nbytes
+        writer.start(name, tensor)
+        self._spool.seek(0)
+        while left:
+            data = self._spool.read(min(left, 1 << 20))
+            writer.put(np.frombuffer(data, dtype=np.uint8))
+            left -= len(data)
 
     def _copied(self, name: str) -> Iterator[Bytes]:
         """Yield what a tensor is that is tied to another one, or that only the base has."""
@@ -569,5 +622,5 @@ class Files:
         """Let all files go."""
         for row in (*self.rows, *([] if self.base is None else [self.base])):
             row.close()
-        for file in self._spilled.values():
+        for file in (*self._spilled.values(), *([] if self._spool is None else [self._spool])):
             file.close()

@@ -20,7 +20,7 @@ from typing import Any
 from robustkern.errors import shown
 from robustkern.files.formats import SUFFIXES, FileError, Held, is_output, kind_of, naming, read_json
 
-__all__ = ["Pool", "Worker", "capped", "claimed", "find_workers", "named_weights", "read_weights"]
+__all__ = ["Pool", "Worker", "below_half", "capped", "claimed", "find_workers", "named_weights", "read_weights"]
 
 INDEX = ".index.json"
 
@@ -71,10 +71,11 @@ class Pool:
 
 def natural(name: str) -> tuple[Any, ...]:
     """Return a key that sorts "client-2" before "client-10"."""
-    return tuple((int(part), part) if part.isdigit() else (-1, part) for part in re.split(r"(\d{1,18})", name)), name
+    parts = re.split(r"([0-9]{1,18})", name)  # texts and numbers in turn
+    return tuple((int(part), part) if k % 2 else (-1, part) for k, part in enumerate(parts)), name
 
 
-def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = None) -> Pool:
+def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = None, bad: str = "error") -> Pool:
     """Return the workers that the caller's paths stand for.
 
     Parameters
@@ -82,7 +83,9 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
     paths : sequence of paths
         One a worker, or one folder with an entry for each worker.
     out : Path, optional
-        Where the result goes, which is no worker.
+        Where the result goes, which is no worker, nor are its shards and their index.
+    bad : {"error", "count"}
+        See `robustkern.aggregate_files`: whether an index in a pool is somebody's bad update.
 
     Raises
     ------
@@ -91,27 +94,29 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
     """
     given = [Path(path) for path in paths]
     if len(given) == 1 and given[0].is_dir():
-        return _pool(given[0], out)
+        return _pool(given[0], out, bad)
     if not given:
         raise FileError("no update files were given")
     return Pool(_distinct([_worker(path) for path in given]), False)
 
 
-def _pool(folder: Path, out: Path | None) -> Pool:
+def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
     entries, ignored = [], []
     names = sorted(os.listdir(folder), key=natural)
     for name in names:
-        if name.endswith(INDEX) or name == ".metadata":
-            raise FileError(
-                f"{folder}: is one worker's checkpoint ({shown(name)} says so); expected a folder with one entry for "
-                "each worker (name the workers' folders, or the folder that they are in)"
-            )
-    for name in names:
         path = folder / name
+        if name == ".metadata" and any(other.endswith(".distcp") for other in names) and bad == "error":
+            raise FileError(_one_worker(folder, name))
         if name.startswith(".") or name.endswith(("~", ".tmp", ".part")):
             ignored.append(f"{shown(name)} (hidden or temporary)")
-        elif out is not None and out.exists() and path.exists() and path.samefile(out):
+        elif out is not None and _is_of(path, out):
             ignored.append(f"{shown(name)} (is --out)")
+        elif name.endswith(INDEX):
+            if bad == "error":
+                raise FileError(_one_worker(folder, name))
+            entries.append(
+                Worker(name, path, wrong=f"{path}: is an index, and this folder has an entry for each worker")
+            )
         elif not path.is_dir() and kind_of(path) not in SUFFIXES:
             ignored.append(f"{shown(name)} (no update file)")
         elif path.is_file() and is_output(path):
@@ -125,6 +130,21 @@ def _pool(folder: Path, out: Path | None) -> Pool:
     return Pool(_distinct(entries), True, tuple(ignored))
 
 
+def _one_worker(folder: Path, name: str) -> str:
+    return (
+        f"{folder}: is one worker's checkpoint ({shown(name)} says so); expected a folder with one entry for each "
+        "worker (name the workers' folders, or the folder that they are in)"
+    )
+
+
+def _is_of(path: Path, out: Path) -> bool:
+    """Tell whether a file is the output, or one of its shards, or their index."""
+    if path.parent.resolve() != out.parent.resolve():
+        return out.exists() and path.exists() and path.samefile(out)
+    shard = rf"{re.escape(out.stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(out.suffix)}"
+    return path.name in (out.name, out.name + INDEX) or re.fullmatch(shard, path.name) is not None
+
+
 def _worker(path: Path) -> Worker:
     """Return the worker of a path; what is wrong with it is told later, as it may be a bad row."""
     try:
@@ -132,6 +152,8 @@ def _worker(path: Path) -> Worker:
             return _folder(path)
         if path.name.endswith(INDEX):
             return _sharded(path, path)
+        if kind_of(path) not in SUFFIXES and not path.exists():
+            raise FileError(f"{path}: no such file or folder")
         return Worker(path.name, path, (path,))
     except FileError as error:
         return Worker(path.name, path, wrong=str(error))
@@ -171,7 +193,8 @@ def _sharded(path: Path, index: Path) -> Worker:
             if not isinstance(expected, dict) or not expected:
                 raise ValueError("its weight_map is no table")
             for name in expected.values():
-                if not isinstance(name, str) or name != Path(name).name or kind_of(Path(name)) not in SUFFIXES:
+                plain_name = isinstance(name, str) and name == Path(name).name and name.isprintable()
+                if not plain_name or kind_of(Path(name)) not in SUFFIXES:
                     raise ValueError(f"it names {shown(str(name))}, which is no update file beside it")
     finally:
         held.close()
@@ -181,23 +204,37 @@ def _sharded(path: Path, index: Path) -> Worker:
 
 
 def _distinct(workers: Sequence[Worker]) -> tuple[Worker, ...]:
-    """Give every worker a name of its own, and let a file count once."""
+    """Give every worker a name of its own, and let a file count once.
+
+    Of workers that share a file the one that shares with most others loses, so that nobody pushes others out by linking
+    to their files; of equals a link, or the later one.
+    """
     names = Counter(worker.name for worker in workers)
-    seen: dict[tuple[int, int], str] = {}
-    result: list[Worker] = []
-    for worker in workers:
-        name = worker.name if names[worker.name] == 1 else str(worker.path)
-        wrong = worker.wrong
-        for path in worker.files:
+    called = [w.name if names[w.name] == 1 else str(w.path) for w in workers]
+    owners: dict[tuple[int, int], list[int]] = {}
+    for k, worker in enumerate(workers):
+        for path in worker.files if worker.wrong is None else ():
             try:
                 found = path.stat()
-            except OSError:
+            except (OSError, ValueError):
                 continue  # which is told when it is opened
-            first = seen.setdefault((found.st_dev, found.st_ino), name)
-            if wrong is None and (first != name or name in [other.name for other in result]):
-                wrong = f"{path}: is the same file as {first}, and no worker counts twice (leave it out)"
-        result.append(Worker(name, worker.path, worker.files, worker.expected, wrong))
-    return tuple(result)
+            sharing = owners.setdefault((found.st_dev, found.st_ino), [])
+            if k not in sharing:
+                sharing.append(k)
+    wrong = [worker.wrong for worker in workers]
+    shared = [sharing for sharing in owners.values() if len(sharing) > 1]
+    while shared:
+        counts = Counter(k for sharing in shared for k in sharing for other in sharing if other != k)
+        linked = {k: any(path.is_symlink() for path in (workers[k].path, *workers[k].files)) for k in counts}
+        worst = max(counts, key=lambda k: (counts[k], linked[k], k))
+        other = next(k for sharing in shared if worst in sharing for k in sharing if k != worst)
+        wrong[worst] = (
+            f"{workers[worst].path}: is the same file as {called[other]}, and no worker counts twice (leave it out)"
+        )
+        shared = [left for sharing in shared if len(left := [k for k in sharing if k != worst]) > 1]
+    return tuple(
+        Worker(called[k], worker.path, worker.files, worker.expected, wrong[k]) for k, worker in enumerate(workers)
+    )
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------
@@ -212,8 +249,11 @@ def named_weights(weights: Mapping[str, float], workers: Sequence[Worker]) -> li
         If a worker has none, or a name is none of theirs.
     """
     left, result = dict(weights), []
+    stems = Counter(Path(worker.name).stem for worker in workers)
     for worker in workers:
-        found = next((name for name in (worker.name, Path(worker.name).stem, str(worker.path)) if name in left), None)
+        stem = Path(worker.name).stem
+        ways = (worker.name, str(worker.path), *([stem] if stems[stem] == 1 else []))
+        found = next((name for name in ways if name in left), None)
         if found is None:
             raise ValueError(f"weights: worker {shown(worker.name)} has none (expected one for each worker)")
         result.append(float(left.pop(found)))
@@ -243,16 +283,39 @@ def capped(weights: Sequence[float], cap: float) -> list[float]:
     return [min(weight, cap * statistics.median(weights)) for weight in weights]
 
 
+def below_half(weights: Sequence[float], cap: float, f: int | None) -> list[float]:
+    """Return weights capped so that the f heaviest hold less than half: what one claims must not stop the others."""
+    found = capped(weights, cap)
+    low, high = 1.0, cap
+    for _ in range(60 if f and 2 * f < len(weights) and _share(found, f) >= 0.5 else 0):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _share(capped(weights, middle), f or 0) < 0.5 else (low, middle)
+        found = capped(weights, low)
+    return found
+
+
+def _share(weights: Sequence[float], f: int) -> float:
+    return math.fsum(sorted(weights)[len(weights) - f :]) / (math.fsum(weights) or 1.0)
+
+
 def read_weights(path: Path) -> dict[str, float]:
     """Return weights by name from a file of JSON, or of lines "name=3.5" or "name,3.5"."""
     text = path.read_text()
     if text.lstrip().startswith("{"):
-        found = json.loads(text)
+        try:
+            pairs = json.loads(text, object_pairs_hook=list)
+        except RecursionError:
+            raise ValueError(f"{path}: is nested too deeply") from None
     else:
         pairs = [re.split(r"[=,](?=[^=,]*$)", line.strip()) for line in text.splitlines() if line.strip()]
         if not all(len(pair) == 2 for pair in pairs):
             raise ValueError(f"{path}: expected lines such as name=3.5")
-        found = {name.strip(): number for name, number in pairs}
-        if len(found) < len(pairs):
+    found: dict[str, float] = {}
+    for name, number in pairs:
+        if name.strip() in found:
             raise ValueError(f"{path}: names a worker twice")
-    return {name: float(number) for name, number in found.items()}
+        try:
+            found[name.strip()] = float(number)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: {shown(name)} has {shown(str(number))}; expected a number") from None
+    return found

@@ -106,7 +106,9 @@ class Choice:
     def kind(self, dtype: np.dtype[Any]) -> str:
         """Return what must be the same in all rows: the dtype, where all floats are not combined in another."""
         found = computed(dtype)
-        return dtype.name if found is None or self.dtype is None else f"float{found.factor}"
+        if found is None or self.dtype is None:
+            return dtype.name if dtype.isnative else dtype.str
+        return f"float{found.factor}"
 
     def form(self, dtype: np.dtype[Any]) -> Form | None:
         """Return how a leaf of a dtype is computed and returned; None: as integers."""

@@ -393,15 +393,13 @@ def _input_only(value: Any) -> Leaf | None:
 
 
 def _parts(source: MemorySource, leaves: list[Leaf]) -> dict[str, MemorySource]:
-    """Return a source for each leaf of floats; the first has what is no coordinate too."""
+    """Return a source for each leaf of floats; the first has the leaves that are no arrays too."""
     parts: dict[str, MemorySource] = {}
     for leaf in leaves:
         if leaf.dtype in DTYPES:
-            first = not parts
-            more = source.integers if first else []
             name = ".".join(map(str, leaf.path))
             parts[name if name not in parts else name_of(leaf.path)] = MemorySource.of(
-                source.n, [leaf, *more], source.has_centre, source.plain if first else ()
+                source.n, [leaf], source.has_centre, () if parts else source.plain
             )
     return parts
 
