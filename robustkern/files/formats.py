@@ -516,8 +516,8 @@ def _header_of(read: Callable[[int], bytes]) -> bytes:
 
 #: What the pickle of a dict of tensors names; torch's loader of weights allows more, such as arrays of any size.
 _NAMES = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)|torch (Size|device|dtype|\w+Storage)"
-    r"|torch\.storage (TypedStorage|UntypedStorage)|torch [a-z0-9_]+"
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|tensor_v3|parameter)"
+    r"|torch (Size|device|dtype|\w+Storage)|torch\.storage (TypedStorage|UntypedStorage)|torch [a-z0-9_]+"
 )
 
 
