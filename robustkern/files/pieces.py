@@ -386,7 +386,7 @@ class Files:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, pieces: Sequence[Piece], judged: bool) -> Iterator[tuple[Piece, Block]]:
-        """Yield pieces of all rows; the next one is read meanwhile.
+        """Yield pieces of all rows.
 
         Parameters
         ----------
