@@ -8,12 +8,13 @@ array([2., 2., 3.])
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from robustkern import kernels
 from robustkern.backends.registry import info, load_best, use_backend
 from robustkern.backends.threads import set_num_threads
 from robustkern.engine import Info
 from robustkern.errors import BackendUnavailable, ConvergenceWarning, NonFiniteError, RobustkernError
-from robustkern.files import FileError, aggregate_files
 from robustkern.functions import (
     aggregate,
     bucketing,
@@ -49,6 +50,9 @@ from robustkern.rules import (
     parse_rule,
     register,
 )
+
+if TYPE_CHECKING:
+    from robustkern.files import FileError, aggregate_files
 
 __version__ = "0.1.0"
 
@@ -97,5 +101,15 @@ __all__ = [
     "trimmed_mean",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is for files when it is asked for."""
+    if name in ("FileError", "aggregate_files"):
+        from robustkern import files
+
+        return getattr(files, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 load_best()

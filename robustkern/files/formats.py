@@ -13,7 +13,6 @@ import io
 import json
 import math
 import os
-import pickletools
 import re
 import stat
 import struct
@@ -523,6 +522,8 @@ _NAMES = re.compile(
 
 def _check_pickle(data: bytes) -> None:
     """Raise where a pickle names what no dict of tensors needs: nothing else can take memory that the file has not."""
+    import pickletools
+
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "PERSID") or (
             code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument))

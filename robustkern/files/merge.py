@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -292,7 +291,7 @@ def _weights(
         known = [value for value in said if value is not None]
         if not known:
             raise FileError(f"no update can be used; the first: {rows[0].wrong}")
-        middle = statistics.median(known)
+        middle = float(np.median(known))
         claims = [middle if value is None else value for value in said]
         return Weights(claims, below_half(claims, 10.0 if cap is None else cap, f))
     if weights is None:

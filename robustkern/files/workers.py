@@ -10,12 +10,13 @@ import json
 import math
 import os
 import re
-import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from robustkern.errors import shown
 from robustkern.files.formats import SUFFIXES, FileError, Held, is_output, kind_of, naming, read_json
@@ -280,7 +281,8 @@ def claimed(metadata: Mapping[str, Any], key: str) -> float:
 
 def capped(weights: Sequence[float], cap: float) -> list[float]:
     """Return weights of which none is more than `cap` times their median: nobody says how much he counts."""
-    return [min(weight, cap * statistics.median(weights)) for weight in weights]
+    limit = cap * float(np.median(weights))
+    return [min(weight, limit) for weight in weights]
 
 
 def below_half(weights: Sequence[float], cap: float, f: int | None) -> list[float]:
