@@ -196,7 +196,7 @@ class Turns(Part):
 
 _ALL = ("mu2sgd", "momentum", "sgd")
 _LIFTED = replace(DIGITS, rule="ctma(median)")
-#: The whole page, about an hour on two cores.
+#: The whole page, about 80 minutes on two cores.
 PARTS: tuple[Part, ...] = (
     Mechanism("mechanism", _LIFTED, 3, ("ipm(epsilon=0.1)",), _ALL),
     Grid("digits-rules", DIGITS, 5, ATTACKS),
