@@ -24,7 +24,7 @@ def reproduce(
 ) -> None:
     """Run the papers' comparisons, and write a page that says which of their claims held, and why.
 
-    Some 2,000 short trainings, about an hour on two cores; with --part only
+    Some 2,000 short trainings, about 80 minutes on two cores; with --part only
     some of them. The same command again goes on where it was stopped.
     """
     from robustkern.training import reproduce as runs
