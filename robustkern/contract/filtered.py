@@ -32,7 +32,11 @@ class _Of:
 
     @combine.setter
     def combine(self, how: Combine) -> None:
-        self._source.combine = how
+        self._source.combine = self._of_all(how)
+
+    def _of_all(self, how: Combine) -> Combine:
+        """Return how the other source combines all its rows, where this one combines its own so."""
+        return how
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
@@ -64,14 +68,8 @@ class SomeRows(_Of):
         self._with_centre = np.append(rows, source.n) if source.has_centre else rows
         self.plain = [leaf._replace(differing=leaf.differing[rows]) for leaf in source.plain]
 
-    @property
-    def combine(self) -> Combine:
-        """How integers are combined."""
-        how: Combine = self._source.combine
-        return how
-
-    @combine.setter
-    def combine(self, how: Combine) -> None:
+    def _of_all(self, how: Combine) -> Combine:
+        """Leave the others out."""
         rows = self.rows
 
         def of_rows(values: NDArray[Any], dtype: np.dtype[Any] | None, which: NDArray[np.intp] | None) -> NDArray[Any]:
@@ -79,7 +77,7 @@ class SomeRows(_Of):
                 return how(values[rows], dtype, None)
             return how(values[np.isin(which, rows)], dtype, np.flatnonzero(np.isin(rows, which)))
 
-        self._source.combine = of_rows
+        return of_rows
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a row."""
