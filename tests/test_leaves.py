@@ -436,14 +436,10 @@ def test_a_row_of_nan_does_not_hide_a_mask() -> None:
         assert got["m"].tolist() == [0, -np.inf]
 
 
-@pytest.mark.parametrize(
-    "odd", [lambda w: w.T.contiguous().T, lambda w: w.clone().requires_grad_(), lambda w: w[:, ::2]]
-)
+@pytest.mark.parametrize("odd", [lambda w: w.T.contiguous().T, lambda w: w.clone().requires_grad_()])
 def test_a_row_of_another_layout_unties_nobody_else(odd: Any) -> None:
     rows = tied_states()
     rows[3]["head"] = odd(rows[3]["head"])
-    if rows[3]["head"].shape != rows[0]["head"].shape:
-        return
     with torch.no_grad():
         got, info = rk.ctma(rows, f=2, return_info=True)
         assert info.d == 34

@@ -1003,8 +1003,9 @@ def test_no_hostile_file_blocks_a_round(tmp_path: Path, name: str, make: Any) ->
     info = aggregate_files(pool, "ctma(median)", f=1, out=tmp_path / "out.safetensors", bad="count")
     assert len(info.bad) == 1
     assert next(iter(info.bad)).startswith("a")
-    with pytest.raises(FileError, match=r"[a\u00b2]"):
+    with pytest.raises(FileError) as error:
         aggregate_files(pool, "ctma(median)", f=1, out=tmp_path / "out.safetensors")
+    assert "pool/a" in str(error.value) or "checkpoint ('a.index.json' says so)" in str(error.value)
     assert time.process_time() - started < 5
 
 
