@@ -24,7 +24,7 @@ Combine = Callable[[NDArray[Any], "np.dtype[Any] | None", "NDArray[np.intp] | No
 def lower_median(
     values: NDArray[Any], dtype: np.dtype[Any] | None = None, weights: NDArray[np.float64] | None = None
 ) -> NDArray[Any]:
-    """Return the column-wise lower median of (n, m) integers or booleans; `dtype` changes nothing.
+    """Return the column-wise lower median of (n, m) integers, or of finite floats; `dtype` changes nothing.
 
     With weights: the first value up to which there is at least half of the weight.
     """

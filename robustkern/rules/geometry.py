@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.contract.counters import lower_median
 from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Source, Vector
 from robustkern.errors import NonFiniteError, plain
@@ -329,7 +330,7 @@ class Given:
         if not used.any():
             self.nonfinite = ~finite
             return x, finite, _rounding(source.d)
-        x[finite] -= _middles(x[used], None if self.weights is None else self.weights[used])
+        x[finite] -= lower_median(x[used], None, None if self.weights is None else self.weights[used])
         x[~finite] = 0.0
         lengths = abs(x[used]).max(axis=1, initial=0.0)
         lengths = lengths[lengths > 0]
@@ -469,15 +470,6 @@ class Given:
             _middle(after, weights) > 0
             and tolerated(_measurable(before) & ~_measurable(after), self.f, weights, self.share)
         )
-
-
-def _middles(x: Matrix, weights: Vector | None) -> Vector:
-    """Return the column-wise lower median, with weights: the first value up to which there is half of the weight."""
-    if weights is None:
-        return np.asarray(np.sort(x, axis=0)[(len(x) - 1) // 2])
-    order = x.argsort(axis=0, kind="stable")
-    reached = 2 * weights[order].cumsum(axis=0) >= weights.sum()
-    return np.asarray(np.take_along_axis(x, order, axis=0)[reached.argmax(axis=0), np.arange(x.shape[1])])
 
 
 def share_of_origin(weights: Vector, centre_weight: float) -> float:
