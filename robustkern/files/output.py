@@ -31,6 +31,8 @@ LOCKS: Any = locks
 __all__ = ["Output", "Target", "Writer", "check_target", "in_order"]
 
 PART = ".part"
+#: Bytes that are sent to the disk together.
+SENT = 1 << 23
 _CODES = {dtype: code for code, dtype in CODES.items()}
 
 
@@ -297,6 +299,7 @@ class _Parts:
         self.made[path] = (part, tensors)
         self._names = set(tensors)
         self._writer = _WRITERS[kind_of(path)](part, tensors, self._metadata)
+        self._unsent = 0
 
     def start(self, name: str, tensor: Tensor) -> None:
         if name not in self._names:
@@ -307,6 +310,10 @@ class _Parts:
     def put(self, data: NDArray[np.uint8]) -> None:
         assert self._writer is not None
         self._writer.put(data)
+        self._unsent += data.nbytes
+        if self._unsent > SENT:
+            _send(next(reversed(self.made.values()))[0], self._unsent)
+            self._unsent = 0
 
     def close(self) -> None:
         if self._writer is not None:
@@ -378,6 +385,14 @@ def _is_ours(file: IO[bytes]) -> bool:
         return os.stat(file.name).st_ino == os.fstat(file.fileno()).st_ino
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def _send(part: IO[bytes], count: int) -> None:
+    """Have the last bytes go to the disk while the next ones are computed: nobody waits for them here."""
+    if hasattr(os, "posix_fadvise"):
+        part.flush()
+        # What it is named for, dropping pages, it does to none that still have to be written; those it sends on their way.
+        os.posix_fadvise(part.fileno(), part.tell() - count, count, os.POSIX_FADV_DONTNEED)
 
 
 def _look_at(target: Path, part: IO[bytes], tensors: dict[str, Tensor]) -> None:
