@@ -592,22 +592,22 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 
 
 def test_many_small_tensors_take_linear_time(tmp_path: Path) -> None:
-    """Seconds of this process, so that others cost none; 4 times the tensors took 10 times as long when quadratic."""
-    seconds = {}
-    for count in (1000, 4000):
+    """Least seconds of this process; 16 times the tensors took over 100 times as long when they were looked up in lists."""
+    seconds: dict[tuple[str, int], float] = {}
+    for count, times in ((500, 5), (8000, 1)):
         for kind in ("safetensors", "npz"):
             for i in range(4):
                 tensors = {f"layer.{k}.weight": np.full((4, 4), i + k, np.float32) for k in range(count)}
                 path = tmp_path / f"{i}.{kind}"
                 save_file(tensors, path) if kind == "safetensors" else np.savez(path, **tensors)  # type: ignore[arg-type]
-            started = time.process_time()
-            aggregate_files(
-                [tmp_path / f"{i}.{kind}" for i in range(4)], "ctma(median)", f=1, out=tmp_path / f"o.{kind}"
-            )
-            seconds[kind, count] = time.process_time() - started
+            updates = [tmp_path / f"{i}.{kind}" for i in range(4)]
+            for _ in range(times):
+                started = time.process_time()
+                aggregate_files(updates, "ctma(median)", f=1, out=tmp_path / f"o.{kind}")
+                taken = time.process_time() - started
+                seconds[kind, count] = min(taken, seconds.get((kind, count), taken))
     for kind in ("safetensors", "npz"):
-        assert seconds[kind, 4000] < 8 * seconds[kind, 1000]
-        assert seconds[kind, 4000] < 20
+        assert seconds[kind, 8000] < 60 * seconds[kind, 500]
 
 
 # ---- what was judged is what is added ------------------------------------------------------------------------------

@@ -391,8 +391,9 @@ def _send(part: IO[bytes], count: int) -> None:
     """Have the last bytes go to the disk while the next ones are computed: nobody waits for them here."""
     if hasattr(os, "posix_fadvise"):
         part.flush()
-        # What it is named for, dropping pages, it does to none that still have to be written; those it sends on their way.
-        os.posix_fadvise(part.fileno(), part.tell() - count, count, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):
+            # It drops no page that still has to be written, but has it written.
+            os.posix_fadvise(part.fileno(), part.tell() - count, count, os.POSIX_FADV_DONTNEED)
 
 
 def _look_at(target: Path, part: IO[bytes], tensors: dict[str, Tensor]) -> None:

@@ -35,8 +35,8 @@ Bytes = NDArray[np.uint8]
 #: waiting for each other. From a disk the system reads ahead.
 PIECE_BYTES = 8 << 20
 LEAST_PIECE = 1 << 14
-#: A line of the caches. Copies from a file take up to six times as long where they go to a few bytes further into a page
-#: than they come from (2 GB: 0.16 s, to 1 to 16 bytes further 0.9 to 1.0 s, from 32 bytes on 0.18 s).
+#: A line of the caches. Copies from a file take up to six times as long where they go to a few bytes further into a
+#: page than they come from (2 GB: 0.16 s, to 1 to 16 bytes further 0.9 to 1.0 s, from 32 bytes on 0.18 s).
 LINE = 64
 
 
@@ -335,7 +335,8 @@ class Files:
                 continue
             form = self.choice.form(source.dtype)
             dtype, factor = (source.dtype, 1) if form is None else (form.dtype, form.factor)
-            limit = bytes_each // LINE * LINE // max(dtype.itemsize, *(t.itemsize for t in self._stored(name)))  # of values
+            widest = max(dtype.itemsize, *(stored.itemsize for stored in self._stored(name)))
+            limit = bytes_each // LINE * LINE // widest  # of values
             size, begin = source.size * factor, 0
             whole = self._needs_whole(name, size * dtype.itemsize > self.memory // (rows + 4))
             alone = whole or self._apart or name in self._twins

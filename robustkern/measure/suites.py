@@ -386,8 +386,8 @@ def momenta(kind: str, rounds: int, d: int | None) -> Iterator[Line]:
 def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
     """Compare the aggregation of 20 files in the page cache, to a file, with reading them on one thread.
 
-    Each file into memory that is there, which is as large as it is; and, without a goal, all through a buffer that stays
-    in the caches, which is the least that reading can take.
+    Each file into memory that is there for all of it; and, without a goal, all through a buffer that stays in the
+    caches, which is the least that reading can take.
     """
     count, goal = 20, FILE_GOALS[rule]
     rows = make_rows(count, d or FILE_VALUES)
@@ -408,7 +408,6 @@ def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
                             pass
 
         def merge() -> None:
-            out.unlink(missing_ok=True)
             aggregate_files(paths, rule, f=count // 4, out=out)
 
         os.sync()  # or the system writes the updates while they are read
@@ -416,9 +415,8 @@ def files(rule: str, rounds: int, d: int | None) -> Iterator[Line]:
         check_close(f"{rule} of files", np.load(out), aggregate(rows, rule, f=count // 4), atol=1e-5)
         times = "the time to read them" if reads == 1 else "the time to read them twice"
         size = rows[0].nbytes / 1e6
-        whole, part = partial(read, len(memory)), partial(read, 1 << 20)
-        seconds = _times(part, part, whole, merge, rounds=rounds)  # once to have all of them in the page cache
-        _, least, into, merged = seconds.T
+        calls = (out.unlink, partial(read, 1 << 20), partial(read, len(memory)), merge)
+        _, least, into, merged = _times(*calls, rounds=rounds + 1)[1:].T  # once to have all of them in the page cache
         what = f"{rule}, 20 files of {size:.4g} MB"
         yield Line("files", what, float(np.median(merged / into)), f"x {times}", goal)
         yield Line("files", f"{what}, through the caches", float(np.median(merged / least)), f"x {times}", None)
