@@ -532,10 +532,10 @@ class Files:
         width = piece.count * piece.dtype.itemsize
         out = self._result[:width].view(piece.dtype)
         if piece.dtype not in DTYPES:
-            rows = self._buffer[:, :width].view(piece.dtype)
+            columns = self._buffer[:, :width].view(piece.dtype)
             good = np.flatnonzero([row.wrong is None and row.lost is None for row in self.rows[: self.n]])
             self._counting = None if len(good) == self.n else good
-            self._integers = rows[: self.n] if self._counting is None else rows[good]
+            self._integers = columns[: self.n] if self._counting is None else columns[good]
             return Block((), ())
         self._done += width * len(self.rows)
         if self._progress is not None:
