@@ -37,13 +37,13 @@ import robustkern as rk
 
 @rk.register
 @dataclass(frozen=True)
-class MDA(rk.Aggregator):
+class Tightest(rk.Aggregator):
     """Mean of the n-f rows of smallest diameter."""
 
-    name: ClassVar[str] = "mda"
+    name: ClassVar[str] = "tightest"
     aliases: ClassVar[tuple[str, ...]] = ("minimal_diameter",)
     summary: ClassVar[str] = "mean of the n-f rows of smallest diameter"
-    goals: ClassVar = {"mda": {16: 2.4}}
+    goals: ClassVar = {"tightest": {16: 2.4}}
 
     def solve(self, view):
         view.measured(self.name, quick=True)
@@ -124,41 +124,49 @@ def attacked(n: int = 7, d: int = 30, f: int = 2, dtype: Any = np.float32) -> ND
 
 def test_a_rule_of_ones_own_works_everywhere(own: Path, backend: str) -> None:
     x = attacked()
-    mda = sys.modules["stranger"].MDA()
-    want = mda.plain(x.astype(np.float64), 2)
-    got, info = rk.aggregate(x, "mda", f=2, return_info=True)
+    tightest = sys.modules["stranger"].Tightest()
+    want = tightest.plain(x.astype(np.float64), 2)
+    got, info = rk.aggregate(x, "tightest", f=2, return_info=True)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
     assert info.kept.tolist() == [False] * 2 + [True] * 5
     assert info.order == (2, 3, 4, 5, 6)
-    assert info.rule == "mda"
+    assert info.rule == "tightest"
     assert info.bound_met is True
     np.testing.assert_allclose(info.sq_distances, ((x - got) ** 2).sum(axis=1), rtol=1e-4)
-    for rule in (mda, "minimal_diameter", "mda()"):
+    for rule in (tightest, "minimal_diameter", "tightest()"):
         assert np.array_equal(rk.aggregate(x, rule, f=2), got)
-    for rule in ("nnm | mda", "ctma(mda)", "ctma(nnm | mda)", "pairs | mda", "bucketing(size=1, seed=0) | mda"):
+    for rule in (
+        "nnm | tightest",
+        "ctma(tightest)",
+        "ctma(nnm | tightest)",
+        "pairs | tightest",
+        "bucketing(size=1, seed=0) | tightest",
+    ):
         assert str(rk.parse_rule(rule)) == rule
         result, info = rk.aggregate(x, rule, f=2, return_info=True)
         np.testing.assert_allclose(info.weights @ x, result, rtol=1e-5, atol=1e-6)
-    assert np.array_equal(rk.ctma(x, f=2, anchor="mda"), rk.aggregate(x, rk.CTMA("mda"), f=2))
+    assert np.array_equal(rk.ctma(x, f=2, anchor="tightest"), rk.aggregate(x, rk.CTMA("tightest"), f=2))
     trees = [{"a": row[:10], "b": [row[10:].reshape(4, 5)]} for row in x]
-    assert np.array_equal(rk.aggregate(trees, "mda", f=2)["a"], got[:10])
+    assert np.array_equal(rk.aggregate(trees, "tightest", f=2)["a"], got[:10])
 
 
 def test_files_and_tables_know_it(own: Path, tmp_path: Path) -> None:
     x = attacked()
     for i, row in enumerate(x):
         np.save(tmp_path / f"{i}.npy", row)
-    info = aggregate_files([tmp_path / f"{i}.npy" for i in range(len(x))], "ctma(mda)", out=tmp_path / "out.npy", f=2)
-    assert np.array_equal(np.load(tmp_path / "out.npy"), rk.aggregate(x, "ctma(mda)", f=2))
-    assert info.rule == "ctma(mda)"
-    assert "mda" in rk.available_rules()
-    assert {"mda", "pairs"} <= set(registered())
-    assert ("mda", "mean of the n-f rows of smallest diameter", "2", "no", "2f < n") in table()
-    assert "mda" in reads.cases()
-    assert reads.goal("mda", 10) == 2.4
-    peer = peers.load("numpy", 2)["mda"]
-    np.testing.assert_allclose(peer(x), rk.aggregate(x, "mda", f=2), atol=1e-6)
-    model = roofline.model_seconds(roofline.MODELS["h100"], "mda", 16, 10**6, 4, 4)
+    info = aggregate_files(
+        [tmp_path / f"{i}.npy" for i in range(len(x))], "ctma(tightest)", out=tmp_path / "out.npy", f=2
+    )
+    assert np.array_equal(np.load(tmp_path / "out.npy"), rk.aggregate(x, "ctma(tightest)", f=2))
+    assert info.rule == "ctma(tightest)"
+    assert "tightest" in rk.available_rules()
+    assert {"tightest", "pairs"} <= set(registered())
+    assert ("tightest", "mean of the n-f rows of smallest diameter", "2", "no", "2f < n") in table()
+    assert "tightest" in reads.cases()
+    assert reads.goal("tightest", 10) == 2.4
+    peer = peers.load("numpy", 2)["tightest"]
+    np.testing.assert_allclose(peer(x), rk.aggregate(x, "tightest", f=2), atol=1e-6)
+    model = roofline.model_seconds(roofline.MODELS["h100"], "tightest", 16, 10**6, 4, 4)
     assert model == pytest.approx((16 + 13) * 4e6 / 3.35e12)
 
 
@@ -172,12 +180,12 @@ def test_exact_ties_and_near_ties_are_not_decided_by_rounding(own: Path, monkeyp
     x += 1000.0  # subsets of three: {0,1,2} has diameter 2 + 2^-45, {1,2,3} 2 + 2^-45 + 2^-44
     exact = [max(abs(x[i, 0] - x[j, 0]) for i, j in itertools.combinations(s, 2)) for s in [(0, 1, 2), (1, 2, 3)]]
     assert exact[0] < exact[1]
-    _, info = rk.aggregate(x, "mda", f=1, return_info=True)
+    _, info = rk.aggregate(x, "tightest", f=1, return_info=True)
     assert info.order == (0, 1, 2)
-    _, info = rk.aggregate(x[::-1].copy(), "mda", f=1, return_info=True)
+    _, info = rk.aggregate(x[::-1].copy(), "tightest", f=1, return_info=True)
     assert info.order == (1, 2, 3)
     single = np.array([[0.0], [1], [2], [3]], dtype=np.float32).repeat(50, axis=1)  # an exact tie: the first subset
-    _, info = rk.aggregate(single, "mda", f=1, return_info=True)
+    _, info = rk.aggregate(single, "tightest", f=1, return_info=True)
     assert info.order == (0, 1, 2)
 
 
@@ -356,7 +364,9 @@ def test_what_cannot_be_registered(own: Path) -> None:
     cwmed = dataclass(frozen=True)(type("Other", (rk.Aggregator,), {"name": "cwmed", "__module__": __name__}))
     with pytest.raises(ValueError, match="the name 'cwmed' stands for 'median' already"):
         rk.register(cwmed)
-    assert rk.register(sys.modules["stranger"].MDA) is sys.modules["stranger"].MDA  # once more: as reloading does
+    assert (
+        rk.register(sys.modules["stranger"].Tightest) is sys.modules["stranger"].Tightest
+    )  # once more: as reloading does
     with pytest.raises(TypeError, match=r"got Median, a class \(make an object of it\)"):
         rk.aggregate(np.eye(5), rk.Median)  # type: ignore[call-overload]
     with pytest.raises(NotImplementedError, match=r"Empty must define solve\(self, view\)"):
@@ -503,7 +513,7 @@ def test_scores_and_order_of_krum() -> None:
 
 def test_a_script_of_its_own_needs_nothing_but_the_file(own: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(own.parent)!r}); import stranger, numpy as np, robustkern as rk; " + (
-        "print(rk.aggregate(np.array([[0.0], [1], [2], [9]]), 'ctma(mda)', f=1))"
+        "print(rk.aggregate(np.array([[0.0], [1], [2], [9]]), 'ctma(tightest)', f=1))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[1.]"
@@ -528,19 +538,21 @@ def test_a_file_of_rules_on_the_command_line(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.npy" for i in range(len(x))]
     out = tmp_path / "out" / "merged.npy"
     out.parent.mkdir()
-    done = robustkern("aggregate", *paths, "--import", own, "--rule", "ctma(mda)", "--f", 2, "--out", out, "--json")
+    done = robustkern(
+        "aggregate", *paths, "--import", own, "--rule", "ctma(tightest)", "--f", 2, "--out", out, "--json"
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rule"] == "ctma(mda)"
+    assert json.loads(done.stdout)["rule"] == "ctma(tightest)"
     assert [w["verdict"] for w in json.loads(done.stdout)["workers"]] == ["dropped"] * 2 + ["kept"] * 5
     done = robustkern("rules", "--import", own, "--json")
-    assert "mda" in [rule["rule"] for rule in json.loads(done.stdout)["rules"]]
+    assert "tightest" in [rule["rule"] for rule in json.loads(done.stdout)["rules"]]
     done = robustkern("rules", "--import", own)
     assert "mean of the n-f rows of smallest diameter; also: minimal_diameter" in done.stdout
     done = robustkern("bench", "--import", own, "--n", 8, "--d", 20000, "--rounds", 1, "--against", "numpy", "--json")
     assert done.returncode == 0, done.stderr
     measured = [(result["rule"], result["library"], result["goal"]) for result in json.loads(done.stdout)["results"]]
-    assert ("mda", "robustkern", 2.4) in measured
-    assert ("mda", "numpy", None) in measured
+    assert ("tightest", "robustkern", 2.4) in measured
+    assert ("tightest", "numpy", None) in measured
 
 
 @pytest.mark.parametrize(
@@ -574,12 +586,12 @@ def test_rules_that_packages_offer(tmp_path: Path) -> None:
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: offers\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text(
-        "[robustkern.rules]\nmda = offered:MDA\nbroken = broken\nabsent = offered\n"
+        "[robustkern.rules]\ntightest = offered:Tightest\nbroken = broken\nabsent = offered\n"
     )
     for i, row in enumerate(attacked()):
         np.save(tmp_path / f"{i}.npy", row)
     common = ("aggregate", *(tmp_path / f"{i}.npy" for i in range(7)), "--f", 2, "--out", tmp_path / "out.npy")
-    done = robustkern(*common, "--rule", "ctma(mda)", PYTHONPATH=str(tmp_path))
+    done = robustkern(*common, "--rule", "ctma(tightest)", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     done = robustkern(*common, "--rule", "median", PYTHONPATH=str(tmp_path))  # a broken offer is nobody's business
     assert done.returncode == 0, done.stderr
@@ -592,8 +604,8 @@ def test_rules_that_packages_offer(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert message in " ".join(done.stderr.split())
     done = robustkern("rules", PYTHONPATH=str(tmp_path))
-    assert "mda: offered by offered:MDA, loaded when it is named" in done.stdout
-    code = "import robustkern as rk; rk.parse_rule('mda')"
+    assert "tightest: offered by offered:Tightest, loaded when it is named" in done.stdout
+    code = "import robustkern as rk; rk.parse_rule('tightest')"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -601,7 +613,7 @@ def test_rules_that_packages_offer(tmp_path: Path) -> None:
         check=False,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )
-    assert "ValueError: rule: 'mda' is not known" in done.stderr
+    assert "ValueError: rule: 'tightest' is not known" in done.stderr
 
 
 def test_a_centre_with_the_mask_of_the_rows(own: Path) -> None:

@@ -7,21 +7,29 @@ rows and returns a `Solution` or a `Mixture`. Rules import no array library but 
 from __future__ import annotations
 
 from robustkern.rules.base import Aggregator, Chain, Mixer, Rule, parse_rule, register
+from robustkern.rules.clipping import CentredClipping
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
+from robustkern.rules.diameter import MDA
 from robustkern.rules.geometric_median import GeometricMedian
 from robustkern.rules.geometry import Geometry, Reference
-from robustkern.rules.krum import Krum, MultiKrum
+from robustkern.rules.krum import Bulyan, Krum, MultiKrum
 from robustkern.rules.mean import Mean
 from robustkern.rules.mixing import NNM, Bucketing
+from robustkern.rules.nearest import CGE, Centre, Medoid, MoNNA
 from robustkern.rules.text import available_rules, names_in, registered
 from robustkern.rules.view import Mixture, Solution, View
 
 __all__ = [
+    "CGE",
     "CTMA",
+    "MDA",
     "NNM",
     "Aggregator",
     "Bucketing",
+    "Bulyan",
+    "Centre",
+    "CentredClipping",
     "Chain",
     "GeometricMedian",
     "Geometry",
@@ -29,8 +37,10 @@ __all__ = [
     "Mean",
     "MeanAroundMedian",
     "Median",
+    "Medoid",
     "Mixer",
     "Mixture",
+    "MoNNA",
     "MultiKrum",
     "Reference",
     "Rule",

@@ -423,6 +423,18 @@ class Given:
                     parts.append(self.kernels.row_sq_distances(piece.take(contenders), anchor, scale=scale))
         return _exact_sums(self.source.gather(parts), len(contenders))
 
+    def exact_sq_norms(self, rows: NDArray[np.intp]) -> Vector:
+        """Exact squared norms of some input rows."""
+        scale = 1.0 if self.geometry is None else self.geometry.scale
+        parts = []
+        for block in self.source.blocks():
+            for columns in block.rows:
+                for piece in columns.blocks(REMEASURE_COLUMNS):
+                    origin = piece.scratch()
+                    self.kernels.weighted_row_sum(piece, np.zeros((1, piece.n)), origin)
+                    parts.append(self.kernels.row_sq_distances(piece.take(rows), origin, scale=scale))
+        return _exact_sums(self.source.gather(parts), len(rows))
+
     def exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector:
         """Exact squared distances from one input row to others."""
         scale = 1.0 if self.geometry is None else self.geometry.scale

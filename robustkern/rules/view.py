@@ -287,21 +287,36 @@ class View:
                 wanted.append(of_k[np.lexsort(of_k.T)])
             if not geometry.single and all(np.array_equal(w, wanted[0]) for w in wanted[1:]) and pairs is not None:
                 return None  # they differ in copies of the same rows only
-            needed = np.unique(np.concatenate(wanted), axis=0)
-            needed = needed[needed[:, 0] != needed[:, 1]]
-            rows = np.unique(needed[:, 0])
-            self._given.afford(len(needed) + len(rows))
-            exact = squares.copy()
-            for row in rows:
-                others = needed[needed[:, 0] == row, 1]
-                measured = self._exact_sq_distances(int(row), others)
-                if measured is None:
-                    return None
-                exact[row, others] = exact[others, row] = measured
-            exact = exact[np.ix_(same, same)]  # copies are as far as their originals
-            return _as_scores(scores(exact))[contenders]
+            exact = self._measured_exactly(np.concatenate(wanted))
+            # Copies are as far as their originals.
+            return None if exact is None else _as_scores(scores(exact[np.ix_(same, same)]))[contenders]
 
         return smallest_between(values, low, high, count, again)
+
+    def exact_between(self, pairs: NDArray[np.intp]) -> Matrix | None:
+        """Return (n, n) squared distances, of some (k, 2) pairs of finite rows to the last bit but for rounding.
+
+        None for mixed rows, which are not there to measure: what float64 products leave open counts as equal then.
+        """
+        geometry = self.geometry(quick=True)
+        same = np.arange(self.n) if geometry.single else geometry.copies
+        exact = self._measured_exactly(np.sort(same[pairs], axis=1))
+        return None if exact is None else exact[np.ix_(same, same)]
+
+    def _measured_exactly(self, pairs: NDArray[np.intp]) -> Matrix | None:
+        """Measure pairs, of which the first row is the lower one, where that is cheaper than to begin again."""
+        needed = np.unique(pairs, axis=0)
+        needed = needed[needed[:, 0] != needed[:, 1]]
+        rows = np.unique(needed[:, 0])
+        self._given.afford(len(needed) + len(rows))
+        exact = self.geometry(quick=True).sq_distances.copy()
+        for row in rows:
+            others = needed[needed[:, 0] == row, 1]
+            measured = self._exact_sq_distances(int(row), others)
+            if measured is None:
+                return None
+            exact[row, others] = exact[others, row] = measured
+        return exact
 
     def distances_to(self, solution: Solution) -> Distances:
         """Measure this view's rows against a solution: in n-space, or in one read of the data."""
@@ -310,8 +325,10 @@ class View:
             geometry = self._given.geometry if self.mix is None else None
             geometry = geometry or self.geometry(quick=True)
             shares, centre = _shares(solution), solution.centre_weight
-            values = geometry.sq_distances_to(shares, centre)
-            return Distances(values, geometry.errors_to(shares, centre), geometry.undecided, geometry.scale)
+            values, again = geometry.sq_distances_to(shares, centre), geometry.undecided
+            if self.mix is None and centre == 0.0 and not shares.any():
+                again = self._given.exact_sq_norms
+            return Distances(values, geometry.errors_to(shares, centre), again, geometry.scale)
         values, scale = self._given.measure_selection(selection, self.mix)
         errors = values * self._given.rounding
         errors[np.isinf(errors)] = 0.0

@@ -1,0 +1,82 @@
+"""Rules that bound how far a row may pull."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robustkern.rules.base import Aggregator, register
+from robustkern.rules.view import Solution, View
+
+__all__ = ["CentredClipping"]
+
+
+@register
+@dataclass(frozen=True)
+class CentredClipping(Aggregator):
+    """Steps from a centre, each the (weighted) mean of the rows' differences to it, cut to a length (Karimireddy 2021).
+
+    Parameters
+    ----------
+    tau : float
+        Longest difference of a row that counts in full; positive. It should be of the order of the honest spread.
+    steps : int
+        How many.
+    start : {"centre", "zero"}
+        The centre that the caller gives, such as the last round's result, or the origin.
+    """
+
+    tau: float
+    steps: int = 1
+    start: Literal["centre", "zero"] = "centre"
+
+    name: ClassVar[str] = "centred_clipping"
+    form: ClassVar[str] = "centred_clipping(tau=...)"
+    aliases: ClassVar[tuple[str, ...]] = ("centered_clipping",)
+    summary: ClassVar[str] = 'steps from `centre` (or `start="zero"`), no row pulls by more than `tau`; `steps`'
+    needs: ClassVar[str] = "a centre near the honest rows"
+    supports_weights: ClassVar[bool] = True
+    points: ClassVar[tuple[str, ...]] = ("centre",)
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
+        if not number or not 0 < self.tau <= 1e308:
+            raise ValueError(f"centred_clipping: tau must be a positive finite number; got {self.tau!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"centred_clipping: steps must be an integer of at least 1; got {self.steps!r}")
+        if not isinstance(self.start, str) or self.start not in ("centre", "zero"):
+            raise ValueError(f"centred_clipping: start must be 'centre' or 'zero'; got {self.start!r}")
+        object.__setattr__(self, "points", ("origin",) if self.start == "zero" else ("centre",))
+
+    def solve(self, view: View) -> Solution:
+        """Step in n-space: shares of the rows, and what is left of the centre. Rows that are not finite do not pull."""
+        geometry, pulling = view.measured(self.name)
+        everybody = view.weights_or_ones()
+        pulling = pulling / math.fsum(everybody)
+        shares, centre = np.zeros(view.n), 1.0 if self.start == "centre" else 0.0
+        for _ in range(self.steps):
+            length = np.sqrt(geometry.sq_distances_to(shares, centre)) / geometry.scale
+            with np.errstate(divide="ignore"):
+                pull = np.where(pulling > 0, np.minimum(1.0, self.tau / length), 0.0) * pulling
+            left = 1.0 - math.fsum(pull)
+            shares, centre = shares * left + pull, centre * left
+        return Solution(shares, centre_weight=centre, iterations=self.steps)
+
+    def bound_met(self, n: int, f: int | None) -> bool | None:
+        """Tell of n and f only: fewer than half."""
+        return None if f is None else 2 * f < n
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Take the steps on the rows."""
+        if self.start == "centre":
+            raise NotImplementedError(f"{self} needs a centre")
+        y = np.zeros(x.shape[1:])
+        for _ in range(self.steps):
+            away = x - y
+            y = y + (away * np.minimum(1, self.tau / np.sqrt((away**2).sum(axis=1)))[:, None]).mean(axis=0)
+        return y

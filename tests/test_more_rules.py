@@ -1,0 +1,270 @@
+"""Rules that measure from a point somebody gives, search for a subset, or follow a convention of another package."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import assert_close, make_rows
+from test_rules import SPECIAL, slow, slow_nearest
+
+import robustkern as rk
+from robustkern.files import aggregate_files
+from robustkern.rules import diameter, geometry
+
+Array = NDArray[Any]
+
+
+def attacked(n: int, d: int, f: int, dtype: Any) -> Array:
+    x = make_rows("normal", n, d, np.dtype(np.float64), seed=n)
+    x[:f] += 3
+    return x.astype(dtype)
+
+
+# ---- minimal diameter --------------------------------------------------------------------------------------------
+
+
+def smallest(squares: Array, out: int) -> list[int]:
+    subsets = itertools.combinations(range(len(squares)), len(squares) - out)
+    return list(min(subsets, key=lambda s: squares[np.ix_(s, s)].max()))
+
+
+@pytest.mark.parametrize("kind", ["points", "few distances", "two distances", "copies"])
+def test_the_subset_of_least_diameter_is_the_first_one(kind: str) -> None:
+    """Any symmetric distances will do, so that graphs of every shape are met; ties by the order of subsets."""
+    g = np.random.default_rng(len(kind))
+    for _ in range(400):
+        n = int(g.integers(1, 11))
+        out = int(g.integers(0, (n - 1) // 2 + 1))
+        if kind in ("points", "copies"):
+            x = g.standard_normal((n, 3))
+            x = x[g.integers(0, n, n)] if kind == "copies" else x
+            squares = ((x[:, None] - x) ** 2).sum(axis=2)
+        else:
+            squares = g.integers(0, 2 if kind == "two distances" else 5, (n, n)).astype(float)
+        squares = np.maximum(squares, squares.T)
+        np.fill_diagonal(squares, 0)
+        found = diameter._first_subset(squares, out, diameter._with_ties(squares, out))
+        assert found == smallest(squares, out)
+
+
+@pytest.mark.parametrize(("n", "f"), [(30, 8), (40, 15), (100, 10)])
+def test_no_rows_make_the_search_long(n: int, f: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted, not timed: branches of the search, for graphs from sparse to dense, rings, and equidistant rows."""
+    asked = 0
+    once = diameter._can_cover
+
+    def counted(*what: Any) -> bool:
+        nonlocal asked
+        asked += 1
+        return once(*what)
+
+    monkeypatch.setattr(diameter, "_can_cover", counted)
+    g = np.random.default_rng(0)
+    ring = np.zeros((n, n))
+    ring[np.arange(n), (np.arange(n) + 1) % n] = 1
+    for share in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, "ring"):
+        near = ring if share == "ring" else (g.random((n, n)) < share) + 0.001 * g.random((n, n))
+        squares = np.maximum(near, near.T)
+        np.fill_diagonal(squares, 0)
+        asked = 0
+        diameter._first_subset(squares, f, diameter._with_ties(squares, f))
+        assert asked <= diameter.GROWTH**f * (n + 2 * np.log2(n))
+    for x in (np.eye(n), np.ones((n, 3)), np.repeat(np.eye(3), n, axis=0)[:n]):
+        assert np.isfinite(rk.aggregate(x, "mda", f=f)).all()
+
+
+def test_diameters_that_are_nearly_equal_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    x = np.zeros((4, 3))
+    x[:, 0] = [0.0, 1.0, 2.0 + 2.0**-45, 3.0 + 2.0**-45 + 2.0**-44]
+    x += 1000.0
+    assert rk.aggregate(x, "mda", f=1, return_info=True)[1].order == (0, 1, 2)
+    assert rk.aggregate(x[::-1].copy(), "mda", f=1, return_info=True)[1].order == (1, 2, 3)
+    tied = np.arange(4, dtype=np.float32)[:, None].repeat(50, axis=1)
+    assert rk.aggregate(tied, "mda", f=1, return_info=True)[1].order == (0, 1, 2)
+    equidistant = np.eye(30, dtype=np.float32) * 0.3  # more pairs than are measured
+    assert rk.aggregate(equidistant, "mda", f=8, return_info=True)[1].order == tuple(range(22))
+
+
+# ---- a centre ----------------------------------------------------------------------------------------------------
+
+
+def clipped(x: Array, y: Array, tau: float, steps: int, weights: Array) -> Array:
+    """Centred clipping on the vectors, in longdouble; rows with NaN do not pull."""
+    x, y = x.astype(np.longdouble), y.astype(np.longdouble)
+    finite = np.isfinite(x).all(axis=1)
+    for _ in range(steps):
+        away = np.where(finite[:, None], x - y, 0)
+        length = np.sqrt((away**2).sum(axis=1))
+        share = np.minimum(1, tau / np.where(length > 0, length, 1)) * weights / weights.sum()
+        y = y + (share[:, None] * away).sum(axis=0)
+    return y
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_centred_clipping(backend: str, dtype: np.dtype[Any], steps: int, weighted: bool) -> None:
+    x = attacked(9, 41, 3, dtype)
+    x[1] = np.nan
+    centre = make_rows("normal", 1, 41, dtype, seed=9)[0]
+    weights = np.array([1.0, 2, 1, 3, 3, 2, 4, 3, 3]) if weighted else None
+    ones = np.ones(9) if weights is None else weights
+    options = {"f": 3, "weights": weights}
+    for tau in (0.5, 6.0, 1e3):
+        rule = f"centred_clipping(tau={tau}, steps={steps})"
+        got, info = rk.aggregate(x, rule, centre=centre, return_info=True, **options)  # type: ignore[call-overload]
+        want = clipped(x, centre, tau, steps, ones)
+        honest = np.concatenate([x[2:], centre[None]])
+        assert_close(got, want, honest)
+        assert info.iterations == steps
+        assert info.nonfinite_rows == (1,)
+        assert info.weights[1] == 0
+        zero = rk.aggregate(x, f"{rule[:-1]}, start='zero')", **options)  # type: ignore[call-overload]
+        assert_close(zero, clipped(x, centre * 0, tau, steps, ones), x[2:])
+    at = rk.aggregate(np.stack([centre] * 5), "centred_clipping(tau=1)", centre=centre)  # no row is anywhere else
+    assert np.array_equal(at, centre)
+
+
+@pytest.mark.parametrize("rule", ["ctma(centre)", "monna(pivot='centre')", "nnm | ctma(centre)"])
+def test_rows_nearest_to_a_centre(backend: str, dtype: np.dtype[Any], rule: str, tmp_path: Path) -> None:
+    x = attacked(9, 41, 2, dtype)
+    centre = make_rows("normal", 1, 41, dtype, seed=9)[0]
+    got, info = rk.aggregate(x, rule, f=2, centre=centre, return_info=True)
+    wide = x.astype(np.longdouble)
+    if rule.startswith("nnm"):
+        wide = np.stack([wide[slow_nearest(wide, row, 7)].mean(axis=0) for row in wide])
+    near = slow_nearest(wide, centre.astype(np.longdouble), 7)
+    assert_close(got, wide[near].mean(axis=0), x)
+    if not rule.startswith("nnm"):
+        assert info.order == tuple(near)
+        x[0] = np.nan
+        assert np.isfinite(rk.aggregate(x, rule, f=2, centre=centre).astype(np.float64)).all()
+    with pytest.raises(ValueError, match="centre is required, a vector like one update"):
+        rk.aggregate(x, rule, f=2)
+    if dtype == np.float32:
+        for i, row in enumerate([*x, centre]):
+            np.save(tmp_path / f"{i}.npy", row)
+        paths = [tmp_path / f"{i}.npy" for i in range(9)]
+        aggregate_files(paths, rule, f=2, centre=tmp_path / "9.npy", out=tmp_path / "out.npy")
+        assert np.array_equal(np.load(tmp_path / "out.npy"), rk.aggregate(x, rule, f=2, centre=centre))
+
+
+def test_the_centre_is_what_was_given() -> None:
+    x = attacked(5, 4, 1, np.float32)
+    assert np.array_equal(rk.aggregate(x, "centre", centre=x[3] + 1), x[3] + 1)
+
+
+def test_plain_forms_know_no_centre() -> None:
+    for rule in ("centred_clipping(tau=1.0)", "monna(pivot='centre')"):
+        with pytest.raises(NotImplementedError, match="needs a centre"):
+            rk.parse_rule(rule).plain(np.ones((3, 2)), 1)
+    x = attacked(9, 20, 2, np.float64)
+    clipping = rk.parse_rule("centred_clipping(tau=2.0, steps=3, start='zero')")
+    np.testing.assert_allclose(rk.aggregate(x, clipping, f=2), clipping.plain(x, 2), atol=1e-12)
+    with pytest.raises(NotImplementedError, match="centre has no plain NumPy form"):
+        rk.parse_rule("centre").plain(x, 1)
+
+
+# ---- rules that need more ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [*SPECIAL, "bulyan(selection='once')", "monna(pivot=6)", "medoid", "mda"])
+def test_rows_that_are_not_finite_stay_out(backend: str, dtype: np.dtype[Any], rule: str) -> None:
+    x = attacked(11, 37, 2, dtype)
+    for bad in (np.nan, np.inf, -np.inf):
+        y = x.copy()
+        y[[3, 5]] = bad
+        y[5, 1:] = 0
+        got, info = rk.aggregate(y, rule, f=2, return_info=True)
+        assert np.isfinite(got.astype(np.float64)).all()
+        assert not info.kept[[3, 5]].any()
+        assert info.nonfinite_rows == (3, 5)
+        y[8, 0] = bad
+        with pytest.raises(rk.NonFiniteError, match=r"3 rows hold NaN or Inf \(rows 3, 5, 8\)"):
+            rk.aggregate(y, rule, f=2)
+
+
+def test_bulyan_says_what_it_selected(backend: str) -> None:
+    x = attacked(15, 60, 3, np.float32)
+    got, info = rk.aggregate(x, "bulyan", f=3, return_info=True)
+    assert info.kept.sum() == 9
+    assert sorted(info.order) == np.flatnonzero(info.kept).tolist()
+    assert info.weights is None
+    assert info.bound_met
+    np.testing.assert_allclose(info.sq_distances, ((x - got) ** 2).sum(axis=1), rtol=1e-5)
+    mixed, info = rk.aggregate(x, "bucketing(size=1, seed=3) | bulyan", f=3, return_info=True)
+    np.testing.assert_allclose(mixed, got, atol=1e-6)
+    assert info.mixture.shape == (15, 15)
+    assert np.array_equal(np.sort(info.mixture.argmax(axis=1)), np.arange(15))
+    lifted, info = rk.aggregate(x, "ctma(bulyan)", f=3, return_info=True)
+    assert info.kept.sum() == 12
+    assert_close(lifted, slow("ctma(bulyan)", x, 3), x)
+
+
+def test_krum_with_no_neighbours_and_with_one_row(backend: str) -> None:
+    x = attacked(6, 9, 0, np.float32)
+    for rule in ("krum(neighbours=0)", "multi_krum(m=1, neighbours=0)"):
+        assert np.array_equal(rk.aggregate(x, rule, f=0), x[0])
+        assert np.array_equal(rk.aggregate(x[:1], rule, f=0), x[0])
+
+
+def test_distances_that_are_not_squared(backend: str) -> None:
+    """One far neighbour counts for more when it is squared."""
+    x = np.array([[0.0], [1], [2.6], [3.5], [8]])
+    sums = [np.sort(abs(x - row), axis=0)[1:4, 0].sum() for row in x]
+    squares = [(np.sort(abs(x - row), axis=0)[1:4, 0] ** 2).sum() for row in x]
+    assert np.argmin(sums) != np.argmax(squares)
+    got, info = rk.krum(x, f=0, neighbours=3, return_info=True)
+    np.testing.assert_allclose(info.scores, squares)
+    assert got == x[np.argmin(squares)]
+    got, info = rk.aggregate(x, "krum(neighbours=3, squared=False)", f=0, return_info=True)
+    np.testing.assert_allclose(info.scores, sums)
+    assert got == x[np.argmin(sums)]
+    far = x * 1e200  # squares overflow
+    got, info = rk.aggregate(far, "krum(neighbours=3, squared=False)", f=0, return_info=True)
+    np.testing.assert_allclose(info.scores, np.array(sums) * 1e200)
+    got, info = rk.aggregate(far, "medoid", return_info=True)
+    np.testing.assert_allclose(info.scores, [abs(far - row).sum() for row in far])
+
+
+def test_multi_krum_of_all_rows_is_the_mean(backend: str) -> None:
+    x = attacked(7, 30, 2, np.float64)
+    got, info = rk.multi_krum(x, f=2, m=7, return_info=True)
+    np.testing.assert_allclose(got, x.mean(axis=0), atol=1e-14)
+    assert info.bound_met is False
+    assert len(info.order) == 7
+
+
+def test_multi_krum_weighs_the_rows_that_it_keeps(backend: str, dtype: np.dtype[Any]) -> None:
+    x, weights = attacked(9, 30, 2, dtype), np.array([5.0, 4, 3, 1, 2, 3, 4, 5, 6])
+    _, plain = rk.multi_krum(x, f=2, m=4, return_info=True)
+    got, info = rk.multi_krum(x, f=2, m=4, weights=weights, return_info=True)
+    assert info.order == plain.order  # scores know no weights
+    kept = list(plain.order)
+    assert_close(got, np.average(x[kept].astype(np.longdouble), axis=0, weights=weights[kept]), x)
+    np.testing.assert_allclose(info.weights[kept], weights[kept] / weights[kept].sum())
+    with pytest.raises(ValueError, match=r"any f=2 rows may be Byzantine, and the heaviest .* hold"):
+        rk.multi_krum(x, f=2, weights=[1, 1, 1, 1, 1, 1, 1, 9, 9])
+
+
+def test_a_medoid_by_weight(backend: str) -> None:
+    x = np.array([[0.0], [1], [2], [10]])
+    assert rk.aggregate(x, "medoid") == 1
+    assert rk.aggregate(x, "medoid", weights=[1, 1, 1, 4]) == 10
+
+
+def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are of rows that lie far from the origin, so their bound of errors is wide."""
+    x = np.full((9, 300), 1000.0)
+    x[:, 0] += np.arange(9)[::-1] * 1e-6
+    for single in (0, 1 << 30):
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", single)
+        assert rk.aggregate(x, "cge", f=2, return_info=True)[1].kept.tolist() == [False] * 2 + [True] * 7
+    y = (x * 64).astype(np.float32)
+    y[:, 0] = 64000 + np.arange(9)[::-1]
+    assert rk.aggregate(y, "cge", f=2, return_info=True)[1].kept.tolist() == [False] * 2 + [True] * 7
