@@ -29,6 +29,7 @@ from robustkern.functions import (
     trimmed_mean,
 )
 from robustkern.rules import (
+    ARC,
     CGE,
     CTMA,
     MDA,
@@ -39,6 +40,7 @@ from robustkern.rules import (
     Centre,
     CentredClipping,
     Chain,
+    Clipping,
     GeometricMedian,
     Krum,
     Mean,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ARC",
     "CGE",
     "CTMA",
     "MDA",
@@ -75,6 +78,7 @@ __all__ = [
     "Centre",
     "CentredClipping",
     "Chain",
+    "Clipping",
     "ConvergenceWarning",
     "FileError",
     "GeometricMedian",

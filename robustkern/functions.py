@@ -738,31 +738,31 @@ def geometric_median(
 # fmt: off
 @overload
 def krum(
-    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights:
-    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
-    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[False] = ...
+    updates: Sequence[T], /, *, neighbours: int | None = ..., squared: bool = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend:
+    str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def krum(
-    updates: Sequence[T], /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights:
-    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
-    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[True]
+    updates: Sequence[T], /, *, neighbours: int | None = ..., squared: bool = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend:
+    str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def krum(
-    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
-    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
-    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[False] = ...
+    updates: A, /, *, neighbours: int | None = ..., squared: bool = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns
+    = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def krum(
-    updates: A, /, *, neighbours: int | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
-    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
-    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[True]
+    updates: A, /, *, neighbours: int | None = ..., squared: bool = ..., f: int | None = ..., delta: float | None = ...,
+    weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns
+    = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ...,
+    return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def krum(
@@ -770,6 +770,7 @@ def krum(
     /,
     *,
     neighbours: int | None = None,
+    squared: bool = True,
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
@@ -792,6 +793,8 @@ def krum(
         One row a worker.
     neighbours : int, optional
         How many others count; by default n-f-2 as in the paper (ByzFL takes n-f-1).
+    squared : bool
+        Whether distances are squared before they are added.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
 
@@ -810,7 +813,7 @@ def krum(
     """
     return _aggregate(
         updates,
-        Krum(neighbours),
+        Krum(neighbours, squared),
         f,
         delta,
         weights,
@@ -830,31 +833,31 @@ def krum(
 # fmt: off
 @overload
 def multi_krum(
-    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float |
-    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
-    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
-    backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., squared: bool = ..., f: int | None =
+    ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only:
+    Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any
+    = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def multi_krum(
-    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float |
-    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
-    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
-    backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, m: int | None = ..., neighbours: int | None = ..., squared: bool = ..., f: int | None =
+    ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only:
+    Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any
+    = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def multi_krum(
-    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float | None =
-    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
-    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
-    ..., return_info: Literal[False] = ...
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., squared: bool = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only:
+    Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any
+    = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def multi_krum(
-    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., f: int | None = ..., delta: float | None =
-    ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude:
-    Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str =
-    ..., return_info: Literal[True]
+    updates: A, /, *, m: int | None = ..., neighbours: int | None = ..., squared: bool = ..., f: int | None = ...,
+    delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only:
+    Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any
+    = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def multi_krum(
@@ -863,6 +866,7 @@ def multi_krum(
     *,
     m: int | None = None,
     neighbours: int | None = None,
+    squared: bool = True,
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
@@ -884,11 +888,12 @@ def multi_krum(
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
     m : int, optional
-        How many, at most n-f; by default n-f.
-    neighbours : int, optional
+        How many, at most n; by default n-f, and more are bound to let attackers in.
+    neighbours, squared
         As for `krum`.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
-        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
+        As for `aggregate`, which also tells the errors; `f` or `delta` is required. Weights count in the mean of the
+        rows that are kept, not in the scores.
 
     Returns
     -------
@@ -905,7 +910,7 @@ def multi_krum(
     """
     return _aggregate(
         updates,
-        MultiKrum(m, neighbours),
+        MultiKrum(m, neighbours, squared),
         f,
         delta,
         weights,

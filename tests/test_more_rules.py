@@ -222,7 +222,8 @@ def test_distances_that_are_not_squared(backend: str) -> None:
     got, info = rk.krum(x, f=0, neighbours=3, return_info=True)
     np.testing.assert_allclose(info.scores, squares)
     assert got == x[np.argmin(squares)]
-    got, info = rk.aggregate(x, "krum(neighbours=3, squared=False)", f=0, return_info=True)
+    got, info = rk.krum(x, f=0, neighbours=3, squared=False, return_info=True)
+    assert np.array_equal(got, rk.multi_krum(x, f=0, m=1, neighbours=3, squared=False))
     np.testing.assert_allclose(info.scores, sums)
     assert got == x[np.argmin(sums)]
     far = x * 1e200  # squares overflow
@@ -268,3 +269,82 @@ def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.
     y = (x * 64).astype(np.float32)
     y[:, 0] = 64000 + np.arange(9)[::-1]
     assert rk.aggregate(y, "cge", f=2, return_info=True)[1].kept.tolist() == [False] * 2 + [True] * 7
+
+
+# ---- clipping ------------------------------------------------------------------------------------------------------
+
+
+def shortened(rule: str, x: Array, f: int) -> Array:
+    """Clip the vectors, in longdouble."""
+    norms = np.sqrt((x**2).sum(axis=1))
+    limit = 5.0 if rule.startswith("clipping") else np.sort(norms)[len(x) - 1 - 2 * f * (len(x) - f) // len(x)]
+    return np.asarray(x * np.minimum(1, limit / norms)[:, None])
+
+
+@pytest.mark.parametrize("mixer", ["clipping(limit=5.0)", "arc"])
+@pytest.mark.parametrize(
+    "last",
+    ["mean", "median", "trimmed_mean", "geometric_median", "multi_krum", "nnm | median", "ctma(median)", "medoid"],
+)
+def test_clipping_comes_first(backend: str, dtype: np.dtype[Any], mixer: str, last: str) -> None:
+    for n, d, f, offset in ((9, 41, 2, 0.0), (12, 64, 3, 3.0)):
+        if last == "ctma(median)" and dtype.itemsize == 2 and offset:
+            continue  # two rows are equally far from the median but for its rounding
+        x = (attacked(n, d, f, np.float64) + offset).astype(dtype)
+        got, info = rk.aggregate(x, f"{mixer} | {last}", f=f, return_info=True)
+        rows = shortened(mixer, x.astype(np.longdouble), f)
+        if last.startswith("nnm"):
+            want = slow(last, rows, f)
+        elif last == "ctma(median)":
+            want = rows[slow_nearest(rows, np.median(rows.astype(float), axis=0), n - f)].mean(axis=0)
+        else:
+            want = slow(last, rows, f)
+        assert_close(got, want, x)
+        if not last.startswith("nnm"):
+            np.testing.assert_allclose(info.mixture @ x.astype(float), rows.astype(float), rtol=1e-5, atol=1e-5)
+        if info.weights is not None:
+            np.testing.assert_allclose(info.weights @ x.astype(float), want.astype(float), rtol=5e-3, atol=5e-3)
+        if info.sq_distances is not None and last in ("mean", "geometric_median", "ctma(median)"):
+            point = want if last != "ctma(median)" else np.median(rows.astype(float), axis=0)
+            np.testing.assert_allclose(info.sq_distances, ((rows - point) ** 2).sum(axis=1).astype(float), rtol=2e-2)
+
+
+def test_clipping_anchors_and_centres(backend: str) -> None:
+    x = attacked(11, 40, 3, np.float64) + 1
+    centre = make_rows("normal", 1, 40, np.dtype(np.float64), seed=2)[0] + 1
+    rows = shortened("arc", x, 3)
+    near = slow_nearest(x, np.median(rows, axis=0), 8)
+    got, info = rk.aggregate(x, "ctma(arc | median)", f=3, return_info=True)  # the original rows are averaged
+    assert info.order == tuple(near)
+    np.testing.assert_allclose(got, x[near].mean(axis=0))
+    got, info = rk.aggregate(x, "arc | centred_clipping(tau=4.0, steps=2)", f=3, centre=centre, return_info=True)
+    want = clipped(rows, centre, 4.0, 2, np.ones(11)).astype(float)
+    np.testing.assert_allclose(got, want)
+    np.testing.assert_allclose(info.sq_distances, ((rows - want) ** 2).sum(axis=1))
+    got = rk.aggregate(x, "clipping(limit=5.0) | ctma(centre)", f=3, centre=centre)
+    rows = shortened("clipping", x, 3)
+    np.testing.assert_allclose(got, rows[slow_nearest(rows, centre, 8)].mean(axis=0))
+
+
+def test_clipping_of_rows_that_are_not_finite(backend: str) -> None:
+    x = attacked(9, 20, 2, np.float32)
+    x[[0, 4]] = np.inf
+    for rule in ("clipping(limit=1.0) | median", "arc | geometric_median", "arc | nnm | trimmed_mean"):
+        got, info = rk.aggregate(x, rule, f=2, return_info=True)
+        assert np.isfinite(got).all()
+        assert info.nonfinite_rows == (0, 4)
+        with pytest.raises(rk.NonFiniteError):
+            rk.aggregate(x, rule, f=1)
+    zeros = np.zeros((5, 4), dtype=np.float32)
+    assert np.array_equal(rk.aggregate(zeros, "arc | mean", f=2), zeros[0])
+    assert np.array_equal(rk.aggregate(zeros, "clipping(limit=0.5) | mean"), zeros[0])
+    for rule, f in (("clipping(limit=5.0)", 2), ("arc", 2)):
+        y = attacked(9, 20, 2, np.float64)
+        np.testing.assert_allclose(rk.aggregate(y, f"{rule} | mean", f=f), rk.parse_rule(f"{rule} | mean").plain(y, f))
+    for limit in (0, -1.0, np.inf, True, "1"):
+        with pytest.raises(ValueError, match="clipping: limit must be a positive finite number; got"):
+            rk.Clipping(limit)
+    with pytest.raises(ValueError, match="arc: f is required"):
+        rk.aggregate(y, "arc | mean")
+    with pytest.raises(ValueError, match="weights are not supported"):
+        rk.aggregate(y, "arc | mean", f=2, weights=np.arange(1.0, 10))

@@ -7,7 +7,7 @@ rows and returns a `Solution` or a `Mixture`. Rules import no array library but 
 from __future__ import annotations
 
 from robustkern.rules.base import Aggregator, Chain, Mixer, Rule, parse_rule, register
-from robustkern.rules.clipping import CentredClipping
+from robustkern.rules.clipping import ARC, CentredClipping, Clipping
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.diameter import MDA
@@ -21,6 +21,7 @@ from robustkern.rules.text import available_rules, names_in, registered
 from robustkern.rules.view import Mixture, Solution, View
 
 __all__ = [
+    "ARC",
     "CGE",
     "CTMA",
     "MDA",
@@ -31,6 +32,7 @@ __all__ = [
     "Centre",
     "CentredClipping",
     "Chain",
+    "Clipping",
     "GeometricMedian",
     "Geometry",
     "Krum",

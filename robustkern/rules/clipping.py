@@ -9,10 +9,87 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.rules.base import Aggregator, register
-from robustkern.rules.view import Solution, View
+from robustkern.rules.base import Aggregator, Mixer, register
+from robustkern.rules.view import Mixture, Solution, View
 
-__all__ = ["CentredClipping"]
+__all__ = ["ARC", "CentredClipping", "Clipping"]
+
+
+def _norms(view: View, rule: str) -> NDArray[np.float64]:
+    """Return the rows' norms, inf of those that are not finite."""
+    geometry, _ = view.measured(rule)
+    assert geometry.origin is not None
+    return np.asarray(np.sqrt(geometry.sq_distances_from(geometry.origin)) / geometry.scale)
+
+
+def _cut(norms: NDArray[np.float64], most: float) -> Mixture:
+    """Return the rows, shortened where their norm is above `most`; those that are not finite stay as they are."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(np.isfinite(norms) & (norms > most), most / norms, 1.0)
+    return Mixture(np.diag(shares), np.ones(len(norms)))
+
+
+@register
+@dataclass(frozen=True)
+class Clipping(Mixer):
+    """Rows longer than a limit are shortened to it.
+
+    Parameters
+    ----------
+    limit : float
+        Positive.
+    """
+
+    limit: float
+
+    name: ClassVar[str] = "clipping"
+    form: ClassVar[str] = "clipping(limit=...) | rule"
+    aliases: ClassVar[tuple[str, ...]] = ("norm_clipping", "static_clipping")
+    summary: ClassVar[str] = "rows of a norm above `limit` are shortened to it first"
+    needs: ClassVar[str] = "its rule's, of the shortened rows"
+    points: ClassVar[tuple[str, ...]] = ("origin",)
+
+    def __post_init__(self) -> None:
+        """Check the parameter."""
+        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        if not number or not 0 < self.limit <= 1e308:
+            raise ValueError(f"clipping: limit must be a positive finite number; got {self.limit!r}")
+
+    def mixing(self, view: View) -> Mixture:
+        """Row i holds its own share only."""
+        view.require_no_weights(self.name)
+        return _cut(_norms(view, self.name), self.limit)
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Divide by the norms."""
+        return np.asarray(x * np.minimum(1, self.limit / np.sqrt((x**2).sum(axis=1)))[:, None])
+
+
+@register
+@dataclass(frozen=True)
+class ARC(Mixer):
+    """Adaptive robust clipping: the floor(2 f (n-f) / n) longest rows are shortened to the next one (Allouah 2025)."""
+
+    name: ClassVar[str] = "arc"
+    form: ClassVar[str] = "arc | rule"
+    summary: ClassVar[str] = "the floor(2f(n-f)/n) longest rows are shortened to the next one first"
+    needs: ClassVar[str] = "its rule's"
+    points: ClassVar[tuple[str, ...]] = ("origin",)
+
+    def mixing(self, view: View) -> Mixture:
+        """Row i holds its own share only."""
+        view.require_no_weights(self.name)
+        norms = _norms(view, self.name)
+        return _cut(norms, self._limit(norms, view.require_f(self.name)))
+
+    def _limit(self, norms: NDArray[np.float64], f: int) -> float:
+        n = len(norms)
+        return float(np.sort(norms)[n - 1 - 2 * f * (n - f) // n])
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Sort the norms."""
+        norms = np.sqrt((x**2).sum(axis=1))
+        return np.asarray(x * np.minimum(1, self._limit(norms, f) / np.where(norms > 0, norms, 1))[:, None])
 
 
 @register

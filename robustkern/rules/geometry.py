@@ -64,7 +64,7 @@ class TooCloseError(Exception):
 
 
 class Mixture(NamedTuple):
-    """Averages of rows: ``weights @ rows / divisors[:, None]``.
+    """Averages of rows: ``weights @ rows / divisors[:, None]``; what is missing of a sum of 1 lies on the origin.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class Mixture(NamedTuple):
 
     @property
     def matrix(self) -> Matrix:
-        """The shares, each row of sum 1."""
+        """The shares."""
         return np.asarray(self.weights / self.divisors[:, None])
 
     def of(self, inner: Mixture | None) -> Mixture:
@@ -101,10 +101,11 @@ class Selection(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """A point that is no row, such as the origin: its inner products with the rows, and with itself."""
+    """A point that is no row, such as the origin: its inner products with the rows, with itself, with the origin."""
 
     products: Vector
     square: float
+    origin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Geometry:
                 products = products + share * reference.products
         square += float(weights @ products)
         if self.centre is not None and centre_weight != 0.0:
-            square += centre_weight**2 * self.centre.square
+            square += centre_weight * (centre_weight * self.centre.square + 2 * rest * self.centre.origin)
         if self.origin is not None and rest != 0.0:
             square += rest**2 * self.origin.square
         result = np.maximum(np.diagonal(self.gram) - 2 * products + square, 0.0)
@@ -304,6 +305,8 @@ class Given:
             inner[:, ~finite] = 0.0
         origin = _reference(gram, len(gram) - 1, finite) if self.needs_origin else None
         centre = _reference(gram, n, finite) if source.has_centre else None
+        if centre is not None and self.needs_origin:
+            centre = centre._replace(origin=float(gram[n, -1]))
         if centre is not None and not _measurable(np.array([centre.square])).all():
             raise CentreError("centre holds NaN or Inf, or is 1e150 spreads away; expected a vector of finite numbers")
         rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.primitives import Window
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.cuts import Distances, smallest, smallest_between, weighted_share
+from robustkern.rules.cuts import Again, Distances, smallest, smallest_between, weighted_share
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
@@ -154,7 +154,7 @@ class View:
         mix = self.mix.matrix
         finite = ~((mix != 0) & ~base.finite).any(axis=1)
         mix = np.where(finite[:, None], mix, 0.0)
-        return replace(
+        mixed = replace(
             base,
             gram=mix @ base.gram @ mix.T,
             finite=finite,
@@ -163,6 +163,9 @@ class View:
             origin=_mixed(mix, base.origin),
             centre=_mixed(mix, base.centre),
         )
+        rest = np.where(finite, 1.0 - mix.sum(axis=1), 0.0)
+        rest[abs(rest) <= UNIT_ROUNDING] = 0.0
+        return _with_rest(mixed, rest) if rest.any() else mixed
 
     def few_columns(self, rule: str) -> tuple[Matrix, Mask, float] | None:
         """Return the rows where they are many of few columns, which then cost less than their inner products.
@@ -325,7 +328,8 @@ class View:
             geometry = self._given.geometry if self.mix is None else None
             geometry = geometry or self.geometry(quick=True)
             shares, centre = _shares(solution), solution.centre_weight
-            values, again = geometry.sq_distances_to(shares, centre), geometry.undecided
+            values = geometry.sq_distances_to(shares, centre)
+            again: Again | None = geometry.undecided
             if self.mix is None and centre == 0.0 and not shares.any():
                 again = self._given.exact_sq_norms
             return Distances(values, geometry.errors_to(shares, centre), again, geometry.scale)
@@ -404,10 +408,10 @@ class View:
 
     def mixed(self, mixture: Mixture, rule: str) -> View:
         """Return the view of mixtures of the rows."""
-        if not isinstance(mixture, Mixture) or not _is_mixture(mixture, self.n):
+        if not isinstance(mixture, Mixture) or not _is_mixture(mixture, self.n, self._given.needs_origin):
             raise TypeError(
                 f"{rule}: mixing(view) must return a Mixture: finite weights (m, {self.n}) whose rows sum to their "
-                f"divisors (m,), all positive; got {_described(mixture)}"
+                f"divisors (m,), all positive (to others only with 'origin' in points); got {_described(mixture)}"
             )
         return View(self._given, len(mixture.weights), self.f, mix=mixture.of(self.mix))
 
@@ -439,6 +443,20 @@ def _mixed(mix: Matrix, point: Reference | None) -> Reference | None:
     return None if point is None else point._replace(products=mix @ point.products)
 
 
+def _with_rest(mixed: Geometry, rest: Vector) -> Geometry:
+    """Put what is missing of each mixture on the origin."""
+    origin, centre = mixed.origin, mixed.centre
+    assert origin is not None  # or the mixtures would not have been taken
+    across = np.multiply.outer(origin.products, rest)
+    return replace(
+        mixed,
+        gram=mixed.gram + across + across.T + origin.square * np.multiply.outer(rest, rest),
+        lengths=mixed.lengths + abs(rest) * math.sqrt(max(origin.square, 0.0)),
+        origin=origin._replace(products=origin.products + rest * origin.square),
+        centre=None if centre is None else centre._replace(products=centre.products + rest * centre.origin),
+    )
+
+
 def _shares(solution: Solution) -> Vector:
     assert solution.weights is not None
     return np.asarray(solution.weights / solution.divisor)
@@ -451,7 +469,7 @@ def _as_scores(scores: ArrayLike) -> Vector:
     return values
 
 
-def _is_mixture(mixture: Mixture, n: int) -> bool:
+def _is_mixture(mixture: Mixture, n: int, has_origin: bool) -> bool:
     weights, divisors = (np.asarray(part, dtype=np.float64) for part in mixture)
     return (
         weights.ndim == 2
@@ -459,7 +477,7 @@ def _is_mixture(mixture: Mixture, n: int) -> bool:
         and divisors.shape == weights.shape[:1]
         and len(weights) > 0
         and bool(np.isfinite(weights).all() and (divisors > 0).all())
-        and bool((abs(weights.sum(axis=1) - divisors) <= 1e-9 * divisors).all())
+        and (has_origin or bool((abs(weights.sum(axis=1) - divisors) <= 1e-9 * divisors).all()))
     )
 
 
