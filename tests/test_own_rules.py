@@ -525,7 +525,7 @@ def test_a_script_of_its_own_needs_nothing_but_the_file(own: Path) -> None:
 def robustkern(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "robustkern", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "160", **environment}
+        command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "180", **environment}
     )
 
 

@@ -59,7 +59,7 @@ def test_text_form(text: str, rule: rk.Rule, printed: str) -> None:
         ("nnm", "nnm only mixes the rows; end it with a rule that combines them, e.g. 'nnm | mean'"),
         (
             "median | krum",
-            "median leaves one row, so it must be the last rule of a chain; only bucketing, nnm may come",
+            "median leaves one row, so it must be the last rule of a chain; only arc, bucketing, clipping, nnm may come",
         ),
         ("median(odd=1)", r"median: .*unexpected keyword argument 'odd' \(its parameters: even\)"),
         ("mean(1)", "mean: .*its parameters: none"),

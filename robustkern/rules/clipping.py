@@ -46,7 +46,7 @@ class Clipping(Mixer):
     form: ClassVar[str] = "clipping(limit=...) | rule"
     aliases: ClassVar[tuple[str, ...]] = ("norm_clipping", "static_clipping")
     summary: ClassVar[str] = "rows of a norm above `limit` are shortened to it first"
-    needs: ClassVar[str] = "its rule's, of the shortened rows"
+    needs: ClassVar[str] = "its rule's"
     points: ClassVar[tuple[str, ...]] = ("origin",)
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class CentredClipping(Aggregator):
     form: ClassVar[str] = "centred_clipping(tau=...)"
     aliases: ClassVar[tuple[str, ...]] = ("centered_clipping",)
     summary: ClassVar[str] = 'steps from `centre` (or `start="zero"`), no row pulls by more than `tau`; `steps`'
-    needs: ClassVar[str] = "a centre near the honest rows"
+    needs: ClassVar[str] = "a good centre"
     supports_weights: ClassVar[bool] = True
     points: ClassVar[tuple[str, ...]] = ("centre",)
 

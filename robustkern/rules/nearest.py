@@ -27,7 +27,7 @@ class Centre(Aggregator):
     name: ClassVar[str] = "centre"
     summary: ClassVar[str] = "the caller's `centre`, for `ctma(centre)`"
     reads: ClassVar[str] = "0"
-    needs: ClassVar[str] = "a centre to trust"
+    needs: ClassVar[str] = "a good centre"
     points: ClassVar[tuple[str, ...]] = ("centre",)
     supports_weights: ClassVar[bool] = True
 
@@ -103,7 +103,7 @@ class CGE(Aggregator):
     name: ClassVar[str] = "cge"
     aliases: ClassVar[tuple[str, ...]] = ("norm_filter", "comparative_gradient_elimination")
     summary: ClassVar[str] = "mean of the n-f rows of smallest norm"
-    needs: ClassVar[str] = "redundant costs, no bound on the mean"
+    needs: ClassVar[str] = "no bound"
     points: ClassVar[tuple[str, ...]] = ("origin",)
     goals: ClassVar[Goals] = {"cge": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
 
