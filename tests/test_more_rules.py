@@ -348,3 +348,19 @@ def test_clipping_of_rows_that_are_not_finite(backend: str) -> None:
         rk.aggregate(y, "arc | mean")
     with pytest.raises(ValueError, match="weights are not supported"):
         rk.aggregate(y, "arc | mean", f=2, weights=np.arange(1.0, 10))
+
+
+def test_no_pair_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equidistant rows, of which every one is a contender in each of Bulyan's rounds."""
+    measured = []
+    once = geometry.Given.exact_sq_distances
+
+    def counted(self: geometry.Given, row: int, others: Array) -> Array:
+        measured.extend((row, int(other)) for other in others)
+        return once(self, row, others)
+
+    monkeypatch.setattr(geometry.Given, "exact_sq_distances", counted)
+    x = np.eye(19) * 0.3 + 1e-9 * make_rows("normal", 19, 19, np.dtype(np.float64))
+    x[:, 0] += 1e4
+    assert np.isfinite(rk.aggregate(x, "bulyan", f=4)).all()
+    assert 0 < len(measured) == len(set(measured)) <= 19 * 18 / 2

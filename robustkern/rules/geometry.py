@@ -251,6 +251,7 @@ class Given:
     nonfinite: Mask | None = None
     _needs_double: bool = False
     _measured_rows: int = 0
+    _known_pairs: Matrix | None = None
     _draws: int = 0
 
     def start_again_in_double(self) -> None:
@@ -447,6 +448,12 @@ class Given:
             for rows in block.rows
         ]
         return _exact_sums(self.source.gather(parts), len(others))
+
+    def known_pairs(self) -> Matrix:
+        """(n, n) exact squared distances that were measured before, in the upper triangle; NaN elsewhere."""
+        if self._known_pairs is None:
+            self._known_pairs = np.full((self.n, self.n), np.nan)
+        return self._known_pairs
 
     def afford(self, rows: int) -> None:
         """Allow to read some rows for exact distances, unless float64 products are the cheaper way to decide."""

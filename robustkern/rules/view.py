@@ -308,17 +308,21 @@ class View:
 
     def _measured_exactly(self, pairs: NDArray[np.intp]) -> Matrix | None:
         """Measure pairs, of which the first row is the lower one, where that is cheaper than to begin again."""
+        exact = self.geometry(quick=True).sq_distances.copy()
+        known = self._given.known_pairs()
         needed = np.unique(pairs, axis=0)
         needed = needed[needed[:, 0] != needed[:, 1]]
-        rows = np.unique(needed[:, 0])
-        self._given.afford(len(needed) + len(rows))
-        exact = self.geometry(quick=True).sq_distances.copy()
+        new = needed if self.mix is not None else needed[np.isnan(known[tuple(needed.T)])]
+        rows = np.unique(new[:, 0])
+        self._given.afford(len(new) + len(rows))
         for row in rows:
-            others = needed[needed[:, 0] == row, 1]
+            others = new[new[:, 0] == row, 1]
             measured = self._exact_sq_distances(int(row), others)
             if measured is None:
                 return None
-            exact[row, others] = exact[others, row] = measured
+            known[row, others] = measured
+        first, second = needed.T
+        exact[first, second] = exact[second, first] = known[first, second]
         return exact
 
     def distances_to(self, solution: Solution) -> Distances:
