@@ -28,6 +28,7 @@ from robustkern.functions import (
     nnm,
     trimmed_mean,
 )
+from robustkern.products import weights_of
 from robustkern.rules import (
     ARC,
     CGE,
@@ -118,6 +119,7 @@ __all__ = [
     "set_num_threads",
     "trimmed_mean",
     "use_backend",
+    "weights_of",
 ]
 
 

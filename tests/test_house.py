@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"engine", "inputs", "rules", "untraced"},
     "kernels": {"contract", "errors", "backends", "inputs"},
+    "products": {"contract", "backends", "engine", "rules"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
 }
 _PUBLIC = {"", *LAYERS}
@@ -38,7 +39,7 @@ LAYERS |= {
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "measure", "training"},
-    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "rules"},
+    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "products", "rules"},
     "__main__": {"cli"},
 }
 

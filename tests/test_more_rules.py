@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support import assert_close, make_rows
 from test_rules import SPECIAL, slow, slow_nearest
 
 import robustkern as rk
+from robustkern import products
 from robustkern.files import aggregate_files
 from robustkern.rules import diameter, geometry
 
@@ -360,7 +362,69 @@ def test_no_pair_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return once(self, row, others)
 
     monkeypatch.setattr(geometry.Given, "exact_sq_distances", counted)
-    x = np.eye(19) * 0.3 + 1e-9 * make_rows("normal", 19, 19, np.dtype(np.float64))
-    x[:, 0] += 1e4
+    x = np.repeat(np.eye(19, dtype=np.float32), 100, axis=1)
     assert np.isfinite(rk.aggregate(x, "bulyan", f=4)).all()
     assert 0 < len(measured) == len(set(measured)) <= 19 * 18 / 2
+
+
+# ---- inner products alone -------------------------------------------------------------------------------------------
+
+ON_PRODUCTS = (
+    "mean", "geometric_median", "rfa", "krum", "multi_krum", "mda", "medoid", "cge", "monna(pivot=5)", "ctma(mean)",
+    "ctma(geometric_median)", "nnm | mean", "nnm | ctma(geometric_median)", "ctma(nnm | krum)", "arc | geometric_median",
+    "clipping(limit=4.0) | mean", "bucketing(seed=1, size=2) | nnm | krum(neighbours=2)",
+    "centred_clipping(tau=3.0, start='zero', steps=2)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ON_PRODUCTS)
+def test_weights_from_products_are_the_rules(rule: str) -> None:
+    for offset in (0.0, 20.0):
+        x = attacked(11, 50, 2, np.float64) + offset
+        _, info = rk.aggregate(x, rule, f=2, return_info=True)
+        np.testing.assert_allclose(rk.weights_of(rule, x @ x.T, f=2), info.weights, atol=1e-9)
+    x[3] = np.nan
+    x[7, 0] = np.inf
+    _, info = rk.aggregate(x, rule if rule != "mean" else "ctma(mean)", f=2, return_info=True)
+    with np.errstate(invalid="ignore"):
+        gram = x @ x.T
+    got = rk.weights_of(rule if rule != "mean" else "ctma(mean)", gram, f=2)
+    np.testing.assert_allclose(got, info.weights, atol=1e-9)
+    assert not got[[3, 7]].any()
+    with pytest.raises(rk.NonFiniteError, match=r"2 rows hold NaN or Inf \(rows 3, 7\)"):
+        rk.weights_of(rule, gram, f=1)
+
+
+def test_products_with_weights() -> None:
+    x, s = attacked(9, 30, 2, np.float64), np.arange(4.0, 13)
+    for rule in ("geometric_median", "medoid", "ctma(geometric_median)", "multi_krum"):
+        _, info = rk.aggregate(x, rule, f=2, weights=s, return_info=True)
+        np.testing.assert_allclose(rk.weights_of(rule, x @ x.T, f=2, weights=s), info.weights, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "gram", "message"),
+    [
+        ("median", np.eye(4), "median: it looks at columns, which inner products do not tell"),
+        ("nnm | trimmed_mean", np.eye(4), "it looks at columns"),
+        ("ctma(median)", np.eye(4), "it looks at columns"),
+        ("bulyan", np.eye(7), "it looks at columns"),
+        ("ctma(centre)", np.eye(4), "centre is required, which inner products do not hold"),
+        ("krum", np.ones((4, 3)), r"gram must have shape \(n, n\), products of 1 to 65535 rows; got \(4, 3\)"),
+        ("krum", np.ones(4), r"got \(4,\)"),
+        ("krum", np.zeros((0, 0)), r"got \(0, 0\)"),
+        ("krum", -np.eye(4), "gram holds no inner products of rows"),
+        ("krum", np.eye(4) + np.triu(np.ones((4, 4)), 1) / 2, "gram holds no inner products of rows"),
+        ("krum", np.eye(4) + 3 * (1 - np.eye(4)), "gram holds no inner products of rows"),
+        ("median", np.eye(4), r"\(use aggregate, or a rule on distances\)"),
+    ],
+)
+def test_products_that_are_none(rule: str, gram: Array, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rk.weights_of(rule, gram, f=1)
+    with pytest.raises(ValueError, match="krum: weights are not supported"):
+        rk.weights_of("krum", np.eye(5), f=1, weights=[1, 2, 3, 4, 5])
+
+
+def test_the_example_runs() -> None:
+    assert doctest.testmod(products, raise_on_error=True).attempted == 3
