@@ -367,6 +367,16 @@ def test_no_pair_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < len(measured) == len(set(measured)) <= 19 * 18 / 2
 
 
+@pytest.mark.parametrize("rule", ["krum(neighbours=1)", "medoid", "mda", "multi_krum(m=1, neighbours=1)"])
+def test_a_row_at_the_centre_is_no_copy_of_one_that_is_not_finite(
+    backend: str, dtype: np.dtype[Any], rule: str
+) -> None:
+    for rows in ([np.nan, 0, 2.0**-24], [np.nan, 1, 2], [np.inf, 0, 3]):
+        x = np.array(rows)[:, None].astype(dtype)
+        got = rk.aggregate(x, rule, f=1)
+        assert got == (x[1] if rule != "mda" else x[1:].astype(float).mean(axis=0).astype(dtype))
+
+
 # ---- inner products alone -------------------------------------------------------------------------------------------
 
 ON_PRODUCTS = (

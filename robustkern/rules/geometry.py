@@ -191,7 +191,8 @@ class Geometry:
     def copies(self) -> NDArray[np.intp]:
         """(n,) for each row the first one whose products are the same to the last bit: mostly itself."""
         norms = self.gram.diagonal()
-        same = (self.gram == norms) & (self.gram == norms[:, None])
+        # Products of rows that are not finite stand as 0, like those of a row at the centre.
+        same = (self.gram == norms) & (self.gram == norms[:, None]) & self.finite
         np.fill_diagonal(same, True)
         return np.where(self.finite, same.argmax(axis=1), np.arange(len(norms)))
 
