@@ -26,7 +26,7 @@ from robustkern.rules.geometry import CentreError, Given, TooCloseError, tolerat
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
-__all__ = ["Info", "Limits", "combining", "joined", "limits", "run"]
+__all__ = ["Info", "Limits", "check_rest", "combining", "joined", "limits", "run"]
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _run(
             "x.astype('float32'), in torch x.float())"
         )
     within = limits(rule, source.n, source.row_name, f, delta, weights)
-    _check_rest(rule, source, within.weights, seed)
+    check_rest(rule, source, within.weights, seed)
     kernels: Kernels = choose(backend, source.dtypes, source.device)
     drawn_from = None if seed is None else int(seed)
     if nonfinite == "drop":
@@ -458,7 +458,8 @@ def _byzantine_share(
     return share
 
 
-def _check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> None:
+def check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> None:
+    """Raise where the rule knows no weights, the seed is none, or there is a centre too many or too few."""
     if weights is not None and not rule.supports_weights:
         raise ValueError(
             f"{rule}: weights are not supported (drop weights=; mean, median, trimmed_mean, geometric_median "

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from robustkern.backends.registry import choose
 from robustkern.contract.rows import MAX_ROWS, Block, Matrix, PlainLeaf, Undivided, Vector
-from robustkern.engine import limits
+from robustkern.engine import check_rest, limits
 from robustkern.rules.base import Aggregator, as_aggregator
 from robustkern.rules.geometry import EPSILON, MAX_SQUARE, Geometry, Given, Mixture, Reference
 from robustkern.rules.view import View
@@ -98,9 +98,8 @@ def weights_of(
     if "centre" in plan.points:
         raise ValueError(f"{plan}: centre is required, which inner products do not hold (use aggregate)")
     within = limits(plan, n, str, f, delta, weights)
-    if within.weights is not None and not plan.supports_weights:
-        raise ValueError(f"{plan}: weights are not supported (drop weights=, or take another rule)")
     source = _Products(plan, n)
+    check_rest(plan, source, within.weights, seed)
     given = Given(source, choose("auto", source.dtypes, "cpu"), n, *within, "origin" in plan.points, seed)
     given.geometry = _geometry(plan, products)
     given.nonfinite = ~given.geometry.finite

@@ -432,6 +432,8 @@ def test_products_with_weights() -> None:
 def test_products_that_are_none(rule: str, gram: Array, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rk.weights_of(rule, gram, f=1)
+    with pytest.raises(ValueError, match="seed must be None or an integer of at least 0; got -1"):
+        rk.weights_of("bucketing | mean", np.eye(5), f=1, seed=-1)
     with pytest.raises(ValueError, match="krum: weights are not supported"):
         rk.weights_of("krum", np.eye(5), f=1, weights=[1, 2, 3, 4, 5])
 

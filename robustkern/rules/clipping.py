@@ -15,6 +15,11 @@ from robustkern.rules.view import Mixture, Solution, View
 __all__ = ["ARC", "CentredClipping", "Clipping"]
 
 
+def _check_positive(what: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e308:
+        raise ValueError(f"{what} must be a positive finite number; got {value!r}")
+
+
 def _norms(view: View, rule: str) -> NDArray[np.float64]:
     """Return the rows' norms, inf of those that are not finite."""
     geometry, _ = view.measured(rule)
@@ -51,9 +56,7 @@ class Clipping(Mixer):
 
     def __post_init__(self) -> None:
         """Check the parameter."""
-        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
-        if not number or not 0 < self.limit <= 1e308:
-            raise ValueError(f"clipping: limit must be a positive finite number; got {self.limit!r}")
+        _check_positive("clipping: limit", self.limit)
 
     def mixing(self, view: View) -> Mixture:
         """Row i holds its own share only."""
@@ -121,9 +124,7 @@ class CentredClipping(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if not number or not 0 < self.tau <= 1e308:
-            raise ValueError(f"centred_clipping: tau must be a positive finite number; got {self.tau!r}")
+        _check_positive("centred_clipping: tau", self.tau)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"centred_clipping: steps must be an integer of at least 1; got {self.steps!r}")
         if not isinstance(self.start, str) or self.start not in ("centre", "zero"):
@@ -151,7 +152,7 @@ class CentredClipping(Aggregator):
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Take the steps on the rows."""
         if self.start == "centre":
-            raise NotImplementedError(f"{self} needs a centre")
+            raise NotImplementedError(f"{self} needs a centre, which plain forms are not given (start='zero' has one)")
         y = np.zeros(x.shape[1:])
         for _ in range(self.steps):
             away = x - y

@@ -90,7 +90,9 @@ class MoNNA(Aggregator):
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Sort the rows by their distance to the pivot."""
         if isinstance(self.pivot, str):
-            raise NotImplementedError(f"{self} needs a centre")
+            raise NotImplementedError(
+                f"{self} needs a centre, which plain forms are not given (a row as pivot has one)"
+            )
         away = ((x - x[self.pivot]) ** 2).sum(axis=1)
         return np.asarray(x[np.argsort(away, kind="stable")[: len(x) - f]].mean(axis=0))
 
