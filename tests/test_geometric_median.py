@@ -311,6 +311,27 @@ def test_copies_that_are_none(apart: float) -> None:
         assert float(cost(x, y) - cost(x, oracle(x, y))) / unit(x, y) <= 1e-10
 
 
+@pytest.mark.parametrize("exponent", range(14, 48))
+@pytest.mark.parametrize("many", [False, True])
+def test_the_median_among_rows_that_hardly_differ(exponent: int, many: bool) -> None:
+    """Squares of distances of 1e-38 are nothing beside 1, and steps between such rows went nowhere."""
+    for n, entries in (
+        (7, [(0, 0, 1), (2, 2, 1), (3, 1, 0), (5, 0, 1), (6, 1, 1)]),
+        (6, [(1, 0, 0), (2, 1, 1), (3, 0, 1), (5, 1, 1)]),
+        (6, [(1, 0, 0), (2, 0, 1), (3, 1, 1), (5, 2, 1)]),
+    ):
+        x = np.zeros((n, 5))
+        for row, column, value in entries:
+            x[row, column] = value or 10.0**-exponent
+        x = np.repeat(x, 40, axis=0) if many else x
+        for size in (1.0, 1e-3, 1e10):
+            got, info = rk.geometric_median(x * size, return_info=True)
+            assert info.converged
+            assert info.gap < 1e-12
+            # It lies among the rows that hardly differ, which are less than half.
+            assert np.abs(got).max() <= size * 10.0**-exponent
+
+
 def test_random_rows_to_the_promise() -> None:
     for seed, n in enumerate((3, 4, 5, 8, 12, 20)):
         x = random_rows(np.random.default_rng(seed), n, 4)

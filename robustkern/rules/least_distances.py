@@ -120,7 +120,9 @@ def converged_weights(gram: Gram, s: Vector, rounding: float) -> Median:
     # From here on the best row is the origin: close to it, where squares cancel most, nothing is left to cancel.
     gram = _seen_from(gram, best)
     from_best = np.sqrt(np.maximum(gram.diagonal(), 0.0))
-    here = from_best <= math.sqrt(rounding) * (lengths + lengths[best])
+    # Rows at the best one, as far as rounding and what counts as a distance can tell.
+    least = 1e3 * math.sqrt(SMALL) * _middle(from_best)
+    here = from_best <= np.maximum(math.sqrt(rounding) * (lengths + lengths[best]), least)
     pull = np.divide(s, from_best, out=np.zeros_like(s), where=~here)
     weight_here = float(s[here].sum())
     at_best = np.zeros_like(s)
