@@ -174,10 +174,17 @@ class StagedCuda(Cuda):
         super().__init__(module, devices)
         self.device = device
 
-    def _there(self, rows: Rows) -> Rows:
-        held = [[self.device.put(rows.array(s, i).copy()) for i in range(rows.n)] for s in range(len(rows.addresses))]
+    def _there(self, rows: Rows, used: NDArray[np.bool_] | None = None) -> Rows:
+        """Copy the rows; those that are not used may be nowhere, and keep their addresses."""
+        empty = np.zeros(0, dtype=rows.dtype)
+        held = [
+            [self.device.put(rows.array(s, i).copy() if used is None or used[i] else empty) for i in range(rows.n)]
+            for s in range(len(rows.addresses))
+        ]
         views = [[view_of(x, "a row") for x in segment] for segment in held]
         addresses = np.array([[view.address for view in segment] for segment in views], dtype=np.uint64)
+        if used is not None:
+            addresses[:, ~used] = rows.addresses[:, ~used]
         return Rows(addresses, rows.offsets, rows.dtype, held, views[0][0].place)
 
     def _back(self, there: Rows, rows: Rows) -> None:
@@ -193,6 +200,10 @@ class StagedCuda(Cuda):
             self._back(target, out)
         return found
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        """See the base class."""
+        return not self.devices[0]["fast_doubles"]
+
     def gram(self, rows: Rows, **options: Any) -> Matrix:
         """See the base class."""
         return super().gram(self._there(rows), **options)
@@ -204,7 +215,7 @@ class StagedCuda(Cuda):
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the base class."""
         target = self._there(out)
-        super().weighted_row_sum(self._there(rows), weights, target, divisors=divisors)
+        super().weighted_row_sum(self._there(rows, weights.any(axis=0)), weights, target, divisors=divisors)
         self._back(target, out)
 
 
@@ -212,6 +223,15 @@ class EmulatedCuda(Cuda):
     """The backend, for rows in the host's memory too."""
 
     name = "cuda-emulated"
+
+    def gram(self, rows: Rows, **options: Any) -> Matrix:
+        """See the base class; `single` products are asked for where the device is one that takes them."""
+        fast = self.devices[0]["fast_doubles"]
+        self._cuda.set_fast_doubles(fast and not options.get("single", False))
+        try:
+            return super().gram(rows, **options)
+        finally:
+            self._cuda.set_fast_doubles(fast)
 
     def place_of(self, rows: Rows) -> Place:
         """See the base class."""

@@ -86,6 +86,9 @@ class Counting:
         self.calls: list[str] = []
         self.nbytes = 0
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        return self.inner.takes_float32_products(rows)
+
     def select_columns(self, rows: Rows, window: Window, **options: Any) -> Selected:
         self.calls.append("select_columns")
         self.nbytes += rows.nbytes

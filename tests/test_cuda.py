@@ -96,7 +96,9 @@ def test_rules_agree_with_the_cpu(device: Device, dtype: np.dtype[Any], kind: st
         assert np.array_equal(device.take(on_device).view(np.uint8), x.view(np.uint8))  # never written
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 16, 31, 32, 33, 48, 49, 63, 64, 65, 96, 257, 449, 1024, 1025])
+@pytest.mark.parametrize(
+    "n", [1, 2, 3, 5, 8, 9, 16, 31, 32, 33, 48, 49, 63, 64, 65, 96, 127, 128, 129, 257, 449, 1024, 1025]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 def test_medians_agree_to_the_last_bit(device: Device, dtype: np.dtype[Any], n: int) -> None:
     for kind in ("normal", "ties", "extreme", "nan_and_inf", "subnormal"):
@@ -117,7 +119,29 @@ def test_weights_agree_with_the_cpu(device: Device) -> None:
                 assert_close(got, rk.aggregate(x, rule, delta=0.3, weights=weights).astype(np.longdouble), x)
 
 
+@pytest.fixture(params=[True, False], ids=["tensor", "plain"])
+def fast_doubles(request: pytest.FixtureRequest, emulation: Any) -> Iterator[bool]:
+    """GPUs of data centres, which have tensor instructions for float64, and others."""
+    emulation.set_fast_doubles(request.param)
+    kernels = EmulatedCuda(emulation, emulation.devices())
+    assert kernels.takes_float32_products(Rows.of(np.zeros((1, 1), dtype=np.float32))) != request.param
+    yield request.param
+    emulation.set_fast_doubles(True)
+
+
+@pytest.mark.usefixtures("fast_doubles")
+def test_large_rows_are_multiplied_in_float32_or_at_once_in_float64(
+    emulation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry._loaded, "cuda", EmulatedCuda(emulation, emulation.devices()))
+    _large_rows(EMULATED_DEVICE, monkeypatch)
+
+
 def test_large_rows_are_first_multiplied_in_float32(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    _large_rows(device, monkeypatch)
+
+
+def _large_rows(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
     for dtype in DTYPES[:3]:
         for n in (9, 40, 66):
@@ -125,6 +149,76 @@ def test_large_rows_are_first_multiplied_in_float32(device: Device, monkeypatch:
             for rule in ("krum", "geometric_median", "nnm | ctma(median)"):
                 got = device.take(rk.aggregate(device.put(x), rule, f=3))
                 assert_close(got, rk.aggregate(x, rule, f=3).astype(np.longdouble), x)
+
+
+@pytest.mark.usefixtures("fast_doubles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 96, 97])
+def test_products_of_every_number_of_rows(emulation: Any, dtype: np.dtype[Any], n: int) -> None:
+    """On both sides of every size at which another kernel takes over, for any end and alignment of the rows."""
+    kernels = EmulatedCuda(emulation, emulation.devices())
+    cells = np.random.default_rng(n).integers(0, 3, n)
+    cells[0] = 2
+    for kind, d in (("normal", 1), ("offset", 70), ("nan_and_inf", 261)):
+        x = make_rows(kind, n, d, dtype, seed=n)
+        shifted = np.zeros(n * d + 1, dtype=dtype)[1:].reshape(n, d)
+        shifted[:] = x
+        y = x.astype(np.longdouble)
+        bad = ~np.isfinite(y).all(axis=1)
+        for options in ({}, {"origin": True}, {"multiplicities": cells}):
+            if bad.sum() * 2 >= n or (options.get("multiplicities") is not None and kind == "nan_and_inf"):
+                continue
+            got = kernels.gram(Rows.of(x), **options)
+            assert np.array_equal(got, kernels.gram(Rows.of(shifted), **options), equal_nan=True)
+            filled = np.where(np.isnan(y), np.inf, y)
+            centre = np.sort(np.repeat(filled, options.get("multiplicities", np.ones(n, dtype=int)), axis=0), axis=0)
+            rows = np.vstack([y, np.zeros(d)]) if options.get("origin") else y
+            rows = rows - centre[(len(centre) - 1) // 2]
+            lengths = np.sqrt((np.where(np.isfinite(rows), rows, 0) ** 2).sum(axis=1))
+            use = np.isfinite(rows).all(axis=1)
+            assert np.array_equal(np.isnan(got), ~(use[:, None] & use))
+            error = abs(got - np.where(use[:, None], rows, 0) @ np.where(use[:, None], rows, 0).T)
+            assert (error[np.ix_(use, use)] <= 1e-13 * np.outer(lengths, lengths)[np.ix_(use, use)]).all()
+
+
+@pytest.mark.usefixtures("fast_doubles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 1), (5, 16), (17, 17), (33, 9), (64, 32), (40, 33), (64, 64), (65, 8), (20, 65)]
+)
+def test_mixtures_of_every_number_of_rows(emulation: Any, dtype: np.dtype[Any], n: int, k: int) -> None:
+    kernels, reference = EmulatedCuda(emulation, emulation.devices()), registry.load_backend("reference")
+    rng = np.random.default_rng(n + k)
+    mix = rng.random((k, n)) * (rng.random((k, n)) < 0.5)
+    mix[:, 0] += 1
+    for spoil in ("nothing", "a row without weight", "a row of some mixtures"):
+        x = make_rows("offset", n, 75, dtype, seed=k)
+        weights = mix.copy()
+        if spoil != "nothing":
+            x[-1, [3, 40, 74]] = np.nan, np.inf, -np.inf
+            weights[: k if spoil == "a row without weight" else k // 2, -1] = 0
+        divisors = weights.sum(axis=1) + (weights.sum(axis=1) == 0)
+        shifted = np.zeros(n * 75 + 1, dtype=dtype)[1:].reshape(n, 75)
+        shifted[:] = x
+        for options in (
+            {"window": Window((k - 1) // 2, k // 2 + 1)},
+            {"window": Window(k // 4, k - k // 4)},
+            {"window": Window((k - 1) // 2, k // 2 + 1), "nearest": k // 2 + 1},
+        ):
+            results = []
+            for backend, rows in ((kernels, x), (kernels, shifted), (reference, x)):
+                out = np.full((1, 75), 7, dtype=dtype)
+                with np.errstate(all="ignore"):
+                    found = backend.select_columns(
+                        Rows.of(rows), mix=weights, mix_divisors=divisors, out=Rows.of(out), **options
+                    )
+                results.append((out, found.nonfinite))
+            (got, flags), (again, _), (want, expected) = results
+            assert np.array_equal(flags, expected)
+            assert got.tobytes() == again.tobytes()
+            # Mixtures are rounded to float32 before they are selected from.
+            close = {"rtol": 3e-7 if dtype.itemsize >= 4 else 2.0**-7, "atol": 1e-6, "equal_nan": True}
+            np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), **close)
 
 
 def test_the_primitives_take_arrays_on_a_device(device: Device) -> None:
@@ -186,12 +280,16 @@ def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
         {"window": Window(half, half + 1), "mix": mix, "measure": mix},
         {"window": Window(half, half + 1), "mix": mix},
         {"window": Window(0, n), "measure": mix},
+        {"window": Window(half, half + 1), "mix": mix, "distances": False},
+        {"window": Window(0, half + 1), "mix": mix, "distances": False},
     ]
     for options in selections:
         out = np.full((1, d), 7, dtype=x.dtype)
-        found = kernels.select_columns(rows, options.pop("window"), distances=True, out=Rows.of(out), **options)
-        assert found.sq_distances is not None
-        yield from (out.tobytes(), found.sq_distances.tobytes(), found.nonfinite.tobytes())
+        distances = options.pop("distances", True)
+        found = kernels.select_columns(rows, options.pop("window"), distances=distances, out=Rows.of(out), **options)
+        yield from (out.tobytes(), found.nonfinite.tobytes())
+        if found.sq_distances is not None:
+            yield found.sq_distances.tobytes()
     for single in (False, True):
         yield kernels.gram(rows, single=single).tobytes()
     yield kernels.gram(rows, multiplicities=cells, origin=True).tobytes()
@@ -203,7 +301,7 @@ def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
-@pytest.mark.parametrize("n", [1, 3, 9, 66])
+@pytest.mark.parametrize("n", [1, 3, 9, 40, 66])
 def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: int) -> None:
     """What the sanitizers look at: rows at any alignment, exact ends of memory, NaN, pieces of some segments."""
     kernels, reference = EmulatedCuda(emulation, emulation.devices()), registry.load_backend("reference")
@@ -223,8 +321,18 @@ def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: i
     assert kernels.gram(segments, origin=True, multiplicities=np.ones(n, dtype=np.int64))[n, n] == 20
 
 
+@pytest.mark.parametrize("n", [3, 40, 66])
+def test_every_kernel_without_tensor_instructions(emulation: Any, n: int) -> None:
+    emulation.set_fast_doubles(False)
+    try:
+        for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+            test_every_kernel_on_small_shapes(emulation, dtype, n)
+    finally:
+        emulation.set_fast_doubles(True)
+
+
 @pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(np.float64)], ids=lambda d: d.name)
-@pytest.mark.parametrize(("n", "d"), [(5, 1100), (66, 100)])
+@pytest.mark.parametrize(("n", "d"), [(5, 1100), (66, 100), (100, 150)])
 def test_every_kernel_on_several_tiles(emulation: Any, dtype: np.dtype[Any], n: int, d: int) -> None:
     """Also for the sanitizers: one block walks over all the tiles, and only the order of sums over columns may differ."""
     kernels = EmulatedCuda(emulation, emulation.devices())
@@ -381,7 +489,7 @@ def test_a_device_that_is_not_there(emulation: Any) -> None:
 CASES: dict[str, Callable[[Any], Any]] = {
     "select_by_network": rk.median,
     "select_by_counting": lambda x: rk.median(x, weights=[1, 2, 3]),
-    "gram_products": rk.geometric_median,
+    "gram_of_few": rk.geometric_median,
     "weighted_sums": rk.mean,
     "row_sq_distances_of": lambda x: rk.kernels.row_sq_distances(x, x[0]),
 }

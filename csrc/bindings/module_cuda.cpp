@@ -80,6 +80,7 @@ nb::list devices() {
     facts["compute_capability"] = nb::make_tuple(device.major, device.minor);
     facts["multiprocessors"] = device.multiprocessors;
     facts["memory_bytes"] = device.memory_bytes;
+    facts["fast_doubles"] = device.fast_doubles;
     found.append(facts);
   }
   return found;
@@ -110,6 +111,7 @@ NB_MODULE(_cuda, m) {
   m.def("launches", &rk::emulation::launches);
   m.def("set_most_blocks", &rk::cuda::set_most_blocks, "blocks"_a);
   m.def("waits", &rk::emulation::waits);
+  m.def("set_fast_doubles", &rk::emulation::set_fast_doubles, "fast"_a);
   m.def("set_capturing", &rk::emulation::set_capturing, "capturing"_a);
 #endif
 }

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
   RK_DYNAMIC_SHARED(Bits, keys);
   RK_SHARED(Count, counts, [3][kCountedColumns]);
   RK_SHARED(uint64_t, slots, [kMaxWarps][kCountedColumns]);
-  RK_SHARED(C, centre, [kCountedColumns]);
+  RK_SHARED(double, centre, [kCountedColumns]);
   const int lane = threadIdx.x % kWarp;
   Tally<Count> tally{counts, slots, 0};
   tally.begin();

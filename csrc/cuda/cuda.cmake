@@ -75,7 +75,7 @@ string(REPLACE ";" " " RK_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 set(RK_CUDA_STATE "built with CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${RK_CUDA_ARCHITECTURES}")
 
 # Sums that carry their rounding errors need every product rounded: no contraction, as on the CPU.
-add_library(rk_cuda OBJECT csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
+add_library(rk_cuda OBJECT csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
 set_target_properties(rk_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(rk_cuda PRIVATE --threads=2 -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
 if(RK_WERROR)

@@ -203,7 +203,13 @@ __device__ __forceinline__ double grown(const DoubledSum& sum, double divisor, b
 
 // ---- flags and sums ------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void set_flag(unsigned* flags, int64_t row) { atomicOr(flags + row, 1u); }
+// Looks first: a row of nothing else would have an atomic on one word for each of its values.
+__device__ __forceinline__ void set_flag(unsigned* flags, int64_t row) {
+#if defined(__CUDA_ARCH__)
+  if (*static_cast<volatile unsigned*>(flags + row)) return;
+#endif
+  atomicOr(flags + row, 1u);
+}
 
 // The sum over a warp, in lane 0.
 __device__ __forceinline__ double warp_sum(double x) {
@@ -213,15 +219,15 @@ __device__ __forceinline__ double warp_sum(double x) {
 
 // partial[i] += squared distance of row i of a tile to a centre in shared memory; every warp has rows of its own, so
 // that the order of the sums is fixed. All threads of a block call it.
-template <class S, class B>
-__device__ __forceinline__ void add_sq_distances(const Table& rows, const Tile& tile, const B* centre, double scale,
-                                                 double* partial) {
+template <class S>
+__device__ __forceinline__ void add_sq_distances(const Table& rows, const Tile& tile, const double* centre,
+                                                 double scale, double* partial) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   for (int64_t i = threadIdx.x / kWarp; i < rows.n; i += warps) {
     const S* x = rows.row<S>(tile.segment, i) + tile.first;
     double sum = 0;
     for (int c = lane; c < tile.count; c += kWarp) {
-      const double difference = (static_cast<double>(widened(x[c])) - static_cast<double>(centre[c])) * scale;
+      const double difference = (static_cast<double>(widened(x[c])) - centre[c]) * scale;
       sum = fma(difference, difference, sum);
     }
     sum = warp_sum(sum);

@@ -1,9 +1,11 @@
 // gram on a GPU: one kernel for up to 64 rows, which finds their median on the way; for more, and for rows of different
-// weight, the median first, and then the products of every pair of tiles of 64 rows.
+// weight, the median first, and then the products of every pair of tiles of 64 rows. By tensor instructions where those
+// of float64 are fast.
 #include <cmath>
 
 #include "gram.cuh"
 #include "launch.h"
+#include "tensor_gram.cuh"
 
 namespace rk {
 namespace cuda {
@@ -11,39 +13,86 @@ namespace {
 
 constexpr double kLeastSquare = 0x1p-100;  // mean square of a row's columns; even flushed to zero 2^-126 is little
 constexpr std::size_t kSharedBytes = 48 << 10;
+constexpr int64_t kMostGroups = 65535;  // of pairs in a launch
+
+// How the products of a shape are taken.
+struct Plan {
+  bool fused;           // one kernel finds the median on the way
+  int tile_rows;        // multiplied with as many others
+  int width;            // columns of a tile
+  int64_t sharing = 1;  // tiles that a block takes at once
+  int64_t pairs_of_block = 1, all_sums = int64_t{1} << 22, most_blocks = 1024;
+  int threads = kGramThreads, slices = 1;  // see GramArgs
+  std::size_t shared_bytes = 0;
+};
+
+template <class S>
+Plan tensor_plan(int64_t m, bool weighted) {
+  Plan how{};
+  how.threads = kTensorThreads;
+  if (m <= kFewRows && !weighted) {
+    how.fused = true;
+    how.tile_rows = kFewRows;
+    how.width = kWarp;
+    how.sharing = kTensorWarps;
+    const int64_t rows = (m + kSide - 1) / kSide * kSide + 1;
+    how.shared_bytes = static_cast<std::size_t>(kTensorWarps * rows * (kWarp + kPadding)) * sizeof(ComputeOf<S>);
+    return how;
+  }
+  how.tile_rows = kPairRows;
+  how.width = kPairColumns;
+  how.all_sums = int64_t{1} << 23;
+  how.most_blocks = 2048;
+  const int64_t tiles = tiles_of(m, kPairRows), pairs = tiles * (tiles + 1) / 2;
+  how.pairs_of_block = tiles_of(pairs, static_cast<int>(tiles_of(pairs, kPairWarps)));
+  how.threads = static_cast<int>(how.pairs_of_block) * kWarp;
+  return how;
+}
+
+template <class P>
+Plan plan(int64_t m, bool weighted) {
+  Plan how{};
+  how.fused = m <= kTileRows && !weighted;
+  how.tile_rows = kTileRows;
+  how.width = 128;
+  const int64_t blocks = ((m < kTileRows ? m : kTileRows) + kBlockRows - 1) / kBlockRows;
+  const int64_t held = m > kTileRows ? 2 * kTileRows : blocks * kBlockRows;
+  const int64_t pairs = m > kTileRows ? kGramThreads : blocks * (blocks + 1) / 2;
+  while (static_cast<std::size_t>(held * (how.width + 1)) * sizeof(P) > kSharedBytes) how.width /= 2;
+  while (2 * how.slices * pairs <= kGramThreads) how.slices *= 2;
+  const std::size_t tile = static_cast<std::size_t>(held * (how.width + 1)) * sizeof(P);
+  const std::size_t reduced = kGramThreads * kCells * sizeof(double);
+  how.shared_bytes = tile > reduced ? tile : reduced;
+  return how;
+}
 
 // Products in P: float64, or float32 where the result may have entries that overflowed, or lost digits because squares
-// are subnormal; false then.
+// are subnormal; false then. `tensor`: by tensor instructions for float64.
 template <class S, class P>
-bool products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, Queue& queue) {
+bool products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, double* out,
+              Queue& queue) {
   const int64_t n = rows.n, m = n + (origin ? 1 : 0);
-  const bool fused = m <= kTileRows && !multiplicities;
-  const int64_t tiles = (m + kTileRows - 1) / kTileRows;
-  const int64_t blocks_of_tile = ((m < kTileRows ? m : kTileRows) + kBlockRows - 1) / kBlockRows;
-  const int64_t held = (tiles > 1 ? 2 * kTileRows : blocks_of_tile * kBlockRows);
-  int width = 128;
-  while (static_cast<std::size_t>(held * (width + 1)) * sizeof(P) > kSharedBytes) width /= 2;
-  const std::size_t reduced = kGramThreads * kCells * sizeof(double);
-  const std::size_t tile_bytes = static_cast<std::size_t>(held * (width + 1)) * sizeof(P);
-  const int64_t pairs = tiles > 1 ? kGramThreads : blocks_of_tile * (blocks_of_tile + 1) / 2;
-  int slices = 1;
-  while (2 * slices * pairs <= kGramThreads) slices *= 2;
+  const Plan how = tensor ? tensor_plan<S>(m, multiplicities != nullptr) : plan<P>(m, multiplicities != nullptr);
+  const int64_t tiles = tiles_of(m, how.tile_rows), pairs = tiles * (tiles + 1) / 2;
 
   Workspace space;
   const auto flags = space.zeros<unsigned>(n);
   const auto sums = space.zeros<double>(m * m);
-  const UploadedRows uploaded(space, rows, width);
-  const int64_t blocks = summing_blocks(uploaded.n_tiles(), m * m, int64_t{1} << 22, 4, 1024);
-  const auto partials = space.zeros<double>(blocks * m * m);
-  const auto centre = space.scratch<S>(fused ? 0 : rows.columns());
-  const auto centre_rows = space.pointers(fused ? 0 : rows.n_segments);
+  const UploadedRows uploaded(space, rows, how.width);
+  const int64_t blocks = summing_blocks(tiles_of(uploaded.n_tiles(), static_cast<int>(how.sharing)), m * m,
+                                        how.all_sums, 4, how.most_blocks);
+  const auto partials = space.scratch<double>(blocks * m * m);
+  constexpr int64_t kAligned = 16 / sizeof(S);  // every segment's centre begins at a multiple of 16 bytes
+  const auto centre = space.scratch<S>(how.fused ? 0 : rows.columns() + rows.n_segments * kAligned);
+  const auto centre_rows = space.pointers(how.fused ? 0 : rows.n_segments);
   space.allocate(queue);
-  if (!fused) {
+  if (!how.fused) {
     std::vector<void*> targets;
     for (int64_t s = 0; s < rows.n_segments; ++s) {
+      const int64_t at = (rows.offsets[s] + kAligned - 1) / kAligned * kAligned + s * kAligned;
       space.point(Part<const void*>{centre_rows.at + static_cast<std::size_t>(s) * sizeof(void*)},
-                  Part<S>{centre.at + static_cast<std::size_t>(rows.offsets[s]) * sizeof(S)}, 0, 1);
-      targets.push_back(space[centre] + rows.offsets[s]);
+                  Part<S>{centre.at + static_cast<std::size_t>(at) * sizeof(S)}, 0, 1);
+      targets.push_back(space[centre] + at);
     }
     lower_median_of(rows, multiplicities, targets.data(), queue);
   }
@@ -51,26 +100,42 @@ bool products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
   if (blocks > 0) {
     GramArgs args{};
     args.rows = uploaded.table();
-    args.centre = fused ? nullptr : space[centre_rows];
+    args.centre = how.fused ? nullptr : space[centre_rows];
     args.m = m;
     args.scale = scale;
     args.partials = space[partials];
     args.flags = space[flags];
-    args.width = width;
-    args.slices = slices;
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles * (tiles + 1) / 2));
-    const auto launch = [&](auto* kernel) {
-      queue.launch("gram_products", kernel, grid, dim3(kGramThreads), tile_bytes > reduced ? tile_bytes : reduced,
-                   args);
+    args.pairs = static_cast<int>(pairs);
+    args.width = how.width;
+    args.slices = how.slices;
+    args.vectorised = all_aligned(rows.data, rows.n_segments * n);
+    const auto launch = [&](const char* name, auto* kernel) {
+      const int64_t most = lesser(kMostGroups, most_blocks) * how.pairs_of_block;
+      for (int64_t first = 0; first < pairs; first += most) {
+        args.first_pair = static_cast<int>(first);
+        const int64_t groups = (lesser(most, pairs - first) + how.pairs_of_block - 1) / how.pairs_of_block;
+        queue.launch(name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
+                     dim3(static_cast<unsigned>(how.threads)), how.shared_bytes, args);
+      }
     };
-    if (fused)
+    if (sizeof(P) == 8 && tensor) {
+      if (how.fused)
+        by_network_size(FewSizes{}, m, [&](auto size) {
+          constexpr int N = decltype(size)::value;
+          args.low_pads = median_pads(N, n);
+          launch("gram_of_few", &gram_of_few<S, N>);
+        });
+      else
+        launch("gram_of_pairs", &gram_of_pairs<S>);
+    } else if (how.fused) {
       by_network_size(GramSizes{}, n, [&](auto size) {
         constexpr int N = decltype(size)::value;
         args.low_pads = median_pads(N, n);
-        launch(&gram_products<S, P, N>);
+        launch("gram_products", &gram_products<S, P, N>);
       });
-    else
-      launch(&gram_products<S, P, 0>);
+    } else {
+      launch("gram_products", &gram_products<S, P, 0>);
+    }
     add_partials(queue, space[partials], blocks, m * m, space[sums]);
   }
   const char* begin = reinterpret_cast<const char*>(space[flags]);
@@ -102,11 +167,13 @@ bool products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
 void gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
           const Call& call) {
   Queue queue(rows, call);
+  const bool tensor = has_fast_doubles(call.device);
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
     if constexpr (sizeof(S) < 8)
-      if (single && scale == 1 && products<S, float>(rows, multiplicities, origin, scale, out, queue)) return;
-    products<S, double>(rows, multiplicities, origin, scale, out, queue);
+      if (single && !tensor && scale == 1 && products<S, float>(rows, multiplicities, origin, scale, false, out, queue))
+        return;
+    products<S, double>(rows, multiplicities, origin, scale, tensor, out, queue);
   });
 }
 

@@ -23,8 +23,11 @@ struct GramArgs {
   double scale;
   double* partials;  // (blocks, m, m), lower triangle
   unsigned* flags;
-  int width;   // columns of a tile
-  int slices;  // that share the columns of a pair of blocks: a power of two
+  int first_pair;   // of tiles, in this launch
+  int pairs;        // of tiles, in all
+  bool vectorised;  // rows and centre are aligned to 16 bytes
+  int width;        // columns of a tile
+  int slices;       // that share the columns of a pair of blocks: a power of two
   int low_pads;
 };
 
@@ -101,8 +104,8 @@ __device__ ComputeOf<S> lower_median(const Table& rows, const Tile& tile, int64_
     }
   }
   if (check != 0) {
-    for (int i = 0; i < n; ++i)
-      if (!is_finite(widened(rows.row<S>(tile.segment, i)[column]))) set_flag(flags, i);
+    for (int i = 0; i < n; ++i)  // not set_flag: there is no register left to look first
+      if (!is_finite(widened(rows.row<S>(tile.segment, i)[column]))) atomicOr(flags + i, 1u);
     replace_nan(x[0]);
   }
   sort_wires<Network<N, true>>(x[0]);
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(S) == 8 ? 1 : 2) gram_pro
   RK_DYNAMIC_SHARED(double, memory);
   P* x = reinterpret_cast<P*>(memory);
   const Table& rows = args.rows;
-  const BlockPair tiles = lower_pair(blockIdx.y);
+  const BlockPair tiles = lower_pair(args.first_pair + static_cast<int>(blockIdx.y));
   const bool diagonal = tiles.i == tiles.j;
   const int thread = threadIdx.x, stride = args.width + 1;  // no power of two: rows fall into different banks
   const auto count_of = [&](int tile) {

@@ -29,12 +29,27 @@ void by_dtype(DType dtype, F&& call) {
   }
 }
 
+// Makes a device the current one, and the one before it again at the end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) : refused_(cudaGetDevice(&before_)) {
+    if (refused_ == cudaSuccess) refused_ = cudaSetDevice(device);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  cudaError_t refused() const { return refused_; }
+
+ private:
+  int before_ = 0;
+  cudaError_t refused_;
+};
+
 // Queues kernels on a call's stream and turns what the runtime refuses into errors that name the kernel and the sizes.
 class Queue {
  public:
-  Queue(const Rows& rows, const Call& call) : rows_(rows), call_(call) {
-    check(cudaGetDevice(&before_), "choosing the device");
-    check(cudaSetDevice(call.device), "choosing the device");
+  Queue(const Rows& rows, const Call& call) : rows_(rows), call_(call), current_(call.device) {
+    check(current_.refused(), "choosing the device");
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream(), &status), "asking for the state of the stream");
     // A graph would keep the address of tables that are gone when it is launched.
@@ -42,10 +57,6 @@ class Queue {
       throw Error("the stream is being captured into a CUDA graph, which calls of robustkern cannot be part of " +
                   sizes());
   }
-  Queue(const Queue&) = delete;
-  Queue& operator=(const Queue&) = delete;
-  ~Queue() { cudaSetDevice(before_); }
-
   cudaStream_t stream() const { return static_cast<cudaStream_t>(call_.stream); }
   const Call& call() const { return call_; }
 
@@ -96,7 +107,7 @@ class Queue {
   }
   const Rows& rows_;
   const Call& call_;
-  int before_ = 0;
+  const CurrentDevice current_;
 };
 
 // A part of a call's device memory, before and after it is allocated.

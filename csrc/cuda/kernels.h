@@ -45,7 +45,12 @@ struct Device {
   std::string name;
   int major, minor, multiprocessors;
   std::size_t memory_bytes;
+  bool fast_doubles;
 };
+
+// Whether a device has tensor instructions for float64 at about the speed of its memory, and there is code for it
+// (tensor.cuh): data centres' do, from A100 on.
+bool has_fast_doubles(int device);
 
 // The devices of this machine. Throws with the reason where there is none: no driver, too old a driver, no device.
 std::vector<Device> devices();

@@ -1,6 +1,7 @@
 // Launches that several primitives share.
 #pragma once
 #include "host.h"
+#include "select.cuh"
 #include "sums.cuh"
 
 namespace rk {
@@ -9,10 +10,30 @@ namespace cuda {
 // Queues the column-wise lower median of the rows, which stand for so many equal ones where multiplicities are given.
 void lower_median_of(const Rows& rows, const int64_t* multiplicities, void* const* out, Queue& queue);  // select.cu
 
+// Selections among mixtures in one read of the rows, and whether rows, device and what is wanted permit it. mixed.cu
+bool mixes_by_network(const Rows& rows, const Select& select, int device);
+void select_mixed_by_network(const Rows& rows, const Select& select, Queue& queue);
+
+constexpr int64_t kNetworkRows = 64;
+
+inline bool is_median(const Select& select, int64_t n) {
+  return !select.nearest && !select.multiplicities && select.lo >= (n - 1) / 2 && select.hi <= n / 2 + 1;
+}
+
+inline Selection selection_of(const Select& select) {
+  Selection args{};
+  args.lo = select.lo;
+  args.hi = select.hi;
+  args.nearest = select.nearest;
+  args.share = 1 / static_cast<double>(select.nearest ? select.nearest : select.hi - select.lo);
+  args.scale = select.scale;
+  return args;
+}
+
 // out[i] = the sum of what the blocks left for i.
 inline void add_partials(Queue& queue, const double* partials, int64_t blocks, int64_t count, double* out) {
-  queue.launch("add_blocks", &add_blocks<double>, dim3(static_cast<unsigned>(tiles_of(count, kSumThreads))),
-               dim3(kSumThreads), 0, partials, blocks, count, out);
+  queue.launch("add_blocks", &add_blocks<double>, dim3(static_cast<unsigned>(tiles_of(count, kWarp))),
+               dim3(kAddThreads), 0, partials, blocks, count, out);
 }
 
 // Rows of weights (k, n) and their divisors (k, or null: all 1) as the kernels read them, up to so many in a group; of

@@ -8,7 +8,6 @@ namespace rk {
 namespace cuda {
 namespace {
 
-constexpr int kNetworkRows = 64;
 // What every GPU of compute capability 7.5 or more lets a block have, less what the kernel needs besides: 448 rows of
 // float32, half as many of float64. Of more rows the values are read again and again.
 constexpr std::size_t kKeptBytes = 56 << 10;
@@ -16,23 +15,21 @@ constexpr std::size_t kUnaskedBytes = 40 << 10;  // and this much, of 48 KiB in 
 // Mixtures, and rows measured as float64, are made of so many bytes of columns at a time, which stay in a GPU's cache.
 constexpr int64_t kRunBytes = int64_t{1} << 24;
 
-bool is_median(const Select& select, int64_t n) {
-  return !select.nearest && !select.multiplicities && n <= kNetworkRows && select.lo >= (n - 1) / 2 &&
-         select.hi <= n / 2 + 1;
-}
-
 template <class S>
 class Selector {
   using C = ComputeOf<S>;
 
  public:
   Selector(const Select& select, int64_t n) : select_(select), n_(n) {
-    if (is_median(select, n))
-      with_network<true>();
-    else if (n <= kNetworkRows && !select.multiplicities)
-      with_network<false>();
-    else
+    const bool median = is_median(select, n);
+    if (select.multiplicities || n > (sizeof(S) == 8 ? kNetworkRows : 2 * kHalfRows))
       by_counting();
+    else if (n > kNetworkRows)
+      by_halves(median);
+    else if (median)
+      with_network<true>();
+    else
+      with_network<false>();
   }
   int width() const { return width_; }
 
@@ -55,6 +52,13 @@ class Selector {
     });
     name_ = "select_by_network";
   }
+  void by_halves(bool median) {
+    if constexpr (sizeof(S) < 8) kernel_ = median ? &select_by_halves<S, true> : &select_by_halves<S, false>;
+    threads_ = kHalfThreads;
+    width_ = kHalfWidth;
+    low_pads_ = median ? median_pads(2 * kHalfRows, n_) : 0;
+    name_ = "select_by_halves";
+  }
   void by_counting() {
     const int64_t warps = (n_ + kRowsOfWarp - 1) / kRowsOfWarp;
     threads_ = kWarp * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps);
@@ -76,16 +80,6 @@ class Selector {
   int threads_ = 0, width_ = 0, low_pads_ = 0;
   std::size_t shared_bytes_ = 0;
 };
-
-Selection selection_of(const Select& select) {
-  Selection args{};
-  args.lo = select.lo;
-  args.hi = select.hi;
-  args.nearest = select.nearest;
-  args.share = 1 / static_cast<double>(select.nearest ? select.nearest : select.hi - select.lo);
-  args.scale = select.scale;
-  return args;
-}
 
 // Flags and distances, side by side, as they come back from the device.
 struct Found {
@@ -194,7 +188,8 @@ void select_mixed(const Rows& rows, const Select& select, Queue& queue) {
       const auto made = [&](Part<const void*> rows_at, int64_t count, int width) {
         return Table{space[rows_at], nullptr, nullptr, 1, count, 0, columns, tiles_of(columns, width)};
       };
-      queue.launch("find_nonfinite", &find_nonfinite<S>, dim3(grid_for(tiles_of(columns, kRunColumns))),
+      queue.launch("find_nonfinite", &find_nonfinite<S>,
+                   dim3(grid_for(tiles_of(columns, kRunColumns)), static_cast<unsigned>(lesser(tiles_of(n, 4), 256))),
                    dim3(kSumThreads), 0, table_of(kRunColumns), space[found.flags]);
       Selection args = selection_of(select);
       args.multiplicities = select.multiplicities ? space[multiplicities] : nullptr;
@@ -240,7 +235,9 @@ void select_columns(const Rows& rows, const Select& select, const Call& call) {
   Queue queue(rows, call);
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
-    if (select.mix || (select.sq_distances && select.measure)) {
+    if (mixes_by_network(rows, select, call.device)) {
+      select_mixed_by_network(rows, select, queue);
+    } else if (select.mix || (select.sq_distances && select.measure)) {
       select_mixed<S>(rows, select, queue);
     } else {
       Workspace space;

@@ -74,6 +74,39 @@ __device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, int
   return begin;
 }
 
+// What a selection gives: a NaN where its window reaches one, or where one is among the nearest values.
+__device__ __forceinline__ bool is_spoilt(int nan_cells, int n, const Selection& args) {
+  return nan_cells > n - (args.hi > args.nearest ? args.hi : args.nearest);
+}
+template <class O, class C>
+__device__ __forceinline__ O median_of(C low, C high, int n, int nan_cells, const Selection& args) {
+  const C value = args.hi - args.lo == 2 ? middle_of(low, high) : args.lo == (n - 1) / 2 ? low : high;
+  return narrowed<O>(is_spoilt(nan_cells, n, args) ? not_a_number<C>() : value);
+}
+template <class O, class C, int kStride>
+__device__ __forceinline__ O window_of(const Sorted<C, kStride>& sorted, int n, int nan_cells, const Selection& args) {
+  const double ends = static_cast<double>(sorted[args.lo] + sorted[args.hi - 1]);
+  const bool usual = is_finite(sorted[args.lo]) && is_finite(sorted[args.hi - 1]);
+  const int64_t lo = args.nearest ? nearest_rank(sorted, n, args.lo, args.hi, args.nearest) : args.lo;
+  const double mean = window_mean(sorted, lo, args.nearest ? lo + args.nearest : args.hi);
+  const double value = usual || !args.nearest ? mean : ends;  // an infinite middle is itself the result
+  return rounded<O>(is_spoilt(nan_cells, n, args) ? not_a_number<double>() : value);
+}
+// The same for the values of a column, of which the NaN are now infinities and counted; a full sort leaves them in
+// `sorted`.
+template <class O, int N, bool kMedian, class C, int kStride>
+__device__ __forceinline__ O selected(C (&x)[N], int n, int nan_cells, const Selection& args,
+                                      const Sorted<C, kStride>& sorted) {
+  sort_wires<Network<N, kMedian>>(x);
+  if constexpr (kMedian) {
+    return median_of<O>(x[N / 2 - 1], x[N / 2], n, nan_cells, args);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) sorted[i] = x[i];
+    return window_of<O>(sorted, n, nan_cells, args);
+  }
+}
+
 // One thread sorts V columns: as many as 16 bytes of a row hold and the registers allow.
 constexpr int power_below(int count) {
   int power = 1;
@@ -83,15 +116,16 @@ constexpr int power_below(int count) {
 template <class S, int N, bool kMedian>
 struct NetworkShape {
   static constexpr int kLeastRows = kMedian ? least_rows(N, MedianSizes{}) : least_rows(N, SortSizes{});
-  static constexpr int kWide = 16 / sizeof(S),
-                       kFit = (N <= 32 || sizeof(S) == 2 ? 512 : 256) / (N * sizeof(ComputeOf<S>));
-  static constexpr int kColumns = !kMedian || kFit < 1 ? 1 : power_below(kWide < kFit ? kWide : kFit);
+  static constexpr int kWide = 16 / sizeof(S), kFit = (kMedian ? 256 : 128) / (N * sizeof(ComputeOf<S>));
+  static constexpr int kColumns = kFit < 1 ? 1 : power_below(kWide < kFit ? kWide : kFit);
   // A full sort is left in shared memory: 32 KiB at most.
   static constexpr int kThreads = !kMedian && N * sizeof(ComputeOf<S>) > 256 ? 64 : 128;
   static constexpr int kWidth = kThreads * kColumns;
   // Blocks that share a multiprocessor at least: so the values and what loads them need fewer than 256 registers.
   static constexpr int kValues = N * kColumns * static_cast<int>(sizeof(ComputeOf<S>) / 4);
   static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
+  // Where a block keeps distances until it ends: in shared memory, but for the one shape that has no register for it.
+  static constexpr bool kKeeps = !(kDoubles && N == 64 && !kMedian);
   static constexpr int kBlocks = (kValues <= 64         ? (N == 64 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
                                   : kDoubles || N == 64 ? 2
                                                         : 3) *
@@ -104,36 +138,47 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
   using C = ComputeOf<S>;
   using Shape = NetworkShape<S, N, kMedian>;
   constexpr int V = Shape::kColumns;
-  RK_SHARED(C, centre, [Shape::kWidth]);
+  RK_SHARED(double, centre, [Shape::kWidth]);
+  RK_SHARED(double, distances, [N]);
   RK_SHARED(C, cells, [(kMedian ? 1 : N) * Shape::kThreads]);
   const Table& rows = args.rows;
   const int n = static_cast<int>(rows.n), at = threadIdx.x * V;
+  if (Shape::kKeeps)
+    for (int i = threadIdx.x; i < n; i += Shape::kThreads) distances[i] = 0;
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, Shape::kWidth);
     const int64_t column = tile.first + at;
     const int valid = tile.count - at < V ? tile.count - at : V;
     if (valid > 0) {
       C x[V][N], check[V];
-#pragma unroll
-      for (int v = 0; v < V; ++v) check[v] = 0;
       const bool whole = args.vectorised && valid == V;
+      // All loads before anything that waits for one of them, and no branch between them.
+      if (whole || V == 1) {
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (i < Shape::kLeastRows || i < n) {
-          const S* source = rows.row<S>(tile.segment, i) + column;
-          if (whole) {
-            const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
+        for (int i = 0; i < N; ++i)
+          if (i < Shape::kLeastRows || i < n) {
+            const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(rows.row<S>(tile.segment, i) + column);
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
-          } else {
+          }
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (i < Shape::kLeastRows || i < n) {
+            const S* source = rows.row<S>(tile.segment, i) + column;
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : C{0};
           }
+      }
 #pragma unroll
-          for (int v = 0; v < V; ++v) check[v] = checked(x[v][i], check[v]);
-        } else {
+      for (int v = 0; v < V; ++v) {
+        check[v] = 0;
 #pragma unroll
-          for (int v = 0; v < V; ++v) x[v][i] = i < n + args.low_pads ? -infinity<C>() : infinity<C>();
+        for (int i = 0; i < N; ++i) {
+          if (i < Shape::kLeastRows || i < n)
+            check[v] = checked(x[v][i], check[v]);
+          else
+            x[v][i] = i < n + args.low_pads ? -infinity<C>() : infinity<C>();
         }
       }
       Pack<S, V> result;
@@ -145,24 +190,8 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             if (!is_finite(widened(rows.row<S>(tile.segment, i)[column + v]))) set_flag(args.flags, i);
           nan_cells = replace_nan(x[v]);
         }
-        sort_wires<Network<N, kMedian>>(x[v]);
-        // A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
-        const bool spoilt = nan_cells > n - (args.hi > args.nearest ? args.hi : args.nearest);
-        if constexpr (kMedian) {
-          const C low = x[v][N / 2 - 1], high = x[v][N / 2];
-          const C value = args.hi - args.lo == 2 ? middle_of(low, high) : args.lo == (n - 1) / 2 ? low : high;
-          result.cell[v] = narrowed<S>(spoilt ? not_a_number<C>() : value);
-        } else {
-          const Sorted<C, Shape::kThreads> sorted{cells + threadIdx.x};
-#pragma unroll
-          for (int i = 0; i < N; ++i) sorted[i] = x[v][i];
-          const double ends = static_cast<double>(sorted[args.lo] + sorted[args.hi - 1]);
-          const bool usual = is_finite(sorted[args.lo]) && is_finite(sorted[args.hi - 1]);
-          const int64_t lo = args.nearest ? nearest_rank(sorted, n, args.lo, args.hi, args.nearest) : args.lo;
-          const double mean = window_mean(sorted, lo, args.nearest ? lo + args.nearest : args.hi);
-          const double value = usual || !args.nearest ? mean : ends;  // an infinite middle is itself the result
-          result.cell[v] = rounded<S>(spoilt ? not_a_number<double>() : value);
-        }
+        result.cell[v] =
+            selected<S, N, kMedian>(x[v], n, nan_cells, args, Sorted<C, Shape::kThreads>{cells + threadIdx.x});
         if (args.partials) centre[at + v] = widened(result.cell[v]);
       }
       if (args.out) {
@@ -178,10 +207,103 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
     }
     if (args.partials) {
       __syncthreads();
-      add_sq_distances<S>(rows, tile, centre, args.scale, args.partials + blockIdx.x * rows.n);
+      add_sq_distances<S>(rows, tile, centre, args.scale,
+                          Shape::kKeeps ? distances : args.partials + blockIdx.x * rows.n);
       __syncthreads();
     }
   }
+  if (Shape::kKeeps && args.partials)
+    for (int i = threadIdx.x; i < n; i += blockDim.x) args.partials[blockIdx.x * rows.n + i] = distances[i];
+}
+
+// ---- 65 to 128 rows of up to 32 bits: two threads sort 64 values each, and then tell the lower half from the upper
+// ---
+
+constexpr int kHalfRows = 64, kHalfColumns = kWarp / 2;  // columns of a warp
+constexpr int kHalfThreads = 128, kHalfWidth = kHalfThreads / 2;
+
+template <class S, bool kMedian>
+__global__ void __launch_bounds__(kHalfThreads, sizeof(S) == 2 ? 2 : 3) select_by_halves(const Selection args) {
+  using C = float;
+  RK_SHARED(double, centre, [kHalfWidth]);
+  RK_SHARED(double, distances, [2 * kHalfRows]);
+  RK_SHARED(C, cells, [(kMedian ? 1 : 2 * kHalfRows) * kHalfWidth]);
+  const Table& rows = args.rows;
+  const int n = static_cast<int>(rows.n), lane = threadIdx.x % kWarp;
+  const int half = lane / kHalfColumns, at = threadIdx.x / kWarp * kHalfColumns + lane % kHalfColumns;
+  for (int i = threadIdx.x; i < n; i += kHalfThreads) distances[i] = 0;
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, kHalfWidth);
+    const bool valid = at < tile.count;
+    const int64_t column = tile.first + (valid ? at : tile.count - 1);
+    C x[kHalfRows], check = 0;
+#pragma unroll
+    for (int i = 0; i < kHalfRows; ++i) {  // without a branch: the last row stands for those that are not there
+      const int row = half * kHalfRows + i;
+      x[i] = widened(rows.row<S>(tile.segment, row < n ? row : n - 1)[column]);
+    }
+#pragma unroll
+    for (int i = 0; i < kHalfRows; ++i) {
+      check = checked(x[i], check);
+      const int row = half * kHalfRows + i;
+      if (row >= n) x[i] = row < n + args.low_pads ? -infinity<C>() : infinity<C>();
+    }
+    int nan_cells = 0;
+    if (check != 0) {
+      for (int row = half * kHalfRows; row < n && row < (half + 1) * kHalfRows; ++row)
+        if (!is_finite(widened(rows.row<S>(tile.segment, row)[column]))) set_flag(args.flags, row);
+      nan_cells = replace_nan(x);
+    }
+    __syncwarp();
+    nan_cells += __shfl_xor_sync(0xffffffffu, nan_cells, kHalfColumns);
+    sort_wires<Network<kHalfRows, false>>(x);
+    // Of two ascending halves, one read backwards, the smaller values of all pairs are the lower half of both.
+#pragma unroll
+    for (int i = 0; i < kHalfRows / 2; ++i) {
+      const int k = kHalfRows - 1 - i;
+      C low = x[i], high = __shfl_xor_sync(0xffffffffu, x[k], kHalfColumns);
+      C also_low = x[k], also_high = __shfl_xor_sync(0xffffffffu, x[i], kHalfColumns);
+      exchange(low, high);
+      exchange(also_low, also_high);
+      x[i] = half ? high : low;
+      x[k] = half ? also_high : also_low;
+    }
+    S result{};
+    if constexpr (kMedian) {
+      C edge = x[0];  // the lower half's greatest value, and the upper half's least
+#pragma unroll
+      for (int i = 1; i < kHalfRows; ++i) {
+        C low = edge, high = x[i];
+        exchange(low, high);
+        edge = half ? low : high;
+      }
+      const C other = __shfl_xor_sync(0xffffffffu, edge, kHalfColumns);
+      result = median_of<S>(half ? other : edge, half ? edge : other, n, nan_cells, args);
+    } else {
+#pragma unroll
+      for (int step = kHalfRows / 2; step > 0; step /= 2)
+#pragma unroll
+        for (int i = 0; i < kHalfRows; ++i)
+          if ((i & step) == 0) exchange(x[i], x[i + step]);
+      const Sorted<C, kHalfWidth> sorted{cells + at};
+#pragma unroll
+      for (int i = 0; i < kHalfRows; ++i) sorted[half * kHalfRows + i] = x[i];
+      __syncwarp();
+      if (half == 0) result = window_of<S>(sorted, n, nan_cells, args);
+      __syncwarp();
+    }
+    if (half == 0 && valid) {
+      if (args.out) static_cast<S*>(args.out[tile.segment])[column - rows.first] = result;
+      if (args.partials) centre[at] = widened(result);
+    }
+    if (args.partials) {
+      __syncthreads();
+      add_sq_distances<S>(rows, tile, centre, args.scale, distances);
+      __syncthreads();
+    }
+  }
+  if (args.partials)
+    for (int i = threadIdx.x; i < n; i += blockDim.x) args.partials[blockIdx.x * rows.n + i] = distances[i];
 }
 
 }  // namespace cuda

@@ -39,8 +39,8 @@ void row_sq_distances(const Rows& rows, const void* const* centre, double scale,
     queue.launch("row_sq_distances_of", &row_sq_distances_of<S>, dim3(grid_for(blocks), static_cast<unsigned>(rows.n)),
                  dim3(kSumThreads), 0, uploaded.table(), space[centre_row], scale, space[partials]);
     queue.launch("add_doubled_blocks", &add_doubled_blocks<double>,
-                 dim3(static_cast<unsigned>(tiles_of(rows.n, kSumThreads))), dim3(kSumThreads), 0, space[partials],
-                 blocks, rows.n, space[sums]);
+                 dim3(static_cast<unsigned>(tiles_of(rows.n, kWarp))), dim3(kAddThreads), 0, space[partials], blocks,
+                 rows.n, space[sums]);
     queue.download(out, space[sums], static_cast<std::size_t>(rows.n) * sizeof(double), "row_sq_distances");
   });
 }
@@ -54,6 +54,14 @@ void synchronize(int device, void* stream) {
 
 void set_most_blocks(std::int64_t blocks) { most_blocks = blocks; }
 
+bool has_fast_doubles(int device) {
+  int major = 0, ratio = 0;  // of the rate of float32 to that of float64
+  return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 8 &&
+         major <= 10 &&
+         cudaDeviceGetAttribute(&ratio, cudaDevAttrSingleToDoublePrecisionPerfRatio, device) == cudaSuccess &&
+         ratio <= 4;
+}
+
 std::vector<Device> devices() {
   const auto check = [](cudaError_t error) {
     if (error != cudaSuccess)
@@ -66,7 +74,7 @@ std::vector<Device> devices() {
     cudaDeviceProp properties;
     check(cudaGetDeviceProperties(&properties, index));
     found.push_back({properties.name, properties.major, properties.minor, properties.multiProcessorCount,
-                     properties.totalGlobalMem});
+                     properties.totalGlobalMem, has_fast_doubles(index)});
   }
   return found;
 }

@@ -40,17 +40,6 @@ __global__ void __launch_bounds__(kSumThreads, 1)
     if (valid <= 0) continue;
     const int64_t column = tile.first + at;
     const bool whole = vectorised && valid == V;
-    const auto read = [&](int64_t row, double (&x)[V]) {
-      const S* source = rows.row<S>(tile.segment, row) + column;
-      if (whole) {
-        const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v] = static_cast<double>(widened(pack.cell[v]));
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
-      }
-    };
     DoubledSum sum[kSums][V];
     double base[V];
 #pragma unroll
@@ -60,25 +49,42 @@ __global__ void __launch_bounds__(kSumThreads, 1)
         sum[r][v] = {0, 0};
         base[v] = 0;
       }
-    if constexpr (kCentred)
-      if (weights.base[group] >= 0) read(weights.base[group], base);
+    const auto add_up = [&](auto reads_whole) {
+      const auto read = [&](int64_t row, double (&x)[V]) {
+        const S* source = rows.row<S>(tile.segment, row) + column;
+        if constexpr (decltype(reads_whole)::value) {
+          const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
+#pragma unroll
+          for (int v = 0; v < V; ++v) x[v] = static_cast<double>(widened(pack.cell[v]));
+        } else {
+#pragma unroll
+          for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
+        }
+      };
+      if constexpr (kCentred)
+        if (weights.base[group] >= 0) read(weights.base[group], base);
 #pragma unroll 4
-    for (int64_t u = begin; u < end; ++u) {
-      double x[V];
-      read(weights.row[u], x);
+      for (int64_t u = begin; u < end; ++u) {
+        double x[V];
+        read(weights.row[u], x);
 #pragma unroll
-      for (int r = 0; r < kSums; ++r) {
-        const double factor = weights.factor[u * kSums + r];
-        if (kSums > 1 && factor == 0) continue;
+        for (int r = 0; r < kSums; ++r) {
+          const double factor = weights.factor[u * kSums + r];
+          if (kSums > 1 && factor == 0) continue;
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if constexpr (kDoubled)
-            sum[r][v].add_product(factor, x[v]);
-          else
-            sum[r][v].high = fma(factor, kCentred ? x[v] - base[v] : x[v], sum[r][v].high);
+          for (int v = 0; v < V; ++v) {
+            if constexpr (kDoubled)
+              sum[r][v].add_product(factor, x[v]);
+            else
+              sum[r][v].high = fma(factor, kCentred ? x[v] - base[v] : x[v], sum[r][v].high);
+          }
         }
       }
-    }
+    };
+    if (whole)  // decided once, so that loads of several rows are under way together
+      add_up(std::true_type{});
+    else
+      add_up(std::false_type{});
 #pragma unroll
     for (int r = 0; r < kSums; ++r) {
       const int64_t which = weights.first[group] + r;
@@ -127,7 +133,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) find_nonfinite(const Table row
   const int lane = threadIdx.x % kWarp, warps = kSumThreads / kWarp;
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, kRunColumns);
-    for (int64_t i = threadIdx.x / kWarp; i < rows.n; i += warps) {
+    for (int64_t i = blockIdx.y * warps + threadIdx.x / kWarp; i < rows.n; i += gridDim.y * warps) {
       const S* x = rows.row<S>(tile.segment, i) + tile.first;
       bool found = false;
       for (int c = lane; c < tile.count; c += kWarp) found |= !is_finite(widened(x[c]));
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) find_nonfinite(const Table row
 template <class A, class S>
 __global__ void __launch_bounds__(kSumThreads, 1)
     sq_distances(const Table rows, const S* centre, double scale, double* partials) {
-  RK_SHARED(ComputeOf<S>, cells, [kRunColumns]);
+  RK_SHARED(double, cells, [kRunColumns]);
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, kRunColumns);
     for (int c = threadIdx.x; c < tile.count; c += kSumThreads) cells[c] = widened(centre[tile.first - rows.first + c]);
@@ -181,25 +187,41 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 
 // ---- what blocks leave behind ----------------------------------------------------------------------------
 
-// out[i] = sum of partials[b, i] over the blocks, in their order.
+constexpr int kAddSlices = 16, kAddThreads = kWarp * kAddSlices;
+
+// out[i] = sum of partials[b, i] over the blocks: every slice takes each sixteenth of them, in their order.
 template <class T>  // only so that the definition may be repeated
-__global__ void __launch_bounds__(kSumThreads, 1) add_blocks(const T* partials, int64_t blocks, int64_t count, T* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= count) return;
+__global__ void __launch_bounds__(kAddThreads, 1) add_blocks(const T* partials, int64_t blocks, int64_t count, T* out) {
+  RK_SHARED(T, sums, [kAddThreads]);
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   T sum = 0;
-  for (int64_t b = 0; b < blocks; ++b) sum += partials[b * count + i];
+  if (i < count)
+#pragma unroll 4
+    for (int64_t b = slice; b < blocks; b += kAddSlices) sum += partials[b * count + i];
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice > 0 || i >= count) return;
+  for (int s = 1; s < kAddSlices; ++s) sum += sums[s * kWarp + lane];
   out[i] = sum;
 }
 template <class T>
-__global__ void __launch_bounds__(kSumThreads, 1)
+__global__ void __launch_bounds__(kAddThreads, 1)
     add_doubled_blocks(const DoubledSum* partials, int64_t blocks, int64_t count, T* out) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
-  if (i >= count) return;
+  RK_SHARED(DoubledSum, sums, [kAddThreads]);
+  const int lane = threadIdx.x % kWarp, slice = threadIdx.x / kWarp;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   DoubledSum sum{0, 0};
-  double plain = 0;
-  for (int64_t b = 0; b < blocks; ++b) {
-    sum.add(partials[b * count + i].high, partials[b * count + i].low);
-    plain += partials[b * count + i].high;
+  if (i < count)
+    for (int64_t b = slice; b < blocks; b += kAddSlices)
+      sum.add(partials[b * count + i].high, partials[b * count + i].low);
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (slice > 0 || i >= count) return;
+  double plain = sum.high;
+  for (int s = 1; s < kAddSlices; ++s) {
+    sum.add(sums[s * kWarp + lane].high, sums[s * kWarp + lane].low);
+    plain += sums[s * kWarp + lane].high;
   }
   out[i] = is_finite(plain) ? sum.high + sum.low : plain;  // an overflow stays an infinity
 }

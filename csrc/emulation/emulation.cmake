@@ -6,8 +6,8 @@ set(RK_SANITIZE_address -fsanitize=address,undefined -fno-sanitize-recover=all -
 set(RK_SANITIZE_thread -fsanitize=thread)
 set(RK_SANITIZE ${RK_SANITIZE_${RK_EMULATION}})
 
-add_library(rk_kernels OBJECT csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
-set_source_files_properties(csrc/cuda/select.cu csrc/cuda/gram.cu csrc/cuda/sums.cu PROPERTIES LANGUAGE CXX)
+add_library(rk_kernels OBJECT csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
+set_source_files_properties(csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu PROPERTIES LANGUAGE CXX)
 target_compile_options(rk_kernels PRIVATE -Wno-unknown-pragmas ${RK_SANITIZE})
 # The scheduler's own state is not the kernels': it is not watched, but tells who watches what it switches to.
 add_library(rk_scheduler OBJECT csrc/emulation/scheduler.cpp)

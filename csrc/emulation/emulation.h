@@ -92,6 +92,7 @@ void set_order(int order);  // in which blocks, warps and lanes that can run do 
 void fail_launch(int nth, int error);  // the nth launch from now (1: the next) gives this error and does not run
 uint64_t launches();                   // until now, failed ones included
 uint64_t waits();                      // until now: how often the host waited for a stream
+void set_fast_doubles(bool fast);      // whether devices say that float64 is half as fast as float32, or 1/64
 void set_capturing(bool capturing);    // whether streams say that they are captured into a graph
 
 template <class T>
@@ -301,6 +302,7 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrSingleToDoublePrecisionPerfRatio = 87,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
 };
 struct cudaDeviceProp {

@@ -705,9 +705,10 @@ void fail_launch(int nth, int error) {
 }
 
 std::atomic<uint64_t> wait_count{0};
-std::atomic<bool> capturing{false};
+std::atomic<bool> capturing{false}, fast_doubles{true};
 uint64_t waits() { return wait_count; }
 void set_capturing(bool wanted) { capturing = wanted; }
+void set_fast_doubles(bool fast) { fast_doubles = fast; }
 
 uint64_t launches() {
   const std::lock_guard<std::mutex> lock(one_grid);
@@ -863,6 +864,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
       *value = properties.minor;
+      return cudaSuccess;
+    case cudaDevAttrSingleToDoublePrecisionPerfRatio:
+      *value = rk::emulation::fast_doubles ? 2 : 64;
       return cudaSuccess;
   }
   return record(cudaErrorInvalidValue);

@@ -63,6 +63,10 @@ class Cpp:
         """Return how many threads OpenMP would use."""
         return int(self._cpu.max_threads())
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        """See the contract."""
+        return True
+
     def select_columns(
         self,
         rows: Rows,

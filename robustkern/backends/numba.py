@@ -680,6 +680,10 @@ class Numba:
     name = "numba"
     dtypes = DTYPES
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        """See the contract."""
+        return False
+
     def select_columns(
         self,
         rows: Rows,

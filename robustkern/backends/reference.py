@@ -29,6 +29,10 @@ class Reference:
     name = "reference"
     dtypes = DTYPES
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        """See the contract."""
+        return False
+
     def select_columns(
         self,
         rows: Rows,

@@ -42,6 +42,9 @@ class Kernels(Protocol):
 
     name: str
 
+    def takes_float32_products(self, rows: Rows) -> bool:
+        """Whether `gram` of such rows may have float32 products where it is asked for `single` ones."""
+
     def select_columns(
         self,
         rows: Rows,

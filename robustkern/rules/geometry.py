@@ -291,13 +291,14 @@ class Given:
             return self.geometry
         n, source = self.n, self.source
         double = FLOAT64 in source.dtypes
-        single = quick and not double and not self._needs_double and n * source.d >= SINGLE_VALUES
-        gram, scale = self._gram(1.0, single), 1.0
+        large = n * source.d >= SINGLE_VALUES
+        gram, single = self._gram(1.0, quick and large and not double and not self._needs_double)
+        scale = 1.0
         if double:
             norms = np.diagonal(gram)[:n]
             wanted = _better_scale(norms, self.weights)
             if wanted != 1.0:
-                rescaled = self._gram(wanted, False)
+                rescaled, _ = self._gram(wanted, False)
                 if self._improves(wanted, norms, np.diagonal(rescaled)[:n], self.weights):
                     gram, scale = rescaled, wanted
         finite = _measurable(gram.diagonal()[:n])
@@ -344,18 +345,26 @@ class Given:
         self.nonfinite = ~finite
         return x, finite, _rounding(source.d)
 
-    def _gram(self, scale: float, single: bool) -> Matrix:
+    def _gram(self, scale: float, single: bool) -> tuple[Matrix, bool]:
+        """Inner products, and whether float32 ones may be among them, as they may where `single`."""
         m = self.n + self.source.has_centre + self.needs_origin
         total = np.zeros((m, m))
         cells = None if self.weights is None else as_cells(self.weights)
         if self.source.has_centre:  # which does not count for the median that the rows are centred on
             cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
+        taken = False
         for block in self.source.blocks():
             for rows in block.rows:
+                quick = single and self.kernels.takes_float32_products(rows)
                 total += self.kernels.gram(
-                    rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=single
+                    rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=quick
                 )
-        return self.source.total(total) if self.source.divided else total
+                taken |= quick
+        if not self.source.divided:
+            return total, taken
+        if single:  # whoever holds columns goes the same way
+            taken = bool(self.source.total(np.array([float(taken)]))[0])
+        return self.source.total(total), taken
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
