@@ -153,6 +153,7 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
       C x[V][N], check[V];
       const bool whole = args.vectorised && valid == V;
       // All loads before anything that waits for one of them, and no branch between them.
+      const auto pad = [&](int i) { return i < n + args.low_pads ? -infinity<C>() : infinity<C>(); };
       if (whole || V == 1) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -160,6 +161,9 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(rows.row<S>(tile.segment, i) + column);
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) x[v][i] = pad(i);
           }
       } else {
 #pragma unroll
@@ -168,18 +172,17 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             const S* source = rows.row<S>(tile.segment, i) + column;
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : C{0};
+          } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) x[v][i] = pad(i);
           }
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         check[v] = 0;
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-          if (i < Shape::kLeastRows || i < n)
-            check[v] = checked(x[v][i], check[v]);
-          else
-            x[v][i] = i < n + args.low_pads ? -infinity<C>() : infinity<C>();
-        }
+        for (int i = 0; i < N; ++i)
+          if (i < Shape::kLeastRows || i < n) check[v] = checked(x[v][i], check[v]);
       }
       Pack<S, V> result;
 #pragma unroll
