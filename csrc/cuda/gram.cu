@@ -81,7 +81,7 @@ bool products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
   const UploadedRows uploaded(space, rows, how.width);
   const int64_t blocks = summing_blocks(tiles_of(uploaded.n_tiles(), static_cast<int>(how.sharing)), m * m,
                                         how.all_sums, 4, how.most_blocks);
-  const auto partials = space.scratch<double>(blocks * m * m);
+  const auto partials = space.zeros<double>(blocks * m * m);
   constexpr int64_t kAligned = 16 / sizeof(S);  // every segment's centre begins at a multiple of 16 bytes
   const auto centre = space.scratch<S>(how.fused ? 0 : rows.columns() + rows.n_segments * kAligned);
   const auto centre_rows = space.pointers(how.fused ? 0 : rows.n_segments);
