@@ -126,7 +126,7 @@ struct NetworkShape {
   static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
   // Where a block keeps distances until it ends: in shared memory, but for the one shape that has no register for it.
   static constexpr bool kKeeps = !(kDoubles && N == 64 && !kMedian);
-  static constexpr int kBlocks = (kValues <= 64         ? (N == 64 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
+  static constexpr int kBlocks = (kValues <= 64         ? (N >= 56 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
                                   : kDoubles || N == 64 ? 2
                                                         : 3) *
                                  128 / kThreads;
