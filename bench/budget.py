@@ -115,8 +115,13 @@ class Kernel:
         return sum(n for code, n in self.code.items() if any(f"{code}.".startswith(f"{i}.") for i in instructions))
 
     def accesses(self, kinds: tuple[str, str], of_width: int) -> int:
-        """Return how many global (or generic) accesses have this width, a wider one counted as several."""
-        moved = [(width(code), n) for code, n in self.code.items() if code.split(".")[0] in kinds]
+        """Return how many global (or generic) accesses have this width, a wider one counted as several.
+
+        Without those that must see what others wrote, which are looks at a row's flag.
+        """
+        moved = [
+            (width(code), n) for code, n in self.code.items() if code.split(".")[0] in kinds and ".STRONG" not in code
+        ]
         return sum(n * (w // of_width) for w, n in moved if w == of_width or of_width == WIDE)
 
     @property
@@ -338,7 +343,10 @@ def networks(kernel: Kernel, columns: int) -> Iterator[Demand]:
         allowed = (columns * whole.comparators, columns * short.comparators)
         yield Demand("comparisons of the network", kernel.comparisons, allowed)
     else:
-        yield Demand("min/max of the network", kernel.min_max, (columns * whole.outputs, columns * short.outputs))
+        # Some choose the infinity of a wire that may be a pad by a minimum: 3 wires, or 7 in steps of 8.
+        pads = range(0 if kind != "median" else 4 if n <= 32 else 8)
+        counts = [columns * (outputs + pad) for pad in pads or [0] for outputs in (whole.outputs, short.outputs)]
+        yield Demand("min/max of the network", kernel.min_max, tuple(counts))
 
 
 def accesses(kernel: Kernel, columns: int, split_stores: bool) -> Iterator[Demand]:

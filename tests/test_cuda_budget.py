@@ -135,8 +135,8 @@ def test_good_kernels_pass() -> None:
         ({"LD.E.128": 3, "LD.E": 24}, {}, "16-byte loads: found 3, allowed at least 4"),
         ({"LD.E.128": 0, "LD.E.64": 8}, {}, "16-byte loads: found 0, allowed at least 4"),
         ({"ST.E.128": 0, "ST.E.64": 2}, {}, "16-byte stores: found 0, allowed at least 1"),
-        ({"FMNMX": 33}, {}, "min/max of the network: found 33, allowed 32"),
-        ({"FMNMX": 31}, {}, "min/max of the network: found 31, allowed 32"),
+        ({"FMNMX": 45}, {}, "min/max of the network: found 45, allowed 32 or 36 or 40 or 44"),
+        ({"FMNMX": 31}, {}, "min/max of the network: found 31, allowed 32 or 36 or 40 or 44"),
     ],
 )
 def test_a_regression_is_reported_by_name(code: dict[str, int], resources: dict[str, int], message: str) -> None:
@@ -154,8 +154,8 @@ def test_a_regression_is_reported_by_name(code: dict[str, int], resources: dict[
          "select_by_network<double, 4, median>: comparisons of the network: found 11, allowed 10"),
         (MEDIAN.format("NS_4HalfE", 20), {"LD.E.64": 20, "LD.E.U16": 80, "FMNMX": 600}, {"LD.E.U16": 180},
          "select_by_network<Half, 20, median>: 2-byte loads: found 180, allowed at most 176"),
-        (MEDIAN.format("NS_4HalfE", 12), {"LD.E.128": 12, "FMNMX": 480, "ST.E.128": 1}, {"FMNMX": 472},
-         "select_by_network<Half, 12, median>: min/max of the network: found 472, allowed 480 or 464"),
+        (MEDIAN.format("NS_4HalfE", 12), {"LD.E.128": 12, "FMNMX": 480, "ST.E.128": 1}, {"FMNMX": 473},
+         "select_by_network<Half, 12, median>: min/max of the network: found 473, allowed 480 or 464 or 488 or 472 or 496 or 504"),
         ("_ZN2rk4cuda13gram_productsIfdLi8EEEvNS0_8GramArgsE", {"FMNMX": 25, "FMNMX3": 1}, {"FMNMX": 26},
          "gram_products<float, double, 8>: min/max of the network: found 28, allowed 27"),
         ("_ZN2rk4cuda13weighted_sumsIfdLi4EEEvNS0_5TableE", {"LD.E.128": 7, "ST.E.128": 8}, {"ST.E.128": 7},

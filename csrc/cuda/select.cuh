@@ -126,7 +126,7 @@ struct NetworkShape {
   static constexpr bool kDoubles = sizeof(ComputeOf<S>) == 8;
   // Where a block keeps distances until it ends: in shared memory, but for the one shape that has no register for it.
   static constexpr bool kKeeps = !(kDoubles && N == 64 && !kMedian);
-  static constexpr int kBlocks = (kValues <= 64         ? (N >= 56 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
+  static constexpr int kBlocks = (kValues <= 64         ? (N == 64 || (kDoubles && N == 32 && !kMedian) ? 3 : 4)
                                   : kDoubles || N == 64 ? 2
                                                         : 3) *
                                  128 / kThreads;
@@ -153,7 +153,6 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
       C x[V][N], check[V];
       const bool whole = args.vectorised && valid == V;
       // All loads before anything that waits for one of them, and no branch between them.
-      const auto pad = [&](int i) { return i < n + args.low_pads ? -infinity<C>() : infinity<C>(); };
       if (whole || V == 1) {
 #pragma unroll
         for (int i = 0; i < N; ++i)
@@ -161,9 +160,6 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(rows.row<S>(tile.segment, i) + column);
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
-          } else {
-#pragma unroll
-            for (int v = 0; v < V; ++v) x[v][i] = pad(i);
           }
       } else {
 #pragma unroll
@@ -172,17 +168,18 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             const S* source = rows.row<S>(tile.segment, i) + column;
 #pragma unroll
             for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : C{0};
-          } else {
-#pragma unroll
-            for (int v = 0; v < V; ++v) x[v][i] = pad(i);
           }
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         check[v] = 0;
 #pragma unroll
-        for (int i = 0; i < N; ++i)
-          if (i < Shape::kLeastRows || i < n) check[v] = checked(x[v][i], check[v]);
+        for (int i = 0; i < N; ++i) {
+          if (i < Shape::kLeastRows || i < n)
+            check[v] = checked(x[v][i], check[v]);
+          else
+            x[v][i] = i < n + args.low_pads ? -infinity<C>() : infinity<C>();
+        }
       }
       Pack<S, V> result;
 #pragma unroll
