@@ -3,11 +3,12 @@ are on a GPU; and on a real one, as torch and CuPy see it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,20 @@ def cupy_device() -> Device:
     return Device("cupy", cupy.asarray, cupy.asnumpy)
 
 
+@contextlib.contextmanager
+def _that_takes(kernels: Cuda, options: dict[str, Any]) -> Iterator[None]:
+    """Emulate, for `single` products, a device that takes them."""
+    fast = kernels.devices[0]["fast_doubles"]
+    emulated = hasattr(kernels._cuda, "set_fast_doubles")
+    if emulated:
+        kernels._cuda.set_fast_doubles(fast and not options.get("single", False))
+    try:
+        yield
+    finally:
+        if emulated:
+            kernels._cuda.set_fast_doubles(fast)
+
+
 class StagedCuda(Cuda):
     """The backend, for rows in the host's memory: copies of them go to a device, and results come back."""
 
@@ -206,7 +221,8 @@ class StagedCuda(Cuda):
 
     def gram(self, rows: Rows, **options: Any) -> Matrix:
         """See the base class."""
-        return super().gram(self._there(rows), **options)
+        with _that_takes(self, options):
+            return super().gram(self._there(rows), **options)
 
     def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
         """See the base class."""
@@ -225,13 +241,9 @@ class EmulatedCuda(Cuda):
     name = "cuda-emulated"
 
     def gram(self, rows: Rows, **options: Any) -> Matrix:
-        """See the base class; `single` products are asked for where the device is one that takes them."""
-        fast = self.devices[0]["fast_doubles"]
-        self._cuda.set_fast_doubles(fast and not options.get("single", False))
-        try:
+        """See the base class."""
+        with _that_takes(self, options):
             return super().gram(rows, **options)
-        finally:
-            self._cuda.set_fast_doubles(fast)
 
     def place_of(self, rows: Rows) -> Place:
         """See the base class."""
