@@ -548,26 +548,30 @@ def trimmed_mean(
 # fmt: off
 @overload
 def mean_around_median(
-    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    updates: Sequence[T], /, *, count: int | None = ..., even: Literal["mean", "low", "high"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
     centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
     dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] =
     ...
 ) -> T: ...
 @overload
 def mean_around_median(
-    updates: Sequence[T], /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    updates: Sequence[T], /, *, count: int | None = ..., even: Literal["mean", "low", "high"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
     centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
     dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def mean_around_median(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    updates: A, /, *, count: int | None = ..., even: Literal["mean", "low", "high"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
     ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
     nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def mean_around_median(
-    updates: A, /, *, f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    updates: A, /, *, count: int | None = ..., even: Literal["mean", "low", "high"] = ...,
+    f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
     ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ...,
     nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
@@ -576,6 +580,8 @@ def mean_around_median(
     updates: Any,
     /,
     *,
+    count: int | None = None,
+    even: Literal["mean", "low", "high"] = "mean",
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
@@ -596,8 +602,12 @@ def mean_around_median(
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
+    count : int, optional
+        How many values are averaged, instead of n-f; between 1 and n.
+    even : {"mean", "low", "high"}
+        What an even number of values has as its median: the mean of the two middle ones, or one of them.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
-        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
+        As for `aggregate`, which also tells the errors; `f`, `delta` or `count` is required, there are no weights.
 
     Returns
     -------
@@ -617,7 +627,7 @@ def mean_around_median(
     """
     return _aggregate(
         updates,
-        MeanAroundMedian(),
+        MeanAroundMedian(count, even),
         f,
         delta,
         weights,
@@ -796,7 +806,7 @@ def krum(
     squared : bool
         Whether distances are squared before they are added.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
-        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
+        As for `aggregate`, which also tells the errors; `f`, `delta` or `count` is required, there are no weights.
 
     Returns
     -------
@@ -1080,7 +1090,7 @@ def nnm(
     then : rule object or str
         What combines the mixed rows.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
-        As for `aggregate`, which also tells the errors; `f` or `delta` is required, there are no weights.
+        As for `aggregate`, which also tells the errors; `f`, `delta` or `count` is required, there are no weights.
 
     Returns
     -------

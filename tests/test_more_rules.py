@@ -283,6 +283,55 @@ def shortened(rule: str, x: Array, f: int) -> Array:
     return np.asarray(x * np.minimum(1, limit / norms)[:, None])
 
 
+@pytest.mark.parametrize("even", ["mean", "low", "high"])
+@pytest.mark.parametrize("n", [1, 2, 5, 8, 33])
+def test_means_of_any_count_around_any_median(backend: str, dtype: np.dtype[Any], n: int, even: str) -> None:
+    x = make_rows("ties" if n == 8 else "normal", n, 40, dtype, seed=n)
+    ranked = np.sort(x.astype(np.longdouble), axis=0)
+    middle = {"mean": (ranked[(n - 1) // 2] + ranked[n // 2]) / 2, "low": ranked[(n - 1) // 2], "high": ranked[n // 2]}
+    order = np.argsort(abs(ranked - middle[even]), axis=0, kind="stable")
+    for count in sorted({1, (n + 1) // 2, n}):
+        want = np.take_along_axis(ranked, order[:count], axis=0).mean(axis=0)
+        rule = f"mean_around_median(count={count}, even='{even}')"
+        assert_close(rk.aggregate(x, rule, backend=backend), want, x)
+        assert_close(rk.mean_around_median(x, count=count, even=even, backend=backend), want, x)
+    if n == 33:
+        assert_close(rk.mean_around_median(x, f=4, backend=backend), rk.aggregate(x, "meamed(count=29)"), x)
+
+
+def test_counts_that_are_none() -> None:
+    x = np.ones((4, 3))
+    with pytest.raises(ValueError, match=r"count=5 is more than n=4 values \(pass n at most\)"):
+        rk.mean_around_median(x, count=5)
+    for count in (0, -1, 1.0, True):
+        with pytest.raises(ValueError, match="count must be None or an integer of at least 1; got "):
+            rk.mean_around_median(x, count=count)
+    with pytest.raises(ValueError, match="mean_around_median: even must be 'mean', 'low' or 'high'; got 'upper'"):
+        rk.mean_around_median(x, f=1, even="upper")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="f"):
+        rk.mean_around_median(x)
+
+
+def test_buckets_in_a_given_order(backend: str) -> None:
+    x = make_rows("normal", 7, 9, np.dtype(np.float64))
+    order = (3, 0, 6, 1, 5, 2, 4)
+    rule = f"bucketing(size=3, order={order}) | median"
+    want = np.median([x[[3, 0, 6]].mean(axis=0), x[[1, 5, 2]].mean(axis=0), x[4]], axis=0)
+    np.testing.assert_allclose(rk.aggregate(x, rule, f=1, backend=backend), want, rtol=1e-12)
+    assert str(rk.parse_rule(rule)) == rule
+    np.testing.assert_allclose(rk.parse_rule(rule).plain(x, 1), want, rtol=1e-12)
+    with pytest.raises(ValueError, match="order has 7 rows, but there are n=6"):
+        rk.aggregate(x[:6], rule, f=1)
+    for order_, message in (
+        ("(0, 0, 1)", r"order must be a tuple of the rows 0 to n-1, each once; got \(0, 0, 1\)"),
+        ("(0, 'a')", r"order must be a tuple of the rows"),
+        ("[0, 1]", r"order must be a tuple of the rows"),
+        ("(0, 1), seed=1", "bucketing: pass seed or order, not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rk.parse_rule(f"bucketing(order={order_}) | median")
+
+
 @pytest.mark.parametrize("mixer", ["clipping(limit=5.0)", "arc"])
 @pytest.mark.parametrize(
     "last",

@@ -17,6 +17,20 @@ __all__ = ["MeanAroundMedian", "Median", "TrimmedMean"]
 _SELECTION: Mapping[int, float] = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
 
 
+#: What an even number of values gives: the mean of the two middle ones, or one of them.
+Even = Literal["mean", "low", "high"]
+
+
+def _check_even(rule: str, even: Any) -> None:
+    if not isinstance(even, str) or even not in ("mean", "low", "high"):
+        raise ValueError(f"{rule}: even must be 'mean', 'low' or 'high'; got {even!r}")
+
+
+def _middle(cells: int, even: Even) -> tuple[int, int]:
+    lo, hi = (cells - 1) // 2, cells // 2 + 1
+    return (lo, lo + 1) if even == "low" else (hi - 1, hi) if even == "high" else (lo, hi)
+
+
 class _Selection(Aggregator):
     """What these rules have in common: the first pass writes the result."""
 
@@ -39,7 +53,7 @@ class Median(_Selection):
         choice decides where half of the weight is reached exactly.
     """
 
-    even: Literal["mean", "low", "high"] = "mean"
+    even: Even = "mean"
 
     name: ClassVar[str] = "median"
     aliases: ClassVar[tuple[str, ...]] = ("cwmed",)
@@ -49,22 +63,17 @@ class Median(_Selection):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if not isinstance(self.even, str) or self.even not in ("mean", "low", "high"):
-            raise ValueError(f"median: even must be 'mean', 'low' or 'high'; got {self.even!r}")
+        _check_even(self.name, self.even)
 
     def solve(self, view: View) -> Solution:
         """Select the middle cell or cells."""
         if view.weights is None:
-            return view.window(*self._middle(view.n))
-        return view.weighted_window(lambda cells, _: self._middle(cells))
-
-    def _middle(self, cells: int) -> tuple[int, int]:
-        lo, hi = (cells - 1) // 2, cells // 2 + 1
-        return (lo, lo + 1) if self.even == "low" else (hi - 1, hi) if self.even == "high" else (lo, hi)
+            return view.window(*_middle(view.n, self.even))
+        return view.weighted_window(lambda cells, _: _middle(cells, self.even))
 
     def window(self, n: int, f: int) -> tuple[int, int]:
         """Return the middle ranks."""
-        return self._middle(n)
+        return _middle(n, self.even)
 
     def kappa(self, n: int, f: int) -> float | None:
         """Return the constant of Allouah et al. 2023."""
@@ -73,7 +82,7 @@ class Median(_Selection):
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """As NumPy has it."""
         if self.even != "mean":
-            return np.asarray(np.sort(x, axis=0)[self._middle(len(x))[0]])
+            return np.asarray(np.sort(x, axis=0)[_middle(len(x), self.even)[0]])
         return np.asarray(np.median(x, axis=0))
 
 
@@ -114,22 +123,43 @@ class TrimmedMean(_Selection):
 @register
 @dataclass(frozen=True)
 class MeanAroundMedian(_Selection):
-    """Coordinate-wise mean of the n-f values nearest to the median; 2f < n."""
+    """Coordinate-wise mean of the values nearest to the median; 2f < n.
+
+    Parameters
+    ----------
+    count : int or None
+        How many values. None: n-f. With a count, f is not needed.
+    even : {"mean", "low", "high"}
+        What an even number of values has as its median: the mean of the two middle ones, or one of them.
+    """
+
+    count: int | None = None
+    even: Even = "mean"
 
     name: ClassVar[str] = "mean_around_median"
     aliases: ClassVar[tuple[str, ...]] = ("meamed",)
-    summary: ClassVar[str] = "per coordinate, of the n-f values nearest to the median"
+    summary: ClassVar[str] = "per coordinate, of the n-f values nearest to the median; `count`, `even`"
     goals: ClassVar[Goals] = {"mean_around_median": {16: 1.3, 32: 1.6, 64: 2.0}}
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        if self.count is not None and (
+            isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1
+        ):
+            raise ValueError(f"mean_around_median: count must be None or an integer of at least 1; got {self.count!r}")
+        _check_even(self.name, self.even)
 
     def solve(self, view: View) -> Solution:
         """Select the middle, and the values around it."""
-        f = view.require_f(self.name)
+        count = self.count if self.count is not None else view.n - view.require_f(self.name)
+        if count > view.n:
+            raise ValueError(f"mean_around_median: count={count} is more than n={view.n} values (pass n at most)")
         view.require_no_weights(self.name)
-        return view.window((view.n - 1) // 2, view.n // 2 + 1, nearest=view.n - f)
+        return view.window(*_middle(view.n, self.even), nearest=count)
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Sort by the distance to the median; of equally far values the lower one comes first."""
-        ranked = np.sort(x, axis=0)
-        away = np.abs(ranked - np.median(x.astype(np.float64), axis=0))
-        nearest = np.argsort(away, axis=0, kind="stable")[: len(x) - f]
+        ranked, (lo, hi) = np.sort(x, axis=0), _middle(len(x), self.even)
+        away = np.abs(ranked - ranked[lo:hi].astype(np.float64).mean(axis=0))
+        nearest = np.argsort(away, axis=0, kind="stable")[: self.count or len(x) - f]
         return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))

@@ -65,14 +65,17 @@ class Bucketing(Mixer):
     seed : int or None
         Of the permutation, the same in every call: attackers who know it choose their buckets. None: drawn from the
         call's `seed`, and without one afresh.
+    order : tuple of int or None
+        The rows 0 to n-1, each once, in the order in which they fill the buckets, instead of a drawn one.
     """
 
     size: int | None = None
     seed: int | None = None
+    order: tuple[int, ...] | None = None
 
     name: ClassVar[str] = "bucketing"
     form: ClassVar[str] = "bucketing | rule"
-    summary: ClassVar[str] = "means of random buckets first; `size`, `seed`"
+    summary: ClassVar[str] = "means of random buckets first; `size`, `seed`, `order`"
     reads: ClassVar[str] = "its rule's"
     needs: ClassVar[str] = "more than 2f buckets"
 
@@ -82,6 +85,13 @@ class Bucketing(Mixer):
             raise ValueError(f"bucketing: size must be None or an integer of at least 1; got {self.size!r}")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise ValueError(f"bucketing: seed must be None or an integer of at least 0; got {self.seed!r}")
+        if self.order is None:
+            return
+        if self.seed is not None:
+            raise ValueError("bucketing: pass seed or order, not both")
+        rows = isinstance(self.order, tuple) and all(isinstance(i, int) and i >= 0 for i in self.order)
+        if not rows or sorted(self.order) != list(range(len(self.order))):
+            raise ValueError(f"bucketing: order must be a tuple of the rows 0 to n-1, each once; got {self.order!r}")
 
     def _size(self, n: int, f: int | None) -> int:
         if self.size is not None:
@@ -102,16 +112,23 @@ class Bucketing(Mixer):
         view.require_no_weights(self.name)
         if self.size is None:
             view.require_f(self.name)
-        return self._mixture(view.n, view.f, view.random(self.seed))
+        if self.order is not None and len(self.order) != view.n:
+            raise ValueError(f"bucketing: order has {len(self.order)} rows, but there are n={view.n}")
+        order = view.random(self.seed).permutation(view.n) if self.order is None else np.array(self.order)
+        return self._mixture(view.n, view.f, order)
 
-    def _mixture(self, n: int, f: int | None, random: np.random.Generator) -> Mixture:
-        size, order = self._size(n, f), random.permutation(n)
+    def _mixture(self, n: int, f: int | None, order: NDArray[np.intp]) -> Mixture:
+        size = self._size(n, f)
         weights = np.zeros((self.rows_after(n, f), n))
         weights[np.arange(n) // size, order] = 1.0
         return Mixture(weights, weights.sum(axis=1))
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Average the buckets."""
-        if self.seed is None:
+        if self.order is not None:
+            order = np.array(self.order)
+        elif self.seed is not None:
+            order = np.random.default_rng(self.seed).permutation(len(x))
+        else:
             raise NotImplementedError(f"{self} draws other buckets in every call")
-        return np.asarray(self._mixture(len(x), f, np.random.default_rng(self.seed)).matrix @ x)
+        return np.asarray(self._mixture(len(x), f, order).matrix @ x)
