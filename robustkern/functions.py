@@ -647,31 +647,32 @@ def mean_around_median(
 # fmt: off
 @overload
 def geometric_median(
-    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f:
-    int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None
-    = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite =
-    ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    tol: float | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] =
+    ...
 ) -> T: ...
 @overload
 def geometric_median(
-    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f:
-    int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None
-    = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite =
-    ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: Sequence[T], /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ...,
+    tol: float | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ...,
+    centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ...,
+    dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def geometric_median(
-    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f: int | None
-    = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., tol: float
+    | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any =
+    ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def geometric_median(
-    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., f: int | None
-    = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ...,
-    only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ...,
-    out: Any = ..., backend: str = ..., return_info: Literal[True]
+    updates: A, /, *, nu: float = ..., max_iter: int | None = ..., start: Literal["mean", "zero"] = ..., tol: float
+    | None = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike | None = ..., centre: Any =
+    ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any =
+    ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def geometric_median(
@@ -681,6 +682,7 @@ def geometric_median(
     nu: float = 0.0,
     max_iter: int | None = None,
     start: Literal["mean", "zero"] = "mean",
+    tol: float | None = None,
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
@@ -702,12 +704,15 @@ def geometric_median(
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         One row a worker.
     nu : float
-        Distances below it count as it (smoothed Weiszfeld); 0: the true geometric median.
+        Distances below it count as it (smoothed Weiszfeld), so that rows nearer than it pull in proportion to their
+        distance: the Huber geometric median of that threshold. 0: the true geometric median.
     max_iter : int, optional
-        Number of Weiszfeld steps at most; by default until the last step is below 1e-10 of the rows' spread.
+        Number of Weiszfeld steps at most, 0 for the start itself; by default until it has converged.
     start : {"mean", "zero"}
-        Where Weiszfeld starts; without effect where nu is 0 and max_iter is None. ``nu=0.1, max_iter=3,
-        start="zero"`` is RFA as ByzFL has it (`GeometricMedian.rfa`).
+        Where Weiszfeld starts; without effect where nu is 0 and neither max_iter nor tol is given. ``nu=0.1,
+        max_iter=3, start="zero"`` is RFA as ByzFL has it (`GeometricMedian.rfa`).
+    tol : float, optional
+        Weiszfeld ends with a step of at most this length; by default of 1e-10 of the rows' spread.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors.
 
@@ -728,7 +733,7 @@ def geometric_median(
     """
     return _aggregate(
         updates,
-        GeometricMedian(nu, max_iter, start),
+        GeometricMedian(nu, max_iter, start, tol),
         f,
         delta,
         weights,
@@ -1035,31 +1040,31 @@ def ctma(
 # fmt: off
 @overload
 def nnm(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
-    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
-    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[False] = ...
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., count: int | None = ..., f: int | None = ..., delta:
+    float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns =
+    ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[False] = ...
 ) -> T: ...
 @overload
 def nnm(
-    updates: Sequence[T], /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights:
-    ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ...,
-    scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[True]
+    updates: Sequence[T], /, *, then: Aggregator | str = ..., count: int | None = ..., f: int | None = ..., delta:
+    float | None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns =
+    ..., exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[True]
 ) -> tuple[T, Info]: ...
 @overload
 def nnm(
-    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
-    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
-    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[False] = ...
+    updates: A, /, *, then: Aggregator | str = ..., count: int | None = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[False] = ...
 ) -> A: ...
 @overload
 def nnm(
-    updates: A, /, *, then: Aggregator | str = ..., f: int | None = ..., delta: float | None = ..., weights: ArrayLike
-    | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ..., exclude: Patterns = ..., scope:
-    Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ..., backend: str = ..., return_info:
-    Literal[True]
+    updates: A, /, *, then: Aggregator | str = ..., count: int | None = ..., f: int | None = ..., delta: float |
+    None = ..., weights: ArrayLike | None = ..., centre: Any = ..., seed: int | None = ..., only: Patterns = ...,
+    exclude: Patterns = ..., scope: Scope = ..., dtype: Any = ..., nonfinite: NonFinite = ..., out: Any = ...,
+    backend: str = ..., return_info: Literal[True]
 ) -> tuple[A, Info]: ...
 # fmt: on
 def nnm(
@@ -1067,6 +1072,7 @@ def nnm(
     /,
     *,
     then: Aggregator | str = "mean",
+    count: int | None = None,
     f: int | None = None,
     delta: float | None = None,
     weights: ArrayLike | None = None,
@@ -1089,6 +1095,8 @@ def nnm(
         One row a worker.
     then : rule object or str
         What combines the mixed rows.
+    count : int, optional
+        How many rows are averaged, instead of n-f; between 1 and n.
     f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend, return_info
         As for `aggregate`, which also tells the errors; `f`, `delta` or `count` is required, there are no weights.
 
@@ -1107,7 +1115,7 @@ def nnm(
     """
     return _aggregate(
         updates,
-        NNM() | as_aggregator(then),
+        NNM(count) | as_aggregator(then),
         f,
         delta,
         weights,

@@ -489,3 +489,129 @@ def test_products_that_are_none(rule: str, gram: Array, message: str) -> None:
 
 def test_the_example_runs() -> None:
     assert doctest.testmod(products, raise_on_error=True).attempted == 3
+
+
+# ---- filters -------------------------------------------------------------------------------------------------------
+
+
+def test_no_direction_is_chosen_among_equidistant_rows(backend: str) -> None:
+    """Their largest eigenvalue is n-1 times there: all rows spread alike, and the first ones stay."""
+    x = np.eye(12)
+    for rule, kept in (("smea", 9), ("spectral", 9), ("faba", 9)):
+        assert np.array_equal(rk.aggregate(x, rule, f=3), x[:kept].mean(axis=0)), rule
+    assert np.array_equal(rk.aggregate(x, "caf", f=3), x.mean(axis=0))
+    turned = x @ np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0]
+    assert rk.aggregate(turned, "spectral", f=3, return_info=True)[1].kept.tolist() == [True] * 9 + [False] * 3
+    assert rk.aggregate(turned, "smea", f=3, return_info=True)[1].order == tuple(range(9))
+
+
+def test_filters_of_copies_and_of_one_row(backend: str) -> None:
+    for rule in ("caf", "smea", "spectral", "faba", "aksel"):
+        same = np.full((7, 5), 0.1, dtype=np.float32)
+        assert np.array_equal(rk.aggregate(same, rule, f=3), same[0])
+        assert np.array_equal(rk.aggregate(same[:1], rule, f=0), same[0])
+        two = np.vstack([same[:4], same[:3] + 1])  # the majority is one place
+        if rule != "spectral":
+            assert np.array_equal(rk.aggregate(two, rule, f=3), same[0]), rule
+
+
+def test_a_row_far_away_has_no_weight_left(backend: str) -> None:
+    x = attacked(10, 30, 0, np.float64)
+    x[[2, 6]] = [[1e30], [-1e20]]
+    for rule in ("caf", "smea", "faba", "aksel"):  # spectral looks once: one far row hides a less far one
+        got, info = rk.aggregate(x, rule, f=2, return_info=True)
+        assert not info.kept[[2, 6]].any(), rule
+        assert not info.weights[[2, 6]].any()
+        assert np.abs(got).max() < 5
+
+
+def test_what_filters_say() -> None:
+    x = attacked(11, 20, 3, np.float64)
+    _, info = rk.aggregate(x, "caf", f=3, return_info=True)
+    assert 1 <= info.iterations <= 11
+    assert info.weights[:3].sum() < 0.05
+    assert rk.aggregate(x, "caf", f=0, return_info=True)[1].iterations == 0
+    _, info = rk.aggregate(x, "spectral(fraction=1.5)", f=3, return_info=True)
+    assert info.kept.sum() == 7
+    assert info.bound_met is False
+    with pytest.raises(ValueError, match=r"fraction \* f must be below n; got fraction=5, f=3 with n=11 rows"):
+        rk.aggregate(x, "spectral(fraction=5)", f=3)
+    with pytest.raises(ValueError, match="caf: n=257 rows may take too long, at most 256 are taken"):
+        rk.aggregate(np.ones((257, 2)), "caf", f=3)
+    assert rk.aggregate(np.ones((256, 2)), "caf", f=3).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"smea: n=40 and f=8 may take too long, as there are 76,904,685 subsets"):
+        rk.aggregate(np.ones((40, 2)), "smea", f=8)
+
+
+def test_no_rows_make_caf_take_more_steps_than_there_are_rows() -> None:
+    x = np.random.default_rng(0).standard_normal((60, 400))
+    x[:29] *= 2.0 ** np.arange(29)[:, None]
+    assert rk.aggregate(x, "caf", f=29, return_info=True)[1].iterations <= 60
+
+
+# ---- conventions of other packages -----------------------------------------------------------------------------------
+
+
+def test_weiszfeld_that_ends_with_a_short_step_or_takes_none(backend: str) -> None:
+    x = attacked(9, 30, 3, np.float64)
+    got, info = rk.geometric_median(x, max_iter=0, return_info=True)
+    np.testing.assert_allclose(got, x.mean(axis=0))
+    assert info.iterations == 0
+    got, info = rk.geometric_median(x, max_iter=0, start="zero", return_info=True)
+    assert not got.any()
+    assert not info.weights.any()
+    for tol in (1.0, 1e-3, 1e-6):
+        y, steps = x.mean(axis=0), 0
+        while True:
+            w = 1 / np.sqrt(((x - y) ** 2).sum(axis=1))
+            new, steps = w @ x / w.sum(), steps + 1
+            length, y = np.sqrt(((new - y) ** 2).sum()), new
+            if length <= tol:
+                break
+        for options in ({}, {"max_iter": 100}):
+            got, info = rk.geometric_median(x, tol=tol, return_info=True, **options)  # type: ignore[call-overload]
+            assert info.iterations == steps
+            assert info.converged
+            np.testing.assert_allclose(got, y, rtol=1e-9)
+            far, info = rk.geometric_median(x * 2.0**600, tol=tol * 2.0**600, return_info=True, **options)  # type: ignore[call-overload]
+            assert info.iterations == steps
+            np.testing.assert_allclose(far * 2.0**-600, got, rtol=1e-9)
+        np.testing.assert_allclose(rk.parse_rule(f"geometric_median(tol={tol})").plain(x, 3), y, rtol=1e-9)
+    _, info = rk.geometric_median(x, tol=1e-9, max_iter=2, return_info=True)
+    assert info.iterations == 2
+    assert not info.converged
+
+
+def test_the_huber_geometric_median_is_nu(backend: str) -> None:
+    """Least sum of Huber's losses: squares within nu, distances beyond."""
+    x = attacked(9, 6, 2, np.float64)
+    got = rk.geometric_median(x, nu=2.5)
+
+    def cost(y: Array) -> float:
+        r = np.sqrt(((x - y) ** 2).sum(axis=1))
+        return float(np.where(r < 2.5, r**2 / 5, r - 1.25).sum())
+
+    g = np.random.default_rng(0)
+    assert all(cost(got) <= cost(got + 1e-3 * g.standard_normal(6)) for _ in range(200))
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_nnm_of_any_count(backend: str, dtype: np.dtype[Any], count: int) -> None:
+    x = attacked(9, 30, 3, dtype)
+    wide = x.astype(np.longdouble)
+    mixed = np.stack([wide[slow_nearest(wide, row, count)].mean(axis=0) for row in wide])
+    assert_close(rk.aggregate(x, f"nnm(count={count}) | mean"), mixed.mean(axis=0), x)
+    assert_close(rk.aggregate(x, f"nnm(count={count}) | median"), slow("median", mixed, 0), x)
+    if dtype == np.float64:
+        np.testing.assert_allclose(rk.NNM(count).plain(x, 3), mixed.astype(float), rtol=1e-12)
+
+
+def test_counts_of_nnm_that_are_none() -> None:
+    x = attacked(5, 4, 1, np.float64)
+    with pytest.raises(ValueError, match="nnm: count must be at most n; got count=6 with n=5 rows"):
+        rk.aggregate(x, "nnm(count=6) | mean")
+    x[2] = np.nan
+    with pytest.raises(rk.NonFiniteError, match="count=5 of n=5 rows are to be averaged, but 1 hold NaN or Inf, one"):
+        rk.aggregate(x, "nnm(count=5) | median", f=1)
+    assert np.isfinite(rk.aggregate(x, "nnm(count=4) | median", f=1)).all()
+    assert rk.NNM(3).kappa_after(1.0, 9, 2) is None

@@ -53,7 +53,7 @@ def test_text_form(text: str, rule: rk.Rule, printed: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("medain", "'medain' is not known; did you mean 'median'.*known: arc, bucketing"),
+        ("medain", "'medain' is not known; did you mean 'median'.*known: aksel, arc, bucketing"),
         ("", "not in Python call syntax"),
         ("median(", "not in Python call syntax"),
         ("nnm", "nnm only mixes the rows; end it with a rule that combines them, e.g. 'nnm | mean'"),
@@ -99,14 +99,17 @@ def test_rule_objects() -> None:
     with pytest.raises(ValueError, match="a chain must end in a rule that combines the rows"):
         rk.aggregate(np.ones((3, 2)), rk.NNM() | rk.Bucketing(), f=1)
     assert set(rk.available_rules()) == {
+        "aksel",
         "arc",
         "bucketing",
         "bulyan",
+        "caf",
         "centre",
         "centred_clipping",
         "cge",
         "clipping",
         "ctma",
+        "faba",
         "geometric_median",
         "krum",
         "mean",
@@ -118,6 +121,8 @@ def test_rule_objects() -> None:
         "multi_krum",
         "nnm",
         "rfa",
+        "smea",
+        "spectral",
         "trimmed_mean",
     }
 

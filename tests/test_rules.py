@@ -53,7 +53,7 @@ CHAINS = (
     "ctma(bucketing(seed=0) | geometric_median)",
 )
 #: Rules that need more of n and f than the others, or look at where the origin is, or at the order of the rows.
-SPECIAL = ("bulyan", "cge", "monna")
+SPECIAL = ("bulyan", "cge", "monna", "caf", "smea", "spectral", "faba", "aksel")
 #: Every other rule that is registered, as its specification says how it is measured; and chains of them.
 RULES = tuple(
     dict.fromkeys(
@@ -95,6 +95,36 @@ def slow_geometric_median(x: Array, weights: Array | None = None) -> Array:
 def slow_nearest(x: Array, point: Array, count: int) -> list[int]:
     r = ((x - point) ** 2).sum(axis=1)
     return sorted(range(len(x)), key=lambda i: (r[i], i))[:count]
+
+
+def slow_spreads(x: Array, shares: Array) -> tuple[Any, Array]:
+    """Return the largest eigenvalue of the covariance, and squared parts along it, in longdouble by powers of it."""
+    mean = shares @ x
+    root = np.sqrt(shares)[:, None] * (x - mean)
+    if np.abs(root).max() <= 1e-18 * np.abs(x).max():  # copies
+        return 0, np.zeros(len(x))
+    power = root @ root.T
+    for _ in range(60):  # the 2^60th power: all but the largest eigenvalue vanish
+        power = power / np.abs(power).max()
+        power = power @ power
+    direction = root.T @ power[:, np.abs(power).sum(axis=0).argmax()]
+    direction = direction / np.sqrt((direction**2).sum())
+    parts = ((x - mean) @ direction) ** 2
+    return shares @ parts, parts
+
+
+def slow_filtered(x: Array, f: int) -> Array:
+    """CAF on the vectors."""
+    weights, best, least = np.ones(len(x), dtype=np.longdouble), x.mean(axis=0), np.inf
+    while weights.sum() > len(x) - 2 * f:
+        spread, parts = slow_spreads(x, weights / weights.sum())
+        if spread < least:
+            best, least = weights @ x / weights.sum(), spread
+        if not parts.any():
+            break
+        share = 1 - parts / parts[weights > 0].max()
+        weights = weights * np.where(share > 1e-12, share, 0)  # rows mixed of the same are equal but for rounding
+    return np.asarray(best)
 
 
 _answers: dict[Any, Array] = {}  # every backend is asked the same
@@ -145,6 +175,21 @@ def _slow(rule: str, x: Array, f: int) -> Array:
         squares = np.array([((x - row) ** 2).sum(axis=1) for row in x])
         subsets = itertools.combinations(range(n), n - f)
         return x[list(min(subsets, key=lambda s: squares[np.ix_(s, s)].max()))].mean(axis=0)
+    if rule == "caf":
+        return slow_filtered(x, f)
+    if rule == "smea":
+        subsets = [list(rows) for rows in itertools.combinations(range(n), n - f)]
+        spreads = [slow_spreads(x[rows], np.full(n - f, 1 / np.longdouble(n - f)))[0] for rows in subsets]
+        return x[subsets[int(np.argmin(spreads))]].mean(axis=0)
+    if rule == "spectral":
+        return x[np.argsort(slow_spreads(x, np.full(n, 1 / np.longdouble(n)))[1], kind="stable")[: n - f]].mean(axis=0)
+    if rule == "faba":
+        for _ in range(f):
+            x = np.delete(x, ((x - x.mean(axis=0)) ** 2).sum(axis=1).argmax(), axis=0)
+        return x.mean(axis=0)
+    if rule == "aksel":
+        middle = (np.sort(x, axis=0)[(n - 1) // 2] + np.sort(x, axis=0)[n // 2]) / 2
+        return x[slow_nearest(x, middle, (n + 1) // 2)].mean(axis=0)
     if rule in ("krum", "multi_krum"):
         scores = []
         for i in range(n):
@@ -177,6 +222,14 @@ def _slow(rule: str, x: Array, f: int) -> Array:
         "medoid",
         "cge",
         "monna(pivot=4)",
+        "caf",
+        "smea",
+        "spectral",
+        "faba",
+        "aksel",
+        "ctma(caf)",
+        "nnm | caf",
+        "nnm | faba",
         "ctma(median)",
         "ctma(bulyan)",
         "ctma(mean_around_median)",
@@ -196,6 +249,8 @@ def test_rules_match_their_definitions(backend: str, dtype: np.dtype[Any], rule:
     for n, f, d in [(5, 1, 30), (8, 2, 41), (17, 8, 64), (20, 4, 257)]:
         if (rule == "monna(pivot=4)" and f > 4) or (rule == "cge" and kind == "offset" and dtype == np.float64):
             continue  # an attacker for a pivot; norms that differ by the last roundings
+        if rule == "smea" and n > 8:
+            continue  # thousands of subsets, for the definition
         if kind == "offset":
             x = make_rows("offset", n, d, dtype, seed=n)
         else:
@@ -868,7 +923,11 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         (lambda: rk.GeometricMedian(nu=10**400), "nu must be a finite number"),
         (lambda: rk.Median(np.array(["mean", "low"])), "even must be 'mean', 'low' or 'high'"),
         (lambda: rk.nnm(np.ones((4, 2)), f=1, then=rk.NNM()), "nnm only mixes the rows"),
-        (lambda: rk.GeometricMedian(max_iter=0), "max_iter must be None or an integer of at least 1; got 0"),
+        (lambda: rk.GeometricMedian(max_iter=-1), "max_iter must be None or an integer of at least 0; got -1"),
+        (lambda: rk.GeometricMedian(tol=-1.0), "tol must be a finite number of at least 0; got -1.0"),
+        (lambda: rk.NNM(0), "nnm: count must be None or an integer of at least 1; got 0"),
+        (lambda: rk.Spectral(0), "spectral: fraction must be a positive number; got 0"),
+        (lambda: rk.Spectral(True), "spectral: fraction must be a positive number; got True"),
         (lambda: rk.GeometricMedian(start="median"), "start must be 'mean' or 'zero'; got 'median'"),
         (lambda: rk.Krum(-1), "krum: neighbours must be None or an integer of at least 0; got -1"),
         (lambda: rk.Krum(squared=1), "krum: squared must be True or False; got 1"),

@@ -11,6 +11,7 @@ from robustkern.rules.clipping import ARC, CentredClipping, Clipping
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.diameter import MDA
+from robustkern.rules.filters import CAF, FABA, SMEA, Aksel, Spectral
 from robustkern.rules.geometric_median import GeometricMedian
 from robustkern.rules.geometry import Geometry, Reference
 from robustkern.rules.krum import Bulyan, Krum, MultiKrum
@@ -22,11 +23,15 @@ from robustkern.rules.view import Mixture, Solution, View
 
 __all__ = [
     "ARC",
+    "CAF",
     "CGE",
     "CTMA",
+    "FABA",
     "MDA",
     "NNM",
+    "SMEA",
     "Aggregator",
+    "Aksel",
     "Bucketing",
     "Bulyan",
     "Centre",
@@ -47,6 +52,7 @@ __all__ = [
     "Reference",
     "Rule",
     "Solution",
+    "Spectral",
     "TrimmedMean",
     "View",
     "available_rules",

@@ -30,38 +30,48 @@ class GeometricMedian(Aggregator):
     Parameters
     ----------
     nu : float
-        Distances below it count as it (smoothed Weiszfeld); 0: the true geometric median.
+        Distances below it count as it (smoothed Weiszfeld), so that rows nearer than it pull in proportion to their
+        distance: the Huber geometric median of that threshold. 0: the true geometric median.
     max_iter : int or None
-        Number of Weiszfeld steps at most. None: until it has converged.
+        Number of Weiszfeld steps at most; 0: the start. None: until it has converged.
     start : {"mean", "zero"}
-        Where Weiszfeld starts. The converged median (nu = 0, no max_iter) does not depend on it.
+        Where Weiszfeld starts. The converged median (no max_iter, no tol) does not depend on it.
+    tol : float or None
+        Weiszfeld ends with a step of at most this length. None: of 1e-10 of the rows' spread.
     """
 
     nu: float = 0.0
     max_iter: int | None = None
     start: Literal["mean", "zero"] = "mean"
+    tol: float | None = None
 
     name: ClassVar[str] = "geometric_median"
     aliases: ClassVar[tuple[str, ...]] = ("geomed",)
-    summary: ClassVar[str] = "least sum of distances, converged; `nu`, `max_iter`, `start`; `rfa` is the 3-step preset"
+    summary: ClassVar[str] = (
+        "least sum of distances, converged; `nu` (Huber's), `max_iter`, `start`, `tol`; `rfa`: 3 steps"
+    )
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"geometric_median": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if isinstance(self.nu, bool) or not isinstance(self.nu, (int, float)) or not 0 <= self.nu <= 1e308:
-            raise ValueError(f"geometric_median: nu must be a finite number of at least 0; got {self.nu!r}")
+        for what, value in (("nu", self.nu), ("tol", 0 if self.tol is None else self.tol)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e308:
+                raise ValueError(f"geometric_median: {what} must be a finite number of at least 0; got {value!r}")
         if self.max_iter is not None and (
-            isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int) or self.max_iter < 1
+            isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int) or self.max_iter < 0
         ):
             raise ValueError(
-                f"geometric_median: max_iter must be None or an integer of at least 1; got {self.max_iter!r}"
+                f"geometric_median: max_iter must be None or an integer of at least 0; got {self.max_iter!r}"
             )
         if not isinstance(self.start, str) or self.start not in ("mean", "zero"):
             raise ValueError(f"geometric_median: start must be 'mean' or 'zero'; got {self.start!r}")
+        object.__setattr__(self, "points", () if self._converges or self.start == "mean" else ("origin",))
 
-        starts_there = self.start == "zero" and (self.nu > 0 or self.max_iter is not None)
-        object.__setattr__(self, "points", ("origin",) if starts_there else ())
+    @property
+    def _converges(self) -> bool:
+        """Whether it is the true geometric median, wherever it starts."""
+        return self.nu == 0 and self.max_iter is None and self.tol is None
 
     @classmethod
     def rfa(cls) -> GeometricMedian:
@@ -74,7 +84,7 @@ class GeometricMedian(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Solve on the rows that are finite."""
-        converges = self.nu == 0 and self.max_iter is None
+        converges = self._converges
         if converges and view.n >= MANY_ROWS and (columns := view.few_columns(self.name)) is not None:
             return _solve_in_columns(view, *columns)
         # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
@@ -91,7 +101,8 @@ class GeometricMedian(Aggregator):
             if geometry.origin is not None and self.points:
                 origin = (geometry.origin.products[used], geometry.origin.square)
             nu = min(self.nu * geometry.scale, 1e150)  # above, all distances count as equal anyway
-            found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin)
+            tol = None if self.tol is None else self.tol * geometry.scale
+            found, iterations, converged = smoothed_weights(inner, weights[used], nu, self.max_iter, origin, tol)
         if geometry.single:
             shift = shift_bound(inner, geometry.lengths[used], weights[used], found, SINGLE_NOISE)
             if iterations == 0 or shift > MAX_SHIFT or not converged:  # on a row, or blurred
@@ -100,19 +111,20 @@ class GeometricMedian(Aggregator):
         result[used] = found
         gave_up = not converged and self.max_iter is None
         # Shares add up to 1 but for rounding, which rows that are far from the origin would feel.
-        total = math.fsum(found)
+        total = math.fsum(found) or 1.0  # or all of it lies on the origin
         return Solution(result, total, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up)
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Plain Weiszfeld until a step is below 1e-7 of the spread; every step reads the data twice."""
-        y, steps = x.mean(axis=0), self.max_iter or 1000
+        y, steps = x.mean(axis=0), 1000 if self.max_iter is None else self.max_iter
         if self.points:
             y = np.zeros_like(y)
         for _ in range(steps):
             r = np.linalg.norm(x - y, axis=1)
             w = 1 / np.maximum(r, self.nu)
             new = (w[:, None] * x).sum(axis=0) / w.sum()
-            done = self.max_iter is None and np.linalg.norm(new - y) <= 1e-7 * np.sqrt((r * r).mean())
+            enough = 1e-7 * np.sqrt((r * r).mean()) if self.tol is None else self.tol
+            done = (self.max_iter is None or self.tol is not None) and np.linalg.norm(new - y) <= enough
             y = new
             if done:
                 break

@@ -544,12 +544,17 @@ def _length(gram: Gram, change: Vector) -> float:
 
 
 def smoothed_weights(
-    gram: Matrix, s: Vector, nu: float, max_iter: int | None, origin: tuple[Vector, float] | None
+    gram: Matrix,
+    s: Vector,
+    nu: float,
+    max_iter: int | None,
+    origin: tuple[Vector, float] | None,
+    tol: float | None = None,
 ) -> tuple[Vector, int, bool]:
     """Weights after Weiszfeld steps with distances below nu counted as nu, from the mean or from the origin.
 
-    At a row, with nu = 0, the Vardi-Zhang step is taken. `converged` tells whether the last step was below 1e-10 of the
-    spread, where it stops unless a number of steps is asked for.
+    At a row, with nu = 0, the Vardi-Zhang step is taken. `converged` tells whether the last step was no longer than
+    `tol` (None: 1e-10 of the spread), where it stops unless only a number of steps is asked for.
     """
     norms = gram.diagonal()
     w: Vector | None
@@ -571,11 +576,10 @@ def smoothed_weights(
         step = math.inf if w is None else _length(gram, new - w)
         w = new
         r = _radii(gram, w)
-        converged = step <= TOLERANCE * _middle(r)
-        if step == 0 or (converged and max_iter is None):
+        converged = step <= (TOLERANCE * _middle(r) if tol is None else tol)
+        if step == 0 or (converged and (max_iter is None or tol is not None)):
             break
-    assert w is not None
-    return w, iteration, converged
+    return np.zeros_like(s) if w is None else w, iteration, converged
 
 
 def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, noise: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.errors import NonFiniteError
 from robustkern.rules.base import Goals, Mixer, register
 from robustkern.rules.krum import sq_distances_between
 from robustkern.rules.view import Mixture, View
@@ -21,34 +22,57 @@ class NNM(Mixer):
     """Nearest-neighbour mixing: each row becomes the mean of the n-f rows nearest to it, itself included.
 
     A row that is not finite is far from everything: no other row mixes it in, and it stays alone.
+
+    Parameters
+    ----------
+    count : int or None
+        How many rows are averaged. None: n-f. With a count, f is not needed.
     """
+
+    count: int | None = None
 
     name: ClassVar[str] = "nnm"
     form: ClassVar[str] = "nnm | rule"
-    summary: ClassVar[str] = "each row becomes the mean of its n-f nearest first"
+    summary: ClassVar[str] = "each row becomes the mean of its n-f nearest first; `count`"
     needs: ClassVar[str] = "its rule's"
     goals: ClassVar[Goals] = {
         "nnm | geometric_median": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5},
         "nnm | median": {16: 2.5, 32: 3.0, 64: 4.5},
     }
 
+    def __post_init__(self) -> None:
+        """Check the parameter."""
+        if self.count is not None and (
+            isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1
+        ):
+            raise ValueError(f"nnm: count must be None or an integer of at least 1; got {self.count!r}")
+
     def mixing(self, view: View) -> Mixture:
-        """Row i holds 1 at the n-f nearest rows of row i."""
+        """Row i holds 1 at the nearest rows of row i."""
         view.require_no_weights(self.name)
-        kept = view.n - view.require_f(self.name)
+        kept = self.count if self.count is not None else view.n - view.require_f(self.name)
         geometry, _ = view.measured(self.name, quick=True)
         finite = np.flatnonzero(geometry.finite)
+        if kept > view.n:
+            raise ValueError(f"nnm: count must be at most n; got count={kept} with n={view.n} rows (lower count)")
+        if kept > len(finite):
+            bad = np.flatnonzero(~geometry.finite).tolist()
+            raise NonFiniteError(
+                f"nnm: count={kept} of n={view.n} rows are to be averaged, but {len(bad)} hold NaN or Inf, one of them "
+                f"row {bad[0]} (lower count, or drop them)",
+                tuple(bad),
+            )
         weights = np.diag(np.where(geometry.finite, 0.0, kept))
         weights[finite[:, None], view.nearest_to_rows(finite, kept)] = 1.0
         return Mixture(weights, np.full(view.n, float(kept)))
 
     def kappa_after(self, kappa: float | None, n: int, f: int) -> float | None:
-        """Return the constant of Allouah et al. 2023."""
-        return None if kappa is None else 8 * f / (n - f) * (kappa + 1)
+        """Return the constant of Allouah et al. 2023, of n-f rows."""
+        return None if kappa is None or self.count is not None else 8 * f / (n - f) * (kappa + 1)
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Sort each row's distances."""
-        nearest = np.argsort(sq_distances_between(x), axis=1, kind="stable")[:, : len(x) - f]
+        nearest = np.argsort(sq_distances_between(x), axis=1, kind="stable")[:, : self.count or len(x) - f]
         return np.stack([x[rows].mean(axis=0) for rows in nearest])
 
 

@@ -54,6 +54,7 @@ class MoNNA(Aggregator):
     pivot: int | Literal["centre"] = 0
 
     name: ClassVar[str] = "monna"
+    aliases: ClassVar[tuple[str, ...]] = ("nna", "nearest_neighbour_averaging")
     summary: ClassVar[str] = 'mean of the n-f rows nearest to one that is trusted; `pivot=0`, or `"centre"`'
     needs: ClassVar[str] = "2f < n, an honest pivot"
     goals: ClassVar[Goals] = {"monna": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
