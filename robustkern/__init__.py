@@ -24,6 +24,7 @@ from robustkern.functions import (
     mean,
     mean_around_median,
     median,
+    mix,
     multi_krum,
     nnm,
     trimmed_mean,
@@ -65,6 +66,7 @@ from robustkern.rules import (
     parse_rule,
     register,
 )
+from robustkern.server import Server
 
 if TYPE_CHECKING:
     from robustkern.files import FileError, aggregate_files
@@ -105,6 +107,7 @@ __all__ = [
     "NonFiniteError",
     "RobustkernError",
     "Rule",
+    "Server",
     "Solution",
     "Spectral",
     "TrimmedMean",
@@ -122,6 +125,7 @@ __all__ = [
     "mean",
     "mean_around_median",
     "median",
+    "mix",
     "multi_krum",
     "nnm",
     "parse_rule",

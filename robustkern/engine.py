@@ -20,13 +20,13 @@ from robustkern.contract.filtered import SharedInfinities, SomeRows
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import Block, Rows, Source, Vector
 from robustkern.errors import ConvergenceWarning, NonFiniteError, brief, warn
-from robustkern.rules.base import Aggregator
+from robustkern.rules.base import Aggregator, Chain, mixed_by
 from robustkern.rules.coordinate import Median
-from robustkern.rules.geometry import CentreError, Given, TooCloseError, tolerated
+from robustkern.rules.geometry import CentreError, Given, Mixture, TooCloseError, tolerated
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
-__all__ = ["Info", "Limits", "check_rest", "combining", "joined", "limits", "run"]
+__all__ = ["Info", "Limits", "check_rest", "combining", "joined", "limits", "mix", "run", "write_mixed"]
 
 
 @dataclass(frozen=True)
@@ -340,6 +340,54 @@ def _solved(
     source.combine = combining(rule, within)
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
     return _info(rule, given, view, solution, nonfinite, sq_distances, differing) if wants_info else None
+
+
+class Mixed(NamedTuple):
+    """What mixers make of the rows: their shares, and what `Info` says of it."""
+
+    mixture: Mixture
+    info: Info
+
+
+def mix(mixers: Chain, source: Source, f: Any, delta: Any, seed: Any, backend: str) -> Mixed:
+    """Solve rules that mix; errors as `robustkern.mix`."""
+    with np.errstate(all="ignore"), usual_floats():
+        within = limits(mixers, source.n, source.row_name, f, delta, None)
+        check_rest(mixers, source, None, seed)
+        kernels = choose(backend, source.dtypes, source.device)
+        drawn_from = None if seed is None else int(seed)
+        given = Given(source, kernels, source.n, within.f, None, None, "origin" in mixers.points, drawn_from)
+        view = View(given, source.n, within.f)
+        try:
+            _, mixture = mixed_by(mixers.steps, view)
+        except TooCloseError:
+            given.start_again_in_double()
+            _, mixture = mixed_by(mixers.steps, view)
+    assert mixture is not None
+    nonfinite = () if given.nonfinite is None else tuple(np.flatnonzero(given.nonfinite).tolist())
+    share = None if within.f is None else within.f / source.n
+    info = Info(
+        str(mixers),
+        source.n,
+        source.d,
+        within.f,
+        kernels.name,
+        share,
+        None,
+        nonfinite_rows=nonfinite,
+        mixture=mixture.matrix,
+        seed=given.drawn_seed,
+    )
+    return Mixed(mixture, info)
+
+
+def write_mixed(mixture: Mixture, source: Source, target: Source, backend: str) -> None:
+    """Write mixed rows: one read of the rows, whatever their number."""
+    kernels = choose(backend, source.dtypes, source.device)
+    with np.errstate(all="ignore"), usual_floats():
+        for block, out in zip(source.blocks(), target.blocks(), strict=True):
+            for rows, mixed in zip(block.rows, out.rows, strict=True):
+                kernels.weighted_row_sum(rows, np.ascontiguousarray(mixture.weights), mixed, divisors=mixture.divisors)
 
 
 def combining(rule: Aggregator, within: Limits) -> Combine:

@@ -9,11 +9,13 @@ from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 from numpy.typing import ArrayLike
 
-from robustkern.engine import Info, Limits, combining, joined, limits, run
+from robustkern.engine import Info, Limits, combining, joined, limits, run, write_mixed
+from robustkern.engine import mix as solve_mixing
 from robustkern.inputs.leaves import EVERYTHING, Choice
 from robustkern.inputs.memory import MemorySource
+from robustkern.inputs.rows import cut_alike, like_rows
 from robustkern.inputs.trees import adapt
-from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.rules.base import Aggregator, Rule, as_aggregator, as_mixers
 from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.geometric_median import GeometricMedian
@@ -32,6 +34,7 @@ __all__ = [
     "mean",
     "mean_around_median",
     "median",
+    "mix",
     "multi_krum",
     "nnm",
     "trimmed_mean",
@@ -277,6 +280,104 @@ def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: t
         for _ in rest.results():
             pass
     return joined(infos)
+
+
+# ---- rows that are mixed, and stay rows ------------------------------------------------------------------------------
+
+
+# fmt: off
+@overload
+def mix(
+    updates: Sequence[T], rule: Rule | str, /, *, f: int | None = ..., delta: float | None = ..., seed: int | None =
+    ..., backend: str = ..., return_info: Literal[False] = ...
+) -> list[T]: ...
+@overload
+def mix(
+    updates: Sequence[T], rule: Rule | str, /, *, f: int | None = ..., delta: float | None = ..., seed: int | None =
+    ..., backend: str = ..., return_info: Literal[True]
+) -> tuple[list[T], Info]: ...
+@overload
+def mix(
+    updates: A, rule: Rule | str, /, *, f: int | None = ..., delta: float | None = ..., seed: int | None = ...,
+    backend: str = ..., return_info: Literal[False] = ...
+) -> A: ...
+@overload
+def mix(
+    updates: A, rule: Rule | str, /, *, f: int | None = ..., delta: float | None = ..., seed: int | None = ...,
+    backend: str = ..., return_info: Literal[True]
+) -> tuple[A, Info]: ...
+# fmt: on
+def mix(
+    updates: Any,
+    rule: Rule | str,
+    /,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    seed: int | None = None,
+    backend: str = "auto",
+    return_info: bool = False,
+) -> Any:
+    """Return the rows that rules which mix make of n updates: what the last rule of a chain sees.
+
+    In a chain (``aggregate(updates, "nnm | median")``) mixed rows are never stored, which costs less; this is for those
+    who go on with the rows themselves.
+
+    Parameters
+    ----------
+    updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
+        As for `aggregate`, of floating-point leaves only; what is not contiguous is copied.
+    rule : rule object or str
+        Such as ``rk.NNM()``, ``"arc"`` or ``"bucketing | nnm"``.
+    f, delta, seed, backend
+        As for `aggregate`.
+    return_info : bool
+        Also return an `Info`, of which `mixture` has the shares of the rows.
+
+    Returns
+    -------
+    array of shape (m, ...), or list of m updates
+        Of the caller's kind, dtypes and device; m is n but for bucketing. A row that holds NaN or Inf stays alone.
+
+    Raises
+    ------
+    TypeError, ValueError, NonFiniteError, BackendUnavailable
+        As `aggregate`; and where the rule combines the rows, or a leaf holds integers.
+
+    Notes
+    -----
+    At most two reads of the data, and one write of m rows. Bits do not depend on the number of threads.
+
+    References
+    ----------
+    .. [1] Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
+
+    Examples
+    --------
+    >>> import numpy as np, robustkern as rk
+    >>> rk.mix(np.array([[1.0, 2], [3, 4], [100, -100]]), "nnm", f=1)
+    array([[  2. ,   3. ],
+           [  2. ,   3. ],
+           [ 50.5, -49. ]])
+    """
+    asked = (updates, rule, f, delta, seed, backend, return_info)
+    return untraced(_mixed)(*asked) if DYNAMO in sys.modules else _mixed(*asked)
+
+
+def _mixed(
+    updates: Any, rule: Any, f: int | None, delta: float | None, seed: int | None, backend: str, return_info: bool
+) -> Any:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string; got {type(backend).__name__}")
+    mixers = as_mixers(rule)
+    source, _ = adapt(updates)
+    if source.integers or source.plain:
+        raise TypeError(f"{mixers}: the updates hold integers or texts, which are not mixed (leave those leaves out)")
+    mixture, info = solve_mixing(mixers, source, f, delta, seed, backend)
+    target, finish = like_rows(updates, len(mixture.weights))
+    write_mixed(mixture, cut_alike(updates, source, target), target, backend)
+    result = finish()
+    return (result, info) if return_info else result
 
 
 # ---- one function per rule: `aggregate` with the rule made from parameters -----------------------------------------

@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "rules": {"contract", "errors", "lazy"},
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"engine", "inputs", "rules", "untraced"},
+    "server": {"engine", "functions", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "products": {"contract", "backends", "engine", "rules"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
@@ -39,7 +40,7 @@ LAYERS |= {
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "measure", "training"},
-    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "products", "rules"},
+    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "products", "rules", "server"},
     "__main__": {"cli"},
 }
 

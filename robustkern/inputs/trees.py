@@ -34,7 +34,7 @@ from robustkern.inputs.devices import DeviceArray
 from robustkern.inputs.leaves import EVERYTHING, Choice, computed
 from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint, plain_leaf
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "jax_array"]
 
 #: Leaves that are no arrays: an update may carry settings, epochs, names.
 PLAIN = (bool, int, float, complex, str, bytes)
@@ -159,11 +159,12 @@ def _adapt_stacked(updates: Any, out: Any, choice: Choice) -> tuple[MemorySource
         check_disjoint([leaf])
     source = MemorySource.of(n, [leaf])
     if library_of(updates) == "jax":
-        source.finish = functools.partial(_jax_array, result)
+        source.finish = functools.partial(jax_array, result)
     return source, result
 
 
-def _jax_array(result: NDArray[Any]) -> Any:
+def jax_array(result: NDArray[Any]) -> Any:
+    """Return a result as a JAX array, or raise where JAX would change its dtype."""
     import jax.numpy
 
     made = jax.numpy.asarray(result)
@@ -369,7 +370,7 @@ def _adapt_trees(
             for target, result in copies:
                 np.copyto(_on_host(target), _on_host(result))
             if libraries == ["jax"]:
-                results[:] = [_jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
+                results[:] = [jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
             tree = optree.tree_unflatten(spec, results)
             return tree if whole_out is out else _merged(whole_out, tree)
 
@@ -512,4 +513,4 @@ def _difference(paths: list[tuple[Any, ...]], other: Any) -> str:
 def _some(names: list[str]) -> str:
     """Name the first of some leaves, and say how many more there are."""
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"leaves {', '.join(plain(name, 100) for name in names[:2])}{more}"
+    return f"leaves {', '.join(plain(name, 100) or '(the update itself)' for name in names[:2])}{more}"

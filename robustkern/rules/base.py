@@ -7,7 +7,7 @@ goals; tables, benchmarks, models and tests are made from that. `register` makes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from robustkern.rules import text
 from robustkern.rules.view import Mixture, Solution, View
 
-__all__ = ["Aggregator", "Chain", "Goals", "Mixer", "Rule", "as_aggregator", "parse_rule", "register"]
+__all__ = [
+    "Aggregator",
+    "Chain",
+    "Goals",
+    "Mixer",
+    "Rule",
+    "as_aggregator",
+    "as_mixers",
+    "mixed_by",
+    "parse_rule",
+    "register",
+]
 
 R = TypeVar("R", bound="type[Rule]")
 #: Goals in read passes (float32, all cores, AVX-512) of rules in their text form, by the largest n they hold for.
@@ -190,12 +201,7 @@ class Chain(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Mix in n-space, solve for the mixed rows, and carry the weights back."""
-        inner, mixture = view, None
-        for step in self.steps[:-1]:
-            assert isinstance(step, Mixer)
-            view.require_no_weights(step.name)
-            mixed = step.mixing(inner)
-            inner, mixture = inner.mixed(mixed, step.name), mixed.of(mixture)
+        inner, mixture = mixed_by(self.steps[:-1], view)
         solution = self.last.solve(inner)
         inner.check(solution, self.last)
         return solution if mixture is None else inner.carried_back(solution, mixture)
@@ -203,6 +209,29 @@ class Chain(Aggregator):
 
 def _steps(rule: Rule) -> tuple[Rule, ...]:
     return rule.steps if isinstance(rule, Chain) else (rule,)
+
+
+def mixed_by(steps: Sequence[Rule], view: View) -> tuple[View, Mixture | None]:
+    """Return the view of what mixers, one after the other, make of the rows, and what of the view's rows that is."""
+    mixture = None
+    for step in steps:
+        assert isinstance(step, Mixer)
+        view.require_no_weights(step.name)
+        mixed = step.mixing(view)
+        view, mixture = view.mixed(mixed, step.name), mixed.of(mixture)
+    return view, mixture
+
+
+def as_mixers(rule: Any) -> Chain:
+    """Return rules that mix, one after the other, from the object itself or from its text form."""
+    if isinstance(rule, str):
+        rule = text.parse(rule)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"rule must be a rule object or its text form; got {type(rule).__name__}")
+    last = _steps(rule)[-1]
+    if not isinstance(last, Mixer):
+        raise ValueError(f"rule: {last} combines the rows; expected rules that mix them, e.g. 'nnm' (or use aggregate)")
+    return Chain(_steps(rule))
 
 
 def as_aggregator(rule: Any) -> Aggregator:

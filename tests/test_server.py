@@ -1,0 +1,279 @@
+"""Rows that are mixed and stay rows, and servers that keep something between rounds."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import assert_close, make_rows
+from test_rules import slow_nearest
+
+import robustkern as rk
+
+torch = pytest.importorskip("torch")
+Array = NDArray[Any]
+
+
+def nearest_mixed(x: Array, count: int) -> Array:
+    wide = x.astype(np.longdouble)
+    return np.stack([wide[slow_nearest(wide, row, count)].mean(axis=0) for row in wide])
+
+
+# ---- mix -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "f", "d"), [(1, 0, 5), (9, 2, 41), (33, 10, 300)])
+def test_mixed_rows_are_what_a_chain_sees(backend: str, dtype: np.dtype[Any], n: int, f: int, d: int) -> None:
+    x = make_rows("normal", n, d, dtype, seed=n)
+    got, info = rk.mix(x, "nnm", f=f, return_info=True)
+    want = nearest_mixed(x, n - f)
+    for mixed, row in zip(got, want, strict=True):
+        assert_close(mixed, row, x)
+    np.testing.assert_allclose(info.mixture.sum(axis=1), 1)
+    assert (info.rule, info.n, info.d, info.f) == ("nnm", n, d, f)
+    if dtype == np.float64:
+        np.testing.assert_allclose(np.median(got, axis=0), rk.aggregate(x, "nnm | median", f=f), atol=1e-12)
+
+
+def test_mixed_rows_come_back_as_they_came() -> None:
+    x = make_rows("normal", 6, 24, np.dtype(np.float32)).reshape(6, 4, 6)
+    want = rk.mix(x, "nnm", f=2)
+    forms: dict[str, tuple[Any, Any]] = {
+        "list": (list(x), np.stack),
+        "tensor": (torch.tensor(x), np.asarray),
+        "tensors": (list(torch.tensor(x)), lambda rows: np.stack([row.numpy() for row in rows])),
+        "turned": ([torch.tensor(row).t() for row in x], lambda rows: np.stack([row.t().numpy() for row in rows])),
+        "columns first": (np.asfortranarray(x), np.asarray),
+        "every second row": (np.repeat(x, 2, axis=0)[::2], np.asarray),
+        "trees": (
+            [{"b": row[1:], "a": [row[0], row[:0]]} for row in x],
+            lambda rows: np.stack([np.concatenate([row["a"][0][None], row["b"]]) for row in rows]),
+        ),
+        "big endian order of keys": (
+            [{"a": x[0][:1], "b": x[0][1:]}, *({"b": row[1:], "a": row[:1]} for row in x[1:])],
+            lambda rows: np.stack([np.concatenate([row["a"], row["b"]]) for row in rows]),
+        ),
+        "complex": (x[..., ::2] + 1j * x[..., 1::2], lambda z: np.stack([z.real, z.imag], axis=-1).reshape(x.shape)),
+    }
+    for name, (updates, back) in forms.items():
+        got = rk.mix(updates, "nnm", f=2)
+        assert type(got) is (type(updates) if name in ("tensor", "columns first", "complex") else type(got)), name
+        assert np.array_equal(back(got), want), name
+    wide = [{"w": row.astype(np.float64), "b": row} for row in x]
+    got = rk.mix(wide, "nnm", f=2)
+    assert [leaf.dtype for leaf in got[0].values()] == [np.float64, np.float32]
+    assert np.array_equal(np.stack([row["b"] for row in got]), want)
+
+
+def test_mixing_by_origin_and_by_chance() -> None:
+    x = make_rows("normal", 9, 20, np.dtype(np.float64), seed=4) * np.arange(1, 10)[:, None]
+    np.testing.assert_allclose(rk.mix(x, "arc", f=2), rk.ARC().plain(x, 2))
+    np.testing.assert_allclose(rk.mix(x, rk.Clipping(3.0)), rk.Clipping(3.0).plain(x, 0))
+    got, info = rk.mix(x, "bucketing(size=2) | nnm(count=2)", return_info=True)
+    assert got.shape == (5, 20)
+    assert np.array_equal(rk.mix(x, "bucketing(size=2) | nnm(count=2)", seed=info.seed), got)
+    np.testing.assert_allclose(info.mixture @ x, got)
+
+
+def test_a_bad_row_stays_alone() -> None:
+    x = make_rows("normal", 7, 5, np.dtype(np.float32))
+    x[3, 2] = np.nan
+    got, info = rk.mix(x, "nnm", f=2, return_info=True)
+    assert np.isnan(got).any(axis=1).tolist() == [i == 3 for i in range(7)]
+    assert info.nonfinite_rows == (3,)
+    with pytest.raises(rk.NonFiniteError, match="1 rows hold NaN or Inf"):
+        rk.mix(x, "nnm", f=0)
+
+
+def test_what_cannot_be_mixed() -> None:
+    x = np.ones((4, 3), dtype=np.float32)
+    for rule in ("median", "nnm | median", rk.Krum()):
+        with pytest.raises(ValueError, match=r"combines the rows; expected rules that mix them, e\.g\. 'nnm'"):
+            rk.mix(x, rule, f=1)
+    with pytest.raises(TypeError, match="rule must be a rule object or its text form; got int"):
+        rk.mix(x, 3, f=1)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="hold integers or texts, which are not mixed"):
+        rk.mix([{"a": row, "k": np.int64(3)} for row in x], "nnm", f=1)
+    with pytest.raises(TypeError, match="updates of float8 are not mixed"):
+        rk.mix(torch.ones(4, 3).to(torch.float8_e5m2), "nnm", f=1)
+    with pytest.raises(TypeError, match="backend must be a string; got int"):
+        rk.mix(x, "nnm", f=1, backend=3)  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="f is required"):
+        rk.mix(x, "nnm")
+
+
+# ---- servers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_without_memory_is_aggregate() -> None:
+    x = make_rows("normal", 7, 30, np.dtype(np.float32))
+    server = rk.Server("ctma(median)", f=2)
+    for rows in (x, torch.tensor(x), [{"w": row} for row in x]):
+        got, info = server.aggregate(rows, return_info=True)
+        want = rk.aggregate(rows, "ctma(median)", f=2)
+        assert np.array_equal(
+            np.asarray(got["w"] if isinstance(got, dict) else got),
+            np.asarray(want["w"] if isinstance(want, dict) else want),
+        )
+        assert info.n == 7
+    assert server.rounds == 3
+    assert server.counts == dict.fromkeys(range(7), 3)
+    weights = np.arange(1, 8)
+    got = rk.Server("median").aggregate(x[::-1], workers=range(6, -1, -1), weights=weights[::-1])
+    assert np.array_equal(got, rk.aggregate(x, "median", weights=weights))
+
+
+def test_stale_rows_and_counts_make_asynchronous_rounds() -> None:
+    x = make_rows("normal", 12, 30, np.dtype(np.float32))
+    server = rk.Server("ctma(geometric_median)", delta=0.3, absent="stale", weights="counts")
+    last = dict(enumerate(x[:5].copy()))
+    counts = dict.fromkeys(range(5), 1)
+    assert np.array_equal(server.aggregate(x[:5]), rk.aggregate(x[:5], "ctma(geometric_median)", delta=0.3))
+    for turn, worker in enumerate((3, 3, 0, 4, 3, 1)):
+        row = x[5 + turn].copy()
+        got = server.aggregate(row[None], workers=[worker])
+        row[:] = np.nan  # the server has its own
+        last[worker], counts[worker] = x[5 + turn], counts[worker] + 1
+        want = rk.aggregate(
+            np.stack([last[k] for k in range(5)]), "ctma(geometric_median)", delta=0.3, weights=list(counts.values())
+        )
+        assert np.array_equal(got, want)
+    assert server.counts == counts
+
+
+def test_momentum_of_those_who_are_there() -> None:
+    g = np.random.default_rng(0)
+    server = rk.Server("trimmed_mean", f=1, momentum=0.9, absent="stale")
+    rows: dict[int, Array] = {}
+    for there in (range(5), (0, 2), (1, 3, 4), (2,)):
+        updates = {k: g.standard_normal(20) for k in there}
+        for k, update in updates.items():
+            rows[k] = update if k not in rows else 0.9 * rows[k] + (1 - 0.9) * update
+        got = server.aggregate(list(updates.values()), workers=list(there))
+        np.testing.assert_allclose(got, rk.trimmed_mean(np.stack([rows[k] for k in range(5)]), f=1), rtol=1e-12)
+    only_those = rk.Server("mean", momentum=0.5)
+    only_those.aggregate([np.ones(3), np.zeros(3)])
+    assert np.array_equal(only_those.aggregate([np.full(3, 2.0)], workers=[1]), np.full(3, 1.0))
+
+
+def test_a_nan_does_not_stay_in_the_momentum() -> None:
+    server = rk.Server("median", f=1, momentum=0.9, absent="stale")
+    x = np.ones((3, 4))
+    x[2] = np.nan
+    assert np.array_equal(server.aggregate(x), np.ones(4))
+    assert server.aggregate(np.full((3, 4), 2.0), return_info=True)[1].nonfinite_rows == ()
+    assert np.array_equal(server.state_dict()["rows"][2], np.full(4, 2.0))
+    assert np.array_equal(server.aggregate(np.full((1, 4), 4.0), workers=[2]), np.full(4, 0.9 * 1 + 0.1 * 2))
+    np.testing.assert_allclose(server.state_dict()["rows"][2], np.full(4, 0.9 * 2 + 0.1 * 4))
+
+
+def test_the_centre_is_the_last_result() -> None:
+    x = make_rows("normal", 6, 20, np.dtype(np.float32))
+    for form in (np.asarray, torch.tensor):
+        centre: Any = form(np.zeros(20, dtype=np.float32))
+        server = rk.Server("centred_clipping(tau=2.0)", centre=centre)
+        for k in range(3):
+            rows = form(x + k)
+            got = server.aggregate(rows)
+            centre = rk.aggregate(rows, "centred_clipping(tau=2.0)", centre=centre)
+            assert np.array_equal(np.asarray(got), np.asarray(centre))
+            got[:] = 77  # the server has its own
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rule": "ctma(median)", "f": 1, "absent": "stale", "weights": "counts"},
+        {"rule": "bucketing(size=2) | median", "f": 0, "seed": 5, "momentum": 0.9},
+        {"rule": "centred_clipping(tau=1.0)", "f": 1, "centre": np.zeros(8, dtype=np.float32), "momentum": 0.5},
+    ],
+)
+def test_a_server_goes_on_to_the_last_bit(options: dict[str, Any]) -> None:
+    rule = options.pop("rule")
+    rounds = [make_rows("normal", 5, 8, np.dtype(np.float32), seed=k) for k in range(6)]
+    through = rk.Server(rule, **options)
+    want = [
+        through.aggregate(x[: 5 - k % 3], workers=[f"w{i}" for i in range(5 - k % 3)]) for k, x in enumerate(rounds)
+    ]
+    server = rk.Server(rule, **options)
+    for k, x in enumerate(rounds):
+        resumed = rk.Server(rule, **options)
+        resumed.load_state_dict(pickle.loads(pickle.dumps(server.state_dict())))
+        server = resumed
+        assert np.array_equal(server.aggregate(x[: 5 - k % 3], workers=[f"w{i}" for i in range(5 - k % 3)]), want[k])
+
+
+def test_a_round_that_raises_changes_nothing() -> None:
+    server = rk.Server("median", f=1, absent="stale", momentum=0.9, weights="counts")
+    server.aggregate(np.ones((3, 4)))
+    before = pickle.dumps(server.state_dict())
+    for rows in (np.ones((3, 5)), np.full((3, 4), np.nan)):
+        with pytest.raises(ValueError):  # noqa: PT011 - of any kind
+            server.aggregate(rows)
+    with pytest.raises(ValueError, match=r"row 1 lacks the leaves \(the update itself\), has the unexpected"):
+        server.aggregate([{"w": np.ones(4)}], workers=[1])
+    assert pickle.dumps(server.state_dict()) == before
+
+
+def test_leaves_that_a_server_leaves_out() -> None:
+    rows = [{"w": np.full(3, float(k)), "n.mean": np.full(2, np.nan)} for k in range(3)]
+    for server in (rk.Server("median", exclude="n.*"), rk.Server("median", only="w", absent="stale", momentum=0.5)):
+        for _ in range(2):
+            assert {name: leaf.tolist() for name, leaf in server.aggregate(rows).items()} == {"w": [1.0] * 3}
+
+
+def test_what_a_server_refuses() -> None:
+    for options, error, message in (
+        ({"weights": "samples"}, ValueError, r"weights must be None or 'counts' \(or pass them to aggregate\)"),
+        ({"absent": "drop"}, ValueError, "absent must be 'forget' or 'stale'; got 'drop'"),
+        ({"momentum": 1.0}, ValueError, r"momentum must be a number in \[0, 1\); got 1.0"),
+        ({"seed": -1}, ValueError, "seed must be None or an integer of at least 0; got -1"),
+        ({"centre": np.ones(3)}, ValueError, "centre is given, but median measures from none"),
+    ):
+        with pytest.raises(error, match=message):
+            rk.Server("median", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="measures from a centre, the first of which is missing"):
+        rk.Server("ctma(centre)", f=1)
+    server, x = rk.Server("median"), np.ones((3, 2))
+    for workers, error, message in (
+        ([0, 1], ValueError, r"must be distinct, one for each update; got 2 \(2 of them distinct\) for 3 updates"),
+        ([0, 1, 1], ValueError, r"got 3 \(2 of them distinct\)"),
+        ([0, "a", 1], TypeError, "workers must be all integers or all texts; got "),
+        ([0.5, 1.5, 2.5], TypeError, "workers must be all integers or all texts; got float"),
+    ):
+        with pytest.raises(error, match=message):
+            server.aggregate(x, workers=workers)  # type: ignore[arg-type]
+    server.aggregate(x)
+    with pytest.raises(TypeError, match="workers must be int as in earlier rounds; got str"):
+        server.aggregate(x, workers=["a", "b", "c"])
+    with pytest.raises(TypeError, match="updates is dict; expected an array of rows, or a list of updates"):
+        server.aggregate({"a": x})
+    with pytest.raises(ValueError, match="weights= is for servers without weights of their own"):
+        rk.Server("median", absent="stale").aggregate(x, weights=[1, 2, 3])
+    with pytest.raises(ValueError, match="weights"):
+        server.aggregate(x, weights=[1, 2])
+
+
+def test_states_that_are_none() -> None:
+    server = rk.Server("median", f=1, absent="stale")
+    server.aggregate(np.ones((3, 2)))
+    state = server.state_dict()
+    fresh = rk.Server("median", f=1, absent="stale")
+    with pytest.raises(TypeError, match="state must be what state_dict returned; got list"):
+        fresh.load_state_dict([])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="state lacks counts, rows"):
+        fresh.load_state_dict({k: v for k, v in state.items() if k not in ("rows", "counts")})
+    with pytest.raises(
+        ValueError, match="state is of version 1 and rule 'median'; this server has version 1 and rule 'mean'"
+    ):
+        rk.Server("mean").load_state_dict(state)
+    for wrong in ({"rounds": -1}, {"counts": {0: 0}}, {"counts": {0: "x"}}):
+        with pytest.raises(ValueError, match="state holds rounds or counts that are no positive integers"):
+            fresh.load_state_dict({**state, **wrong})
+    for wrong in ({"centre": np.ones(2)}, {"counts": {}}):
+        with pytest.raises(ValueError, match="a centre too many or too few, or rows of workers without a count"):
+            fresh.load_state_dict({**state, **wrong})
+    assert fresh.rounds == 0
