@@ -143,11 +143,6 @@ def test_what_is_drawn_is_differentiated_as_it_was_drawn() -> None:
     x = rows_of(8)
     for _ in range(5):
         x.grad = None
-        result = (
-            aggregate(x, "bucketing(size=2) | krum(neighbours=1)")
-            if False
-            else aggregate(x, "bucketing(size=2) | mean", f=0)
-        )
         result = aggregate(x, "bucketing(size=3) | median", f=1)
         (gradient,) = torch.autograd.grad(result.sum(), x)
         moved = (gradient * x.detach()).sum()  # homogeneous: <gradient, x> is the result

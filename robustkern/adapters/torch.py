@@ -300,7 +300,8 @@ def _through_last(x: Tensor, gradient: Tensor, rule: Aggregator, options: _Optio
 
 
 def _lengths(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(x, dim=1)
+    return lengths
 
 
 def _through_clipping(x: Tensor, limit: float, gradients: Tensor) -> Tensor:
@@ -326,7 +327,9 @@ def _window_shares(x: Tensor, lo: int, hi: int) -> Tensor:
     return shares
 
 
-def _through_centred_clipping(x: Tensor, gradient: Tensor, rule: CentredClipping, y: Tensor, shares: Tensor) -> Tensor:
+def _through_centred_clipping(
+    x: Tensor, gradient: Tensor, rule: CentredClipping, centre: Tensor, shares: Tensor
+) -> Tensor:
     """Take the steps, then the way back through them."""
     places = [centre]
     for _ in range(rule.steps):
