@@ -384,9 +384,15 @@ def mix(mixers: Chain, source: Source, f: Any, delta: Any, seed: Any, backend: s
 def write_mixed(mixture: Mixture, source: Source, target: Source, backend: str) -> None:
     """Write mixed rows: one read of the rows, whatever their number."""
     kernels = choose(backend, source.dtypes, source.device)
+    alone = mixture.weights.shape[0] == source.n and not (mixture.weights - np.diag(mixture.weights.diagonal())).any()
     with np.errstate(all="ignore"), usual_floats():
         for block, out in zip(source.blocks(), target.blocks(), strict=True):
             for rows, mixed in zip(block.rows, out.rows, strict=True):
+                if alone:  # shares of one row each
+                    for k in range(source.n):
+                        share, divisor = mixture.weights[k : k + 1, k : k + 1].copy(), mixture.divisors[k : k + 1]
+                        kernels.weighted_row_sum(rows.take([k]), share, mixed.take([k]), divisors=divisor)
+                    continue
                 kernels.weighted_row_sum(rows, np.ascontiguousarray(mixture.weights), mixed, divisors=mixture.divisors)
 
 

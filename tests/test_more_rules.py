@@ -273,6 +273,33 @@ def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.
     assert rk.aggregate(y, "cge", f=2, return_info=True)[1].kept.tolist() == [False] * 2 + [True] * 7
 
 
+@pytest.mark.parametrize("rule", ["cge", "monna(pivot=4)", "ctma(centre)", "centred_clipping(tau=2.0)"])
+def test_one_point_takes_no_inner_products(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One read for the distances, which the Gram gives alike; and the scale that float64 rows need."""
+    x = attacked(9, 40, 2, np.float64)
+    for power in (0, 700, -700):
+        rows = x * 2.0**power
+        tau = 2.0 * 2.0**power
+        named = rule.replace("2.0", repr(tau))
+        centre = {"centre": rows[5] * 0.9} if "centre" in rk.parse_rule(named).points else {}
+        via_gram = rk.aggregate(
+            rows, named.replace(")", ", steps=2)") if "tau" in rule else f"nnm(count=1) | {named}", f=2, **centre
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(geometry.Given, "measure", None)
+            got, info = rk.aggregate(rows, named, f=2, return_info=True, **centre)
+        if "tau" not in rule:
+            np.testing.assert_allclose(got, via_gram, rtol=1e-12)
+        else:
+            want = clipped(rows * 2.0**-power, rows[5] * 2.0**-power * np.longdouble(0.9), 2.0, 1, np.ones(9))
+            np.testing.assert_allclose(got * 2.0**-power, want.astype(float), rtol=1e-9)
+        assert info.nonfinite_rows == ()
+    if "centre" in rk.parse_rule(rule).points:
+        for bad in (np.nan, np.inf):
+            with pytest.raises(ValueError, match="centre holds NaN or Inf"):
+                rk.aggregate(x, rule, f=2, centre=np.full(40, bad))
+
+
 # ---- clipping ------------------------------------------------------------------------------------------------------
 
 
@@ -404,13 +431,13 @@ def test_clipping_of_rows_that_are_not_finite(backend: str) -> None:
 def test_no_pair_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equidistant rows, of which every one is a contender in each of Bulyan's rounds."""
     measured = []
-    once = geometry.Given.exact_sq_distances
+    once = geometry.Given.exact_from
 
-    def counted(self: geometry.Given, row: int, others: Array) -> Array:
+    def counted(self: geometry.Given, row: int, scale: float, others: Array) -> Array:
         measured.extend((row, int(other)) for other in others)
-        return once(self, row, others)
+        return once(self, row, scale, others)
 
-    monkeypatch.setattr(geometry.Given, "exact_sq_distances", counted)
+    monkeypatch.setattr(geometry.Given, "exact_from", counted)
     x = np.repeat(np.eye(19, dtype=np.float32), 100, axis=1)
     assert np.isfinite(rk.aggregate(x, "bulyan", f=4)).all()
     assert 0 < len(measured) == len(set(measured)) <= 19 * 18 / 2

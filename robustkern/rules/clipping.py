@@ -133,12 +133,18 @@ class CentredClipping(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Step in n-space: shares of the rows, and what is left of the centre. Rows that are not finite do not pull."""
-        geometry, pulling = view.measured(self.name)
         everybody = view.weights_or_ones()
-        pulling = pulling / math.fsum(everybody)
+        pulling = everybody / math.fsum(everybody)
         shares, centre = np.zeros(view.n), 1.0 if self.start == "centre" else 0.0
-        for _ in range(self.steps):
-            length = np.sqrt(geometry.sq_distances_to(shares, centre)) / geometry.scale
+        for step in range(self.steps):
+            if step == 0 and self.steps == 1:  # one point: no inner products are needed
+                found = view.distances_to(Solution(shares, centre_weight=centre))
+                view.require_finite(self.name, np.isfinite(found.values))
+                length = np.sqrt(found.values) / found.scale
+            else:
+                geometry, _ = view.measured(self.name)
+                length = np.sqrt(geometry.sq_distances_to(shares, centre)) / geometry.scale
+            pulling = np.where(np.isfinite(length), pulling, 0.0)
             with np.errstate(divide="ignore"):
                 pull = np.where(pulling > 0, np.minimum(1.0, self.tau / length), 0.0) * pulling
             left = 1.0 - math.fsum(pull)

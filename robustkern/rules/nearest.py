@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from robustkern.contract.rows import Matrix, Vector
 from robustkern.errors import NonFiniteError
 from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.cuts import smallest
 from robustkern.rules.geometry import unscaled
 from robustkern.rules.krum import sq_distances_between
 from robustkern.rules.view import Solution, View
@@ -75,14 +76,14 @@ class MoNNA(Aggregator):
             return view.mean_of(near)._replace(sq_distances=squares)
         if self.pivot >= view.n:
             raise ValueError(f"monna: pivot={self.pivot} is no row of n={view.n} (pass one below n)")
-        geometry, _ = view.measured(self.name, quick=True)
-        if not geometry.finite[self.pivot]:
+        distances = view.distances_to(view.mean_of([self.pivot]))
+        if not math.isfinite(distances.values[self.pivot]):
             raise NonFiniteError(
                 f"monna: row {self.pivot}, which is the pivot, holds NaN or Inf (choose a row to trust)", (self.pivot,)
             )
-        near = view.nearest_to_row(self.pivot, kept)
-        squares = unscaled(geometry.sq_distances[self.pivot], geometry.scale)
-        return view.mean_of(near)._replace(sq_distances=squares)
+        view.require_finite(self.name, np.isfinite(distances.values))
+        near = smallest(distances.values, distances.errors, kept, distances.again)
+        return view.mean_of(near)._replace(sq_distances=unscaled(distances.values, distances.scale))
 
     def rows_read_again(self, n: int, f: int) -> int:
         """Return n-f."""

@@ -26,6 +26,7 @@ from robustkern.rules.geometry import (
     Given,
     Mask,
     Mixture,
+    Point,
     Reference,
     Selection,
     as_cells,
@@ -328,18 +329,25 @@ class View:
     def distances_to(self, solution: Solution) -> Distances:
         """Measure this view's rows against a solution: in n-space, or in one read of the data."""
         selection = solution.selection
+        again: Again | None
         if selection is None:
+            point = _point_of(solution)
+            known = self.mix is not None or self._given.geometry is not None or self._given.points_measured
+            if point is not None and not known:
+                # One read, where the Gram costs n^2 operations a column; but not again and again.
+                values, scale = self._given.measure_point(point)
+                again = functools.partial(self._given.exact_from, point, scale)
+                return Distances(values, _relative(values, self._given.rounding), again, scale)
             geometry = self._given.geometry if self.mix is None else None
             geometry = geometry or self.geometry(quick=True)
             shares, centre = _shares(solution), solution.centre_weight
             values = geometry.sq_distances_to(shares, centre)
-            again: Again | None = geometry.undecided
-            if self.mix is None and centre == 0.0 and not shares.any():
-                again = self._given.exact_sq_norms
+            again = geometry.undecided
+            if self.mix is None and point == "origin":
+                again = functools.partial(self._given.exact_from, point, self._given.scale)
             return Distances(values, geometry.errors_to(shares, centre), again, geometry.scale)
         values, scale = self._given.measure_selection(selection, self.mix)
-        errors = values * self._given.rounding
-        errors[np.isinf(errors)] = 0.0
+        errors = _relative(values, self._given.rounding)
         again = functools.partial(self._given.exact_sq_distances_to, selection, scale) if self.mix is None else None
         return Distances(values, errors, again, scale)
 
@@ -354,7 +362,7 @@ class View:
     def _exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector | None:
         """Exact squared distances from one row to others; None for mixed rows, which are not there to measure."""
         if self.mix is None:
-            return self._given.exact_sq_distances(row, others)
+            return self._given.exact_from(row, self._given.scale, others)
         self.geometry(quick=True).require_double()
         return None
 
@@ -459,6 +467,23 @@ def _with_rest(mixed: Geometry, rest: Vector) -> Geometry:
         origin=origin._replace(products=origin.products + rest * origin.square),
         centre=None if centre is None else centre._replace(products=centre.products + rest * centre.origin),
     )
+
+
+def _point_of(solution: Solution) -> Point | None:
+    """Return which row, centre or origin a solution is, None where it is something in between."""
+    assert solution.weights is not None
+    rows = np.flatnonzero(solution.weights)
+    if not len(rows):
+        return "origin" if solution.centre_weight == 0 else "centre" if solution.centre_weight == 1 else None
+    one = len(rows) == 1 and solution.weights[rows[0]] == solution.divisor and solution.centre_weight == 0
+    return int(rows[0]) if one else None
+
+
+def _relative(values: Vector, rounding: float) -> Vector:
+    """Return error bounds of sums of squares."""
+    errors = values * rounding
+    errors[np.isinf(errors)] = 0.0
+    return errors
 
 
 def _shares(solution: Solution) -> Vector:
