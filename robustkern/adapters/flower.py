@@ -1,0 +1,477 @@
+"""Strategies for Flower's message API (1.42) that no hostile client can stop: drop-ins, and any rule at all.
+
+``from robustkern.adapters.flower import FedMedian, FedTrimmedAvg, Krum, MultiKrum, Bulyan`` instead of from
+``flwr.serverapp.strategy``: the same parameters in the same order, the same bytes from honest clients. Besides,
+`RobustStrategy` runs any rule of this library.
+
+What a reply holds is used where it lies: nothing is decoded but its header. A reply that cannot be used, because it
+cannot be decoded, its header lies, its keys, shapes or dtypes are not those that most replies share, or its metrics are
+not numbers, is counted as one of the f bad ones, logged, and left out: the rule runs on the other n-k with f-k. Where
+more than f cannot be used, the round changes nothing (the strategies return ``(None, None)``).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from logging import WARNING
+from typing import Any, NamedTuple, cast
+
+import ml_dtypes
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import strategy as builtin
+from flwr.serverapp.strategy.multikrum import select_multikrum
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore import log
+from numpy.typing import NDArray
+
+from robustkern.engine import Info
+from robustkern.errors import NonFiniteError, brief, plain
+from robustkern.functions import aggregate, mean_around_median
+from robustkern.rules import Aggregator, Median, TrimmedMean, parse_rule
+from robustkern.rules import MultiKrum as MultiKrumRule
+from robustkern.rules.base import as_aggregator
+
+__all__ = [
+    "Bulyan",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "MultiKrum",
+    "RobustStrategy",
+    "decoded",
+    "median_metricrecords",
+]
+
+Layers = dict[str, NDArray[Any]]
+MAX_HEADER = 1 << 14  # bytes of an array's description; NumPy's own are 128
+#: A claimed number of examples above so many times the median of all claims is no honest one; below, weights of rows
+#: count at most `CAP` times the median.
+ABSURD, CAP = 1000.0, 10.0
+
+
+# ---- replies ---------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1024)
+def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Read the description of an array as NumPy writes it: shape, whether columns come first, dtype."""
+    found = ast.literal_eval(data.decode("latin1"))
+    shape, order, descr = found["shape"], found["fortran_order"], found["descr"]
+    if found.keys() != {"shape", "fortran_order", "descr"} or not isinstance(shape, tuple):
+        raise ValueError("its header is none of NumPy's")
+    if any(type(size) is not int or size < 0 for size in shape) or not isinstance(descr, str):
+        raise ValueError("its header holds a shape or dtype that is none")
+    return shape, bool(order), np.dtype(descr)
+
+
+def decoded(data: Any, stored: str = "") -> NDArray[Any]:
+    """Return the array that bytes hold as NumPy writes it, as a view of them; raise ValueError where they hold none."""
+    if not isinstance(data, bytes) or data[:6] != b"\x93NUMPY":
+        raise ValueError("it is no array of NumPy's")
+    version = data[6]
+    begin = 12 if version >= 2 else 10
+    length = int.from_bytes(data[8:begin], "little")
+    if version not in (1, 2, 3) or length > MAX_HEADER:
+        raise ValueError("its header is too long, or of an unknown version")
+    shape, columns_first, dtype = _header(data[begin : begin + length])
+    if dtype == np.dtype("V2") and stored == "bfloat16":
+        dtype = np.dtype(ml_dtypes.bfloat16)
+    if dtype.kind not in "fiubc" and dtype != ml_dtypes.bfloat16:
+        raise ValueError(f"its dtype is {dtype}")
+    count = math.prod(shape)
+    if count * dtype.itemsize > len(data) - begin - length:
+        raise ValueError(f"it holds fewer bytes than its shape {brief(shape)} takes")
+    flat: NDArray[Any] = np.frombuffer(data, dtype, count, begin + length)
+    flat = flat.reshape(shape, order="F" if columns_first else "C")
+    return flat if dtype.isnative else flat.astype(dtype.newbyteorder("="))
+
+
+def _decoded(array: Array) -> NDArray[Any]:
+    """Return what an array of a reply holds; raise where it is not what it says."""
+    if array.stype != "numpy.ndarray":
+        raise ValueError(f"its stype is {brief(array.stype)}")
+    found = decoded(array.data, array.dtype)
+    if tuple(array.shape) != found.shape or np.dtype(array.dtype).newbyteorder("=") != found.dtype:
+        raise ValueError(
+            f"it says {brief(array.shape)} of {brief(array.dtype)}, and holds {found.shape} of {found.dtype}"
+        )
+    return found
+
+
+class _Reply(NamedTuple):
+    """A reply that can be used.
+
+    Attributes
+    ----------
+    content : RecordDict
+        As it came.
+    name : str
+        Of its record of arrays.
+    layers : dict of str to array
+        Its arrays, by key.
+    examples : float
+        How many it claims to have; 1 where it need not say.
+    form : tuple
+        Keys, shapes and dtypes, and those of the metrics: what it must have in common with the others.
+    """
+
+    content: RecordDict
+    name: str
+    layers: Layers
+    examples: float
+    form: Any
+
+
+def _read(message: Message, weighted_by_key: str, arrays: bool) -> _Reply:
+    """Read a reply; whatever is wrong with it is an exception that says so."""
+    content = message.content
+    found, metrics = content.array_records, content.metric_records
+    if len(metrics) != 1 or (arrays and len(found) != 1):
+        raise ValueError(f"it holds {len(found)} records of arrays and {len(metrics)} of metrics")
+    name, record = next(iter(found.items())) if arrays else ("", {})
+    layers = {key: _decoded(array) for key, array in record.items()}
+    if arrays and not layers:
+        raise ValueError("it holds no arrays")
+    ((metric_name, metric_record),) = metrics.items()
+    kinds = []
+    for key, value in metric_record.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+            raise ValueError(f"its metric {plain(repr(key), 80)} is not a finite number")
+        kinds.append((key, len(value) if isinstance(value, list) else None))
+    examples = metric_record.get(weighted_by_key)
+    if not isinstance(examples, (int, float)) or examples < 0:
+        raise ValueError(f"its {weighted_by_key} is {brief(examples)}")
+    form = (name, sorted((key, x.shape, x.dtype.str, x.dtype.name) for key, x in layers.items()), metric_name)
+    return _Reply(content, name, layers, float(examples), (repr(form), repr(sorted(kinds, key=repr))))
+
+
+class _Sorted(NamedTuple):
+    """The replies of a round: what can be used, and how many cannot."""
+
+    good: list[_Reply]
+    bad: int
+
+
+def _sorted(messages: Sequence[Message], weighted_by_key: str, arrays: bool) -> _Sorted:
+    """Tell replies that can be used from those that cannot, which are logged."""
+    read: list[_Reply] = []
+    reasons: list[str] = []
+    heard: set[int] = set()
+    for message in messages:
+        node = _node(message)
+        try:
+            if node in heard:
+                raise ValueError("it has replied before")
+            heard |= {node} if node is not None else set()
+            read.append(_read(message, weighted_by_key, arrays))
+        except Exception as error:
+            sender = "a node" if node is None else f"node {node}"
+            reasons.append(f"{sender}: {plain(str(error), 200) or type(error).__name__}")
+    shared = Counter(reply.form for reply in read).most_common(1)
+    middle = float(np.median([reply.examples for reply in read])) if read else 0.0
+    good: list[_Reply] = []
+    for reply in read:
+        if reply.form != shared[0][0]:
+            reasons.append("a reply whose keys, shapes, dtypes or metrics are not those that most have")
+        elif reply.examples > ABSURD * max(middle, 1.0):
+            reasons.append(
+                f"a reply that claims {reply.examples:.3g} {weighted_by_key}, where the median is {middle:.3g}"
+            )
+        else:
+            good.append(reply)
+    for reason in reasons:
+        log(WARNING, "robustkern: a reply is left out, and counted as a bad one: %s", reason)
+    return _Sorted(good, len(reasons))
+
+
+def _node(message: Message) -> int | None:
+    node = getattr(getattr(message, "metadata", None), "src_node_id", None)
+    return node if isinstance(node, int) else None
+
+
+# ---- from rows to a record -----------------------------------------------------------------------------------------
+
+
+def _floats(rows: list[Layers], exact: bool) -> list[Layers]:
+    """Return the rows with layers of integers as float64, as the built-in strategies return them."""
+    whole = [key for key, x in rows[0].items() if x.dtype.kind in "iub"] if exact else []
+    return [{**row, **{key: row[key].astype(np.float64) for key in whole}} for row in rows] if whole else rows
+
+
+def _encoded(layers: Layers) -> ArrayRecord:
+    record = {}
+    for key, value in layers.items():
+        x = np.asarray(value)
+        if x.dtype == ml_dtypes.bfloat16:
+            plain = Array(np.asarray(x).view("V2"))
+            record[key] = Array("bfloat16", x.shape, plain.stype, plain.data)
+        else:
+            record[key] = Array(x)
+    return ArrayRecord(record)
+
+
+def median_metricrecords(records: list[RecordDict], weighting_metric_name: str) -> MetricRecord:
+    """Return the median of each metric, whoever claims how many examples; lists elementwise.
+
+    For ``train_metrics_aggr_fn`` and ``evaluate_metrics_aggr_fn``: what fewer than half of the clients report does not
+    move it beyond what the others report.
+
+    Parameters
+    ----------
+    records : list of RecordDict
+        Of which each has one record of metrics, with the same keys.
+    weighting_metric_name : str
+        A key that the result lacks, as in Flower's own.
+
+    Returns
+    -------
+    MetricRecord
+        By the same keys.
+    """
+    metrics = [next(iter(record.metric_records.values())) for record in records]
+    found = {
+        key: np.median(np.array([m[key] for m in metrics], dtype=np.float64), axis=0).tolist()
+        for key in metrics[0]
+        if key != weighting_metric_name
+    }
+    return MetricRecord(found)
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+
+class _Robust(builtin.FedAvg):
+    """What all strategies here have in common: replies that cannot be used do not end a run."""
+
+    def _limit(self, n: int) -> int:
+        """Return how many of n replies may be bad."""
+        raise NotImplementedError
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        """Return the new layers, and the replies whose metrics count, given that f more may be bad."""
+        raise NotImplementedError
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine one round's replies; ``(None, None)`` where more cannot be used than may be bad."""
+        messages, _ = self._check_and_log_replies(replies, is_train=True, validate=False)
+        good, bad = _sorted(messages, self.weighted_by_key, True)
+        f = self._limit(len(messages))
+        if not good or bad > f:
+            if messages:
+                log(
+                    WARNING, "robustkern: %d of %d replies cannot be used, f=%d; nothing changes", bad, len(messages), f
+                )
+            return None, None
+        try:
+            layers, counted = self._combined(good, f - bad)
+        except NonFiniteError as error:
+            log(WARNING, "robustkern: %s; nothing changes", error)
+            return None, None
+        order = Counter(tuple(reply.layers) for reply in good).most_common(1)[0][0]
+        arrays = _encoded({key: layers[key] for key in order})
+        return arrays, self._metrics(self.train_metrics_aggr_fn, counted)
+
+    def _metrics(self, combine: Callable[[list[RecordDict], str], MetricRecord], replies: list[_Reply]) -> MetricRecord:
+        """Combine metrics; where all claim no examples, by which Flower's own divides, by their median."""
+        if combine is aggregate_metricrecords and not any(reply.examples for reply in replies):
+            combine = median_metricrecords
+        return combine([reply.content for reply in replies], self.weighted_by_key)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Combine the metrics of one round's replies; None where half or more cannot be used."""
+        messages, _ = self._check_and_log_replies(replies, is_train=False, validate=False)
+        good, bad = _sorted(messages, self.weighted_by_key, False)
+        if not good or bad > (len(messages) - 1) // 2:
+            return None
+        return self._metrics(self.evaluate_metrics_aggr_fn, good)
+
+
+class FedMedian(_Robust, builtin.FedMedian):
+    """Coordinate-wise median: up to (n-1)//2 replies may be bad."""
+
+    def _limit(self, n: int) -> int:
+        return (n - 1) // 2
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        return aggregate(_floats([reply.layers for reply in replies], True), Median(), f=f), replies
+
+
+class FedTrimmedAvg(_Robust, builtin.FedTrimmedAvg):
+    """Coordinate-wise mean without int(beta n) values at each end, which may be bad."""
+
+    def _limit(self, n: int) -> int:
+        return int(self.beta * n)
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        return aggregate(_floats([reply.layers for reply in replies], True), TrimmedMean(), f=f), replies
+
+
+def _selected(replies: list[_Reply], f: int, count: int) -> list[_Reply]:
+    """Return the replies of best Krum score, best first."""
+    n = len(replies)
+    rule = MultiKrumRule(m=min(count, n), neighbours=min(max(1, n - f - 2), n - 1))
+    rows = [{key: x for key, x in reply.layers.items() if x.dtype.kind not in "iub"} for reply in replies]
+    if not rows[0]:  # of integers only, which then are what tells them apart
+        rows = _floats([reply.layers for reply in replies], True)
+    info: Info = aggregate(rows, rule, f=min(f, (n - 1) // 2), return_info=True)[1]
+    assert info.order is not None
+    return [replies[i] for i in info.order]
+
+
+def _weighted_mean(replies: list[_Reply]) -> Layers:
+    """Return the mean by claimed examples, at most `CAP` times their median, summed in order as Flower does."""
+    claims = np.array([reply.examples for reply in replies])
+    claims = np.minimum(claims, CAP * np.median(claims)) if np.median(claims) > 0 else np.ones(len(claims))
+    shares = [float(claim) / float(claims.sum()) for claim in claims]
+    result: Layers = {}
+    for key, first in replies[0].layers.items():
+        total: Any = first * shares[0]
+        for reply, share in zip(replies[1:], shares[1:], strict=True):
+            total += reply.layers[key] * share
+        result[key] = np.asarray(total)
+    return result
+
+
+def _capped(claims: NDArray[np.float64], f: int) -> NDArray[np.float64]:
+    """Return claims as weights: at most `CAP` times their median, and so that any f of them stay below half of all."""
+    middle = float(np.median(claims))
+    for cap in (CAP, CAP / 2, CAP / 5, CAP / 10):
+        weights = np.minimum(claims, cap * middle)
+        if 2 * np.sort(weights)[len(weights) - f :].sum() < 0.98 * weights.sum():
+            return weights
+    return np.ones(len(claims))
+
+
+class MultiKrum(_Robust, builtin.MultiKrum):
+    """Mean, by claimed examples, of the `num_nodes_to_select` replies of best Krum score."""
+
+    def _limit(self, n: int) -> int:
+        return max(int(self.num_malicious_nodes), 0)
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        selected = _selected(replies, f, max(int(self.num_nodes_to_select), 1))
+        return _weighted_mean(selected), selected
+
+
+class Krum(MultiKrum, builtin.Krum):
+    """The reply of best Krum score."""
+
+
+class Bulyan(_Robust, builtin.Bulyan):
+    """Per coordinate, around the median of n-2f replies that Krum, or `selection_rule`, selects; n >= 4f + 3."""
+
+    def _limit(self, n: int) -> int:
+        return max(int(self.num_malicious_nodes), 0)
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        n = len(replies)
+        count = n - 2 * f
+        if self.selection_rule is select_multikrum:
+            selected = _selected(replies, f, count)
+        else:
+            chosen = self.selection_rule([reply.content for reply in replies], f, count)
+            by_content = {id(reply.content): reply for reply in replies}
+            selected = [by_content[id(content)] for content in chosen]
+        rows = _floats([reply.layers for reply in selected], True)
+        return mean_around_median(rows, count=max(len(rows) - 2 * f, 1)), selected
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine one round's replies; ``(None, None)`` where fewer than 4f + 3 came."""
+        replies = list(replies)
+        came, f = sum(not reply.has_error() for reply in replies), self._limit(len(replies))
+        if came < 4 * f + 3:
+            log(WARNING, "Bulyan needs at least 4f + 3 = %d replies; got %d", 4 * f + 3, came)
+            return None, None
+        return super().aggregate_train(server_round, replies)
+
+
+class RobustStrategy(_Robust):
+    """Any rule: ``RobustStrategy("ctma(geometric_median)", f=2)``.
+
+    Parameters
+    ----------
+    rule : rule object or str
+        As for `robustkern.aggregate`; one that measures from a centre gets the arrays that were sent.
+    f, delta
+        How many replies, or which share of them, may be bad; one of them is required.
+    weighted : bool
+        Whether rows weigh as many examples as they claim, for rules that take weights: at most ten times the median of
+        the claims, or so much less that any f rows stay below half of the weight, the share that the rule then cuts.
+    train_metrics_aggr_fn, evaluate_metrics_aggr_fn : callable, optional
+        By default `median_metricrecords`.
+    **kwargs
+        As for ``flwr.serverapp.strategy.FedAvg``.
+
+    Attributes
+    ----------
+    info : Info or None
+        What was found out in the last round.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the rule is none, or neither f nor delta is given.
+    """
+
+    def __init__(
+        self,
+        rule: Aggregator | str,
+        /,
+        *,
+        f: int | None = None,
+        delta: float | None = None,
+        weighted: bool = False,
+        train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+        evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            train_metrics_aggr_fn=train_metrics_aggr_fn or median_metricrecords,
+            evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or median_metricrecords,
+            **kwargs,
+        )
+        self.rule = parse_rule(rule) if isinstance(rule, str) else as_aggregator(rule)
+        if (f is None) == (delta is None):
+            raise ValueError(f"RobustStrategy: pass f or delta; got f={f}, delta={delta}")
+        if f is not None and (isinstance(f, bool) or not isinstance(f, int) or f < 0):
+            raise ValueError(f"RobustStrategy: f must be an integer of at least 0; got {f!r}")
+        if delta is not None and not 0 <= delta < 0.5:
+            raise ValueError(f"RobustStrategy: delta must satisfy 0 <= delta < 0.5; got {delta!r}")
+        if weighted and not self.rule.supports_weights:
+            raise ValueError(f"RobustStrategy: {self.rule} takes no weights (drop weighted=True)")
+        self.f, self.delta, self.weighted = f, delta, weighted
+        self.info: Info | None = None
+        self._sent: Layers | None = None
+
+    def _limit(self, n: int) -> int:
+        return self.f if self.f is not None else int(cast(float, self.delta) * n)
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Any:
+        """Send the arrays, which rules with a centre measure from."""
+        if "centre" in self.rule.points:
+            self._sent = {key: array.numpy() for key, array in arrays.items()}
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
+        weights = None
+        if self.weighted:
+            weights = _capped(np.array([reply.examples for reply in replies]), f)
+        result, self.info = aggregate(
+            [reply.layers for reply in replies],
+            self.rule,
+            f=f,
+            weights=weights,
+            centre=self._sent if "centre" in self.rule.points else None,
+            return_info=True,
+        )
+        return result, replies

@@ -1,0 +1,203 @@
+"""Strategies for Flower's older API (``flwr.server.strategy``), and its functions over ``[(layers, examples)]``.
+
+``from robustkern.adapters.flower_server import FedMedian, FedTrimmedAvg, Krum, Bulyan``: same parameters, same results
+from honest clients. Results that cannot be used are counted as bad, logged and left out as in
+`robustkern.adapters.flower`; where more than f cannot be used a round returns ``(None, {})``, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+from flwr.common import FitRes, Parameters, Scalar, ndarrays_to_parameters
+from flwr.server import strategy as builtin
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy.aggregate import aggregate_krum as builtin_krum
+from flwr.supercore import log
+from numpy.typing import NDArray
+
+from robustkern.adapters.flower import ABSURD, decoded
+from robustkern.errors import NonFiniteError, plain
+from robustkern.functions import aggregate as combine
+from robustkern.rules import Bulyan as BulyanRule
+from robustkern.rules import Median, TrimmedMean
+from robustkern.rules import MultiKrum as MultiKrumRule
+
+__all__ = [
+    "Bulyan",
+    "FedMedian",
+    "FedTrimmedAvg",
+    "Krum",
+    "aggregate_bulyan",
+    "aggregate_krum",
+    "aggregate_median",
+    "aggregate_trimmed_avg",
+]
+
+Layers = list[NDArray[Any]]
+Results = list[tuple[Layers, int]]
+
+
+# ---- functions over results ------------------------------------------------------------------------------------------
+
+
+def _rows(results: Results) -> list[Layers]:
+    """Return the layers, those of integers as float64 as Flower returns them."""
+    whole = [k for k, x in enumerate(results[0][0]) if np.asarray(x).dtype.kind in "iub"]
+    if not whole:
+        return [[np.asarray(x) for x in layers] for layers, _ in results]
+    return [[np.asarray(x, np.float64 if k in whole else None) for k, x in enumerate(layers)] for layers, _ in results]
+
+
+def aggregate_median(results: Results) -> Layers:
+    """Return the coordinate-wise median of each layer; one read of the data."""
+    return combine(_rows(results), Median())
+
+
+def aggregate_trimmed_avg(results: Results, proportiontocut: float) -> Layers:
+    """Return the coordinate-wise mean without int(proportiontocut n) values at each end; one read of the data."""
+    if not 0 <= proportiontocut < 0.5:
+        raise ValueError(f"proportiontocut must satisfy 0 <= proportiontocut < 0.5; got {proportiontocut!r}")
+    return combine(_rows(results), TrimmedMean(), f=int(proportiontocut * len(results)))
+
+
+def aggregate_krum(results: Results, num_malicious: int, to_keep: int) -> Layers:
+    """Return the layers of best Krum score, or the mean by examples of the `to_keep` best, at most all."""
+    n = len(results)
+    neighbours = min(max(1, n - num_malicious - 2), n - 1)
+    rule = MultiKrumRule(m=min(max(to_keep, 1), n), neighbours=neighbours)
+    f = min(max(num_malicious, 0), (n - 1) // 2)
+    order = combine(_rows(results), rule, f=f, return_info=True)[1].order
+    assert order is not None
+    if to_keep <= 0:
+        return results[order[0]][0]
+    kept = [results[i] for i in reversed(order)]  # Flower adds the worst one first
+    total = sum(examples for _, examples in kept)
+    layers = [[layer * examples for layer in row] for row, examples in kept]
+    return [np.asarray(sum(column[1:], column[0]) / total) for column in zip(*layers, strict=True)]
+
+
+def aggregate_bulyan(
+    results: Results, num_malicious: int, aggregation_rule: Callable[..., Layers] = aggregate_krum, **kwargs: Any
+) -> Layers:
+    """Return per coordinate the mean around the median of n-2f results that Krum selects one by one; n >= 4f + 3."""
+    n, f = len(results), num_malicious
+    if n < 4 * f + 3:
+        raise ValueError(f"aggregate_bulyan: 4*f + 3 must be at most n; got f={f} with n={n} results (lower f)")
+    if aggregation_rule not in (aggregate_krum, builtin_krum):
+        raise ValueError("aggregate_bulyan: only aggregate_krum is supported as the first rule")
+    if kwargs.get("to_keep", 0) > 0:
+        raise ValueError(f"aggregate_bulyan: to_keep must be 0; got {kwargs['to_keep']}")
+    return combine(_rows(results), BulyanRule(), f=f)
+
+
+# ---- strategies ------------------------------------------------------------------------------------------------------
+
+
+def _sorted(results: Sequence[tuple[ClientProxy, FitRes]]) -> tuple[list[tuple[Layers, FitRes]], int]:
+    """Return the results that can be used, and how many cannot, which are logged."""
+    read, reasons = [], []
+    for proxy, result in results:
+        try:
+            if not isinstance(result.num_examples, (int, float)) or not 0 <= result.num_examples < float("inf"):
+                raise ValueError("its num_examples is no count")
+            read.append(([decoded(data) for data in result.parameters.tensors], result))
+        except Exception as error:
+            name = plain(str(getattr(proxy, "cid", "?")), 60)
+            reasons.append(f"client {name}: {plain(str(error), 200) or type(error).__name__}")
+    forms = [repr([(x.shape, x.dtype.str) for x in layers]) for layers, _ in read]
+    shared = Counter(forms).most_common(1)
+    middle = float(np.median([result.num_examples for _, result in read])) if read else 0.0
+    good = []
+    for (layers, result), form in zip(read, forms, strict=True):
+        if form != shared[0][0] or not layers:
+            reasons.append("a result whose shapes or dtypes are not those that most have")
+        elif result.num_examples > ABSURD * max(middle, 1.0):
+            reasons.append(f"a claim of {result.num_examples:.3g} examples, where the median is {middle:.3g}")
+        else:
+            good.append((layers, result))
+    for reason in reasons:
+        log(WARNING, "robustkern: a result is left out, and counted as a bad one: %s", reason)
+    return good, len(reasons)
+
+
+class _Robust(builtin.FedAvg):
+    """What all strategies here have in common: results that cannot be used do not end a run."""
+
+    def _limit(self, n: int) -> int:
+        """Return how many of n results may be bad."""
+        raise NotImplementedError
+
+    def _combined(self, results: Results, f: int) -> Layers:
+        """Return the new layers, given that f more may be bad."""
+        raise NotImplementedError
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, FitRes]],
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Combine one round's results; ``(None, {})`` where more cannot be used than may be bad."""
+        if not results or (failures and not self.accept_failures):
+            return None, {}
+        good, bad = _sorted(results)
+        f = self._limit(len(results))
+        if not good or bad > f:
+            log(WARNING, "robustkern: %d of %d results are bad, f=%d; nothing changes", bad, len(results), f)
+            return None, {}
+        try:
+            layers = self._combined([(layers, int(result.num_examples)) for layers, result in good], f - bad)
+        except NonFiniteError as error:
+            log(WARNING, "robustkern: %s; nothing changes", error)
+            return None, {}
+        metrics: dict[str, Scalar] = {}
+        if self.fit_metrics_aggregation_fn:
+            metrics = self.fit_metrics_aggregation_fn([(result.num_examples, result.metrics) for _, result in good])
+        elif server_round == 1:
+            log(WARNING, "No fit_metrics_aggregation_fn provided")
+        return ndarrays_to_parameters(layers), metrics
+
+
+class FedMedian(_Robust, builtin.FedMedian):
+    """Coordinate-wise median: up to (n-1)//2 results may be bad."""
+
+    def _limit(self, n: int) -> int:
+        return (n - 1) // 2
+
+    def _combined(self, results: Results, f: int) -> Layers:
+        return aggregate_median(results)
+
+
+class FedTrimmedAvg(_Robust, builtin.FedTrimmedAvg):
+    """Coordinate-wise mean without int(beta n) values at each end, which may be bad."""
+
+    def _limit(self, n: int) -> int:
+        return int(self.beta * n)
+
+    def _combined(self, results: Results, f: int) -> Layers:
+        return combine(_rows(results), TrimmedMean(), f=f)
+
+
+class Krum(_Robust, builtin.Krum):
+    """The result of best Krum score, or the mean by examples of the `num_clients_to_keep` best."""
+
+    def _limit(self, n: int) -> int:
+        return max(int(self.num_malicious_clients), 0)
+
+    def _combined(self, results: Results, f: int) -> Layers:
+        return aggregate_krum(results, f, int(self.num_clients_to_keep))
+
+
+class Bulyan(_Robust, builtin.Bulyan):
+    """Per coordinate, around the median of n-2f results that Krum selects one by one; n >= 4f + 3."""
+
+    def _limit(self, n: int) -> int:
+        return max(int(self.num_malicious_clients), 0)
+
+    def _combined(self, results: Results, f: int) -> Layers:
+        return aggregate_bulyan(results, f, self.first_aggregation_rule, **self.aggregation_rule_kwargs)
