@@ -130,7 +130,7 @@ def test_options_that_do_not_fit_are_exit_code_2(tmp_path: Path, arguments: list
 
 def test_what_must_be_given(tmp_path: Path) -> None:
     for arguments, message in (
-        (["aggregate", "--out", tmp_path / "x.npz"], "Missing argument 'updates'"),
+        (["aggregate", "--out", tmp_path / "x.npz"], "Missing argument 'updates"),
         (["aggregate", tmp_path / "x.npz"], "Missing option '--out'"),
         (["scaling"], "Missing option '--out'"),
         (["dance"], "No such command 'dance'"),
@@ -138,7 +138,7 @@ def test_what_must_be_given(tmp_path: Path) -> None:
     ):
         result = run(*arguments)
         assert result.exit_code == 2
-        assert message in said(result)
+        assert message.lower() in said(result).lower()  # typers differ
 
 
 @pytest.mark.parametrize(
