@@ -1,0 +1,262 @@
+"""krum, byzpy, TorchJD, geom_median and hdmedians over the rules; their own suites run by `tests/peers/suites.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from support import make_rows
+
+import robustkern as rk
+from robustkern.adapters import hdmedians
+
+torch = pytest.importorskip("torch")
+from robustkern.adapters import geom_median, krum  # noqa: E402 - they import torch
+
+Array = NDArray[Any]
+X = make_rows("normal", 11, 20, np.dtype(np.float64), seed=5)
+X[:2] += 4
+T = torch.tensor(X)
+
+
+# ---- krum --------------------------------------------------------------------------------------------------------------
+
+
+def krum_scores(x: Array, f: int) -> Array:
+    return np.sort(((x[:, None] - x) ** 2).sum(axis=2), axis=1)[:, 1 : len(x) - f - 1].sum(axis=1)
+
+
+def krums_bulyan(x: Array, f: int, m: int) -> Array:
+    left, means, n = list(range(len(x))), [], len(x)
+    for i in range(n - 2 * f - 2):
+        rows = x[left]
+        squares = np.sort(((rows[:, None] - rows) ** 2).sum(axis=2), axis=1)
+        scores = squares[:, 1 : n - i - f - 2 + 1].sum(axis=1)
+        best = np.argsort(scores, kind="stable")[: min(m, n - f - 2 - i)]
+        mean = rows[best].mean(axis=0)
+        means.append(mean)
+        left.pop(int(((rows - mean) ** 2).sum(axis=1).argmin()))
+    return np.asarray(np.sort(np.array(means), axis=0)[f : len(means) - f].mean(axis=0))
+
+
+NEAR = np.argsort(((X - X[4]) ** 2).sum(axis=1), kind="stable")
+KRUM: list[tuple[Any, dict[str, Any], Array]] = [
+    (krum.Average, {"n": 11, "f": 2}, X.mean(axis=0)),
+    (krum.Median, {}, np.median(X, axis=0)),
+    (krum.TrimmedMean, {"f": 2}, np.sort(X, axis=0)[2:9].mean(axis=0)),
+    (krum.Krum, {"n": 11, "f": 2, "m": 7}, X[krum_scores(X, 2).argmin()]),
+    (krum.MultiKrum, {"n": 11, "f": 2}, X[np.argsort(krum_scores(X, 2))[:4]].mean(axis=0)),
+    (krum.MultiKrum, {"n": 11, "f": 2, "m": 11}, X.mean(axis=0)),
+    (krum.Medoid, {"n": 11, "f": 2}, rk.Medoid().plain(X, 2)),
+    (krum.Brute, {"n": 11, "f": 2}, rk.MDA().plain(X, 2)),
+    (krum.Aksel, {"f": 2}, rk.CTMA(rk.Median()).plain(X, 2)),
+    (krum.NearestNeighborAverage, {"num_closest": 3, "pivot": T[4]}, X[NEAR[:3]].mean(axis=0)),
+    (krum.Bulyan, {"n": 11, "f": 2}, krums_bulyan(X, 2, 9)),
+    (krum.Bulyan, {"n": 11, "f": 2, "m": 1}, krums_bulyan(X, 2, 1)),
+    (krum.GeometricMedian, {"n": 11, "f": 2}, rk.GeometricMedian(0.1, 100, tol=1e-6).plain(X, 2)),
+]
+
+
+@pytest.mark.parametrize("case", KRUM, ids=lambda case: case[0].__name__)
+def test_krums_aggregators(case: tuple[Any, dict[str, Any], Array]) -> None:
+    rule, options, want = case
+    for gradients in (T, list(T)):
+        got = rule.aggregate(gradients, **options)
+        np.testing.assert_allclose(got, want, rtol=1e-8, atol=1e-10)
+    out = torch.empty(20, dtype=torch.float64)
+    assert rule.aggregate(T, out, **options) is out
+    np.testing.assert_allclose(out, want, rtol=1e-8, atol=1e-10)
+    with pytest.raises(RuntimeError, match=r"out has shape \(3,\); expected \(20,\)"):
+        rule.aggregate(T, torch.empty(3, dtype=torch.float64), **options)
+    moving = T.clone().requires_grad_()
+    rule.aggregate(moving, **options).sum().backward()
+    np.testing.assert_allclose(moving.grad.sum(), 20.0, rtol=1e-6)  # weights add up to 1 in every column
+
+
+def test_krums_scores() -> None:
+    np.testing.assert_allclose(krum.MultiKrum.score(T, n=11, f=2), krum_scores(X, 2), rtol=1e-10)
+    mask = torch.ones(11, dtype=torch.bool)
+    mask[3] = False
+    got = krum.MultiKrum.score(T, n=11, f=2, num_peers=2, valid_mask=mask)
+    assert torch.isinf(got).nonzero().tolist() == [[3]]
+    np.testing.assert_allclose(np.delete(got.numpy(), 3), krum_scores(np.delete(X, 3, axis=0), 6), rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "error", "message"),
+    [
+        (
+            krum.Krum,
+            {"n": "9", "f": 1},
+            TypeError,
+            "Invalid total number of workers, got n='9', expected a positive int",
+        ),
+        (krum.Krum, {"n": 9, "f": 1.0}, TypeError, "got f=1.0, expected a non-negative int"),
+        (krum.Krum, {"n": 0, "f": 0}, ValueError, "Expected a list of at least one gradient to aggregate, got n=0"),
+        (krum.Krum, {"n": 9, "f": -1}, ValueError, "got f=-1, expected 0 ≤ f"),
+        (krum.Krum, {"n": 9, "f": 10}, ValueError, "got f=10, expected f ≤ n = 9"),
+        (krum.Krum, {"n": 9, "f": 4}, ValueError, "got f=4, expected 0 ≤ f ≤ 3"),
+        (krum.Bulyan, {"n": 9, "f": 2}, ValueError, "got f=2, expected 0 ≤ f ≤ 1"),
+        (krum.Bulyan, {"n": 11, "f": 2, "m": 1.0}, TypeError, "got m=1.0, expected a positive int"),
+        (krum.Bulyan, {"n": 11, "f": 2, "m": 12}, ValueError, "got m=12, expected 1 ≤ m ≤ 11"),
+        (krum.MultiKrum, {"n": 7, "f": 2}, ValueError, "got m=0, expected 1 ≤ m ≤ 7"),
+        (krum.MultiKrum, {"n": 9, "f": 2}, ValueError, "Expected 9 gradients, got 11"),
+        (krum.Medoid, {"n": 0, "f": 2}, ValueError, "Expected a list of at least one gradient to aggregate, got 0"),
+        (krum.Medoid, {"n": 9, "f": -1}, ValueError, "got f = -1, expected 0 ≤ f"),
+        (krum.Medoid, {"n": 9, "f": 10}, ValueError, "got f = 10, expected f ≤ n = 9"),
+        (krum.Brute, {"n": 9, "f": 5}, ValueError, "got f = 5, expected 0 ≤ f ≤ 4"),
+        (krum.GeometricMedian, {"n": 11, "f": 2, "nu": 0}, ValueError, "Expected smoothing nu to be positive, got 0"),
+        (
+            krum.GeometricMedian,
+            {"n": 11, "f": 2, "tol": -1},
+            ValueError,
+            "Expected tolerance to be non-negative, got -1",
+        ),
+        (krum.GeometricMedian, {"n": 11, "f": 2, "max_iter": 0}, ValueError, "at least one Weiszfeld iteration, got 0"),
+        (krum.TrimmedMean, {"f": -1}, ValueError, "got f = -1, expected 0 ≤ f"),
+        (krum.TrimmedMean, {"f": 6}, ValueError, r"At least 2f\+1 = 13 gradients required, got 11"),
+        (krum.Aksel, {"f": -1}, ValueError, "got f = -1, expected 0 ≤ f"),
+        (krum.Aksel, {"f": 6}, ValueError, r"At least 2f\+1 = 13 gradients required, got 11"),
+        (krum.NearestNeighborAverage, {"num_closest": 0, "pivot": T[0]}, ValueError, "to be at least 1, got 0"),
+        (krum.NearestNeighborAverage, {"num_closest": 12, "pivot": T[0]}, ValueError, "at least num_closest=12"),
+        (krum.NearestNeighborAverage, {"num_closest": 2, "pivot": T}, ValueError, r"Expected pivot with shape \(20,\)"),
+    ],
+)
+def test_what_krum_refuses(rule: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        rule.aggregate(T, **options)
+
+
+# ---- geom_median -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_geometric_medians_of_lists(weighted: bool) -> None:
+    weights = np.arange(1.0, 12) if weighted else None
+    want = rk.geometric_median(X, weights=weights)
+    for points in (list(X), list(T), [[row[:5], row[5:]] for row in X], [(row[:5], row[5:]) for row in T]):
+        found = geom_median.compute_geometric_median(points, weights)
+        whole = (
+            np.concatenate([np.asarray(part) for part in found.median])
+            if isinstance(points[0], (list, tuple))
+            else found.median
+        )
+        np.testing.assert_allclose(whole, want, rtol=1e-5, atol=1e-6)
+        assert found.termination == "function value converged within tolerance"
+        cost = np.average(np.sqrt(((X - want) ** 2).sum(axis=1)), weights=weights)
+        np.testing.assert_allclose(found.logs[-1], cost)
+        assert hasattr(found, "new_weights") == (
+            points[0] is not X[0]
+            and not isinstance(points[0], list)
+            and found.median is not None
+            and not isinstance(found.median, np.ndarray)
+        )
+    apart = geom_median.compute_geometric_median([[row[:5], row[5:]] for row in X], weights, per_component=True)
+    np.testing.assert_allclose(
+        apart.median[0], rk.geometric_median(np.ascontiguousarray(X[:, :5]), weights=weights), rtol=1e-5, atol=1e-6
+    )
+    assert len(apart.termination) == len(apart.logs) == 2
+    few = geom_median.compute_geometric_median(list(X), weights, maxiter=1)
+    assert few.termination == "maximum iterations reached"
+    with pytest.raises(ValueError, match="points: expected at least one; got none"):
+        geom_median.compute_geometric_median([])
+
+
+def test_geometric_medians_pass_gradients_by_their_weights() -> None:
+    rows = [row.clone().requires_grad_() for row in T]
+    found = geom_median.compute_geometric_median(rows)
+    found.median.sum().backward()
+    np.testing.assert_allclose([float(row.grad[0]) for row in rows], found.new_weights)
+    pairs = [[row[:5].clone().requires_grad_(), row[5:]] for row in T]
+    geom_median.compute_geometric_median(pairs).median[0].sum().backward()
+    assert all(pair[0].grad is not None for pair in pairs)
+
+
+# ---- hdmedians ---------------------------------------------------------------------------------------------------------
+
+
+def test_medians_of_columns() -> None:
+    np.testing.assert_allclose(hdmedians.geomedian(X.T), rk.geometric_median(X))
+    np.testing.assert_allclose(hdmedians.geomedian(X, axis=0), rk.geometric_median(X))
+    at = hdmedians.medoid(X, axis=0, indexonly=True)
+    assert np.array_equal(hdmedians.medoid(X, axis=0), X[at])
+    assert np.array_equal(hdmedians.medoid(X.T), rk.aggregate(X, "medoid"))
+    whole = (X * 100).astype(np.int64)
+    assert hdmedians.medoid(whole, axis=0).dtype == np.int64
+    holes = X.copy()
+    holes[at, 3] = np.nan
+    others = np.delete(X, at, axis=0)
+    assert np.array_equal(hdmedians.nanmedoid(holes, axis=0), rk.aggregate(others, "medoid"))
+    np.testing.assert_allclose(hdmedians.nangeomedian(holes, axis=0), rk.geometric_median(others))
+    few = np.array([[1.0, 2], [np.nan, 5], [3, 4]])
+    assert hdmedians.nangeomedian(few, axis=0).tolist() == [2, 4]
+    for call in (hdmedians.nangeomedian, hdmedians.nanmedoid):
+        with pytest.raises(ValueError, match="All-NaN slice encountered"):
+            call(few * np.nan)
+    with pytest.raises(IndexError, match="axis 2 out of bounds"):
+        hdmedians.geomedian(X, axis=2)
+    with pytest.raises(ValueError, match="expected an array of 2 axes; got 1"):
+        hdmedians.medoid(X[0])
+
+
+# ---- TorchJD and byzpy ---------------------------------------------------------------------------------------------------
+
+
+def test_torchjds_aggregators() -> None:
+    pytest.importorskip("torchjd")
+    from torchjd import aggregation as theirs
+
+    from robustkern.adapters import torchjd as ours
+
+    for name, arguments in (("Krum", (2,)), ("Krum", (2, 4)), ("TrimmedMean", (2,))):
+        mine, other = getattr(ours, name)(*arguments), getattr(theirs, name)(*arguments)
+        assert isinstance(mine, type(other))
+        assert (repr(mine), str(mine)) == (repr(other), str(other))
+        torch.testing.assert_close(mine(T), other(T))
+        assert mine(T.float()).dtype == torch.float32
+        x, y = T.clone().requires_grad_(), T.clone().requires_grad_()
+        mine(x).sum().backward()
+        other(y).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    far = ours.Krum(1, 4)
+    far.n_byzantine = 2
+    assert far.gramian_weighting.n_byzantine == 2
+    torch.testing.assert_close(far(T), theirs.Krum(2, 4)(T))
+    with pytest.raises(ValueError, match="should have at least"):
+        ours.Krum(12)(T)
+
+
+def test_byzpys_aggregators() -> None:
+    pytest.importorskip("byzpy")  # it pins an older torch: `tests/peers/suites.py` runs its own tests
+    from robustkern.adapters import byzpy
+
+    np.testing.assert_allclose(byzpy.MultiKrum(2, 4).aggregate(list(T)), rk.multi_krum(X, f=2, m=4, neighbours=8))
+    np.testing.assert_allclose(byzpy.CoordinateWiseMedian().aggregate(list(T)), rk.median(X, even="low"))
+
+
+def test_suites_run_unchanged(tmp_path: Path) -> None:
+    """A test as a package has it, of a package that is not here."""
+    (tmp_path / "test_theirs.py").write_text(
+        "import byzfl, numpy as np, torch\n"
+        "def test_it():\n"
+        "    assert byzfl.TrMean(f=1)(np.array([[1.0], [2.0], [9.0]])) == 2\n"
+        "    assert byzfl.Median()(torch.ones(3, 2, dtype=torch.float64)).dtype == torch.float32\n"
+    )
+    script = Path(__file__).parent / "peers" / "suites.py"
+    run = [sys.executable, str(script), "byzfl", str(tmp_path / "test_theirs.py"), "-p", "no:cacheprovider"]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
+    assert "1 passed" in found.stdout, found.stdout + found.stderr
+    (tmp_path / "test_krum.py").write_text(
+        "import torch\nfrom krum.primitives.aggregators.krum import Krum\n"
+        "def test_it():\n    assert Krum.aggregate(torch.zeros(5, 2), n=5, f=1).tolist() == [0, 0]\n"
+    )
+    run[2:4] = ["krum", str(tmp_path / "test_krum.py")]
+    found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
+    assert "1 passed" in found.stdout, found.stdout + found.stderr
+    assert subprocess.run([sys.executable, str(script), "none"], capture_output=True, check=False).returncode == 2
