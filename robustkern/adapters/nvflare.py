@@ -1,0 +1,134 @@
+"""A model aggregator for NVFlare (2.9): any rule, and no client that ends a job.
+
+``RobustAggregator("ctma(geometric_median)", f=2)`` where a ``ModelAggregator`` is asked for. Models that cannot be
+used, because their parameters are no arrays, or have other names, shapes or dtypes than most, count as bad and are left
+out: the rule runs on the other n-k with f-k. Where more than f cannot be used, the last result comes again, or for
+differences zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+
+from robustkern.engine import Info
+from robustkern.errors import NonFiniteError, plain
+from robustkern.functions import aggregate
+from robustkern.rules import Aggregator
+from robustkern.rules.base import as_aggregator
+
+__all__ = ["RobustAggregator"]
+
+
+class RobustAggregator(ModelAggregator):  # type: ignore[misc]
+    """Combine the clients' models by a rule.
+
+    Parameters
+    ----------
+    rule : rule object or str
+        As for `robustkern.aggregate`.
+    f, delta
+        How many models, or which share of them, may be bad; one of them is required.
+
+    Attributes
+    ----------
+    info : Info or None
+        What was found out in the last round.
+    """
+
+    def __init__(self, rule: Aggregator | str, f: int | None = None, delta: float | None = None) -> None:
+        super().__init__()
+        self.rule = as_aggregator(rule)
+        if (f is None) == (delta is None):
+            raise ValueError(f"RobustAggregator: pass f or delta; got f={f}, delta={delta}")
+        self.f, self.delta = f, delta
+        self.info: Info | None = None
+        self._models: list[FLModel] = []
+        self._last: FLModel | None = None
+
+    def accept_model(self, model: FLModel) -> None:
+        """Take one client's model; what is lazy in it is loaded when all are combined."""
+        self._models.append(model)
+
+    def reset_stats(self) -> None:
+        """Forget the models of this round."""
+        self._models = []
+
+    def aggregate_model(self) -> FLModel:
+        """Combine the models of this round, and forget them."""
+        models, self._models = self._models, []
+        if not models:
+            raise ValueError("RobustAggregator: there are no models to combine")
+        read: list[tuple[FLModel, dict[str, Any]]] = []
+        forms, bad = [], 0
+        for k, model in enumerate(models):
+            try:
+                params = _params(model)
+            except Exception as error:
+                bad += 1
+                self._say(f"model {k} is left out, and counted as a bad one: {plain(str(error), 200)}")
+                continue
+            read.append((model, params))
+            forms.append(
+                (str(model.params_type), repr(sorted((n, tuple(x.shape), str(x.dtype)) for n, x in params.items())))
+            )
+        usual = Counter(forms).most_common(1)
+        good = [row for row, form in zip(read, forms, strict=True) if form == usual[0][0]]
+        if len(good) < len(read):
+            self._say(
+                f"{len(read) - len(good)} models are left out: their names, shapes or dtypes are not those of most"
+            )
+            bad += len(read) - len(good)
+        f = self.f if self.f is not None else int((self.delta or 0.0) * len(models))
+        if bad <= f and good:
+            try:
+                params, self.info = aggregate([row for _, row in good], self.rule, f=f - bad, return_info=True)
+            except NonFiniteError as error:
+                self._say(str(error))
+            else:
+                return self._result(good[0][0], params)
+        self._say(f"{bad} of {len(models)} models cannot be used, f={f}; nothing changes")
+        if good and good[0][0].params_type == ParamsType.DIFF:
+            return self._result(good[0][0], _zeros(good[0][1]))
+        if self._last is None:
+            raise NonFiniteError(
+                "RobustAggregator: the first round's models cannot be used (lower f, or look at them)", ()
+            )
+        return self._last
+
+    def _result(self, like: FLModel, params: dict[str, Any]) -> FLModel:
+        self._last = FLModel(
+            params_type=like.params_type,
+            params=params,
+            current_round=like.current_round,
+            total_rounds=like.total_rounds,
+        )
+        return self._last
+
+    def _say(self, message: str) -> None:
+        if self.fl_ctx is not None:
+            self.warning(message)
+
+
+def _params(model: FLModel) -> dict[str, Any]:
+    if not isinstance(model.params, dict) or not model.params:
+        raise TypeError(f"its params are {type(model.params).__name__}")
+    params = {}
+    for name, value in model.params.items():
+        load = getattr(value, "materialize", None)
+        x = load() if callable(load) else value
+        if not isinstance(x, np.ndarray) and not is_torch_array(x):
+            x = np.asarray(x)
+        if not is_torch_array(x) and x.dtype.kind not in "fiub":
+            raise TypeError(f"{plain(str(name), 100)} has dtype {x.dtype}")
+        params[str(name)] = x
+    return params
+
+
+def _zeros(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.new_zeros(x.shape) if is_torch_array(x) else np.zeros_like(x) for name, x in params.items()}

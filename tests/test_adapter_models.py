@@ -1,0 +1,268 @@
+"""LoRA adapters by their products, and NVFlare's aggregator, here on a stand-in for its two classes where it is missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import types
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import robustkern as rk
+from robustkern.adapters import peft
+
+torch = pytest.importorskip("torch")
+Array = NDArray[Any]
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def lora(seed: int, r: int, scale: float = 1.0) -> dict[str, Array]:
+    g = np.random.default_rng(seed)
+    base = np.random.default_rng(99)
+    shared = {
+        "q": (base.standard_normal((4, 12)), base.standard_normal((9, 4))),
+        "v": (base.standard_normal((4, 12)), base.standard_normal((7, 4))),
+    }
+    found = {}
+    for name, (a, b) in shared.items():
+        found[f"m.{name}.lora_A.weight"] = (np.resize(a, (r, 12)) + 0.1 * g.standard_normal((r, 12))).astype(np.float32)
+        found[f"m.{name}.lora_B.weight"] = (
+            scale * (np.resize(b, (b.shape[0], r)) + 0.1 * g.standard_normal((b.shape[0], r)))
+        ).astype(np.float32)
+    return found
+
+
+def product(adapter: Any, scaling: float = 1.0) -> Array:
+    parts = []
+    for name in ("q", "v"):
+        a, b = (np.asarray(adapter[f"m.{name}.lora_{x}.weight"], dtype=np.float64) for x in "AB")
+        parts.append((b @ a).reshape(-1) * scaling)
+    return np.concatenate(parts)
+
+
+def test_inner_products_are_those_of_the_products() -> None:
+    adapters = [lora(k, r) for k, r in enumerate((4, 8, 2, 4))]
+    scalings = [1.0, 0.5, 2.0, 1.0]
+    rows = np.stack([product(adapter, s) for adapter, s in zip(adapters, scalings, strict=True)])
+    np.testing.assert_allclose(peft.lora_gram(adapters, scalings=scalings), rows @ rows.T, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["ctma(geometric_median)", "multi_krum", "geometric_median", "nnm | mean", "mean"])
+def test_the_merged_adapter_is_the_rule_of_the_products(rule: str) -> None:
+    adapters = [lora(k, r) for k, r in enumerate((4, 8, 4, 8, 4, 8, 4))]
+    adapters[2] = lora(2, 4, scale=-50.0)
+    rows = np.stack([product(adapter) for adapter in adapters])
+    want, info = rk.aggregate(rows, rule, f=1, return_info=True)
+    merged, weights = peft.aggregate_lora(adapters, rule, f=1)
+    np.testing.assert_allclose(weights, info.weights, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(product(merged), want, rtol=1e-4, atol=1e-5)
+    assert {x.dtype for x in merged.values()} == {np.dtype(np.float32)}
+    rank = sum(adapters[i]["m.q.lora_A.weight"].shape[0] for i in np.flatnonzero(weights))
+    assert merged["m.q.lora_A.weight"].shape == (rank, 12)
+    tensors, same = peft.aggregate_lora([{k: torch.tensor(x) for k, x in a.items()} for a in adapters], rule, f=1)
+    assert np.array_equal(same, weights)
+    assert np.array_equal(tensors["m.q.lora_B.weight"], merged["m.q.lora_B.weight"])
+
+
+def test_adapters_that_are_not_finite_have_no_weight() -> None:
+    adapters = [lora(k, 4) for k in range(5)]
+    adapters[1]["m.v.lora_A.weight"][0, 0] = np.nan
+    merged, weights = peft.aggregate_lora(adapters, "geometric_median", f=1)
+    assert weights[1] == 0
+    assert all(np.isfinite(x).all() for x in merged.values())
+    with pytest.raises(rk.NonFiniteError):
+        peft.aggregate_lora(adapters, "geometric_median", f=0)
+
+
+def test_what_is_no_adapter() -> None:
+    good = [lora(k, 4) for k in range(4)]
+    for wrong, message in (
+        ({"m.q.lora_A.weight": np.ones((2, 3))}, "adapter 4 has m.q.lora_A.weight and no m.q.lora_B.weight"),
+        (good[0] | {"head": np.ones(3)}, "adapter 4 has head, which is no pair of lora_A and lora_B"),
+        ({}, "adapter 4 holds no lora_A and lora_B"),
+        (
+            good[0] | {"m.q.lora_B.weight": np.ones((9, 3))},
+            r"adapter 4, m.q.weight: A of shape \(4, 12\) and B of \(9, 3\) have no product",
+        ),
+        (
+            good[0] | {"m.q.lora_B.weight": np.ones((5, 4))},
+            "adapter 4 has other modules or shapes than most, first in m.q",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            peft.aggregate_lora([*good, wrong], "mean")
+    with pytest.raises(TypeError, match="adapters: expected a list of mappings with lora_A and lora_B; got dict"):
+        peft.aggregate_lora(good[0], "mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scalings: expected 4 finite numbers"):
+        peft.aggregate_lora(good, "mean", scalings=[1, 2])
+    with pytest.raises(ValueError, match="it looks at columns"):
+        peft.aggregate_lora(good, "median")
+
+
+def folder(path: Path, adapter: Any, config: Any) -> Path:
+    from safetensors.numpy import save_file
+
+    path.mkdir()
+    save_file(adapter, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+def test_folders_of_adapters(tmp_path: Path) -> None:
+    settings = [{"r": 4, "lora_alpha": 8}, {"r": 8, "lora_alpha": 16, "use_rslora": True}, {"r": 4, "lora_alpha": 4}]
+    adapters = [lora(k, config["r"]) for k, config in enumerate(settings)]
+    paths = [
+        folder(tmp_path / f"{k}", a, c | {"peft_type": "LORA"})
+        for k, (a, c) in enumerate(zip(adapters, settings, strict=True))
+    ]
+    weights = peft.aggregate_lora_folders(paths, "mean", out=tmp_path / "merged")
+    np.testing.assert_allclose(weights, np.full(3, 1 / 3))
+    from safetensors.numpy import load_file
+
+    merged = load_file(tmp_path / "merged" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["peft_type"]) == (16, 16, False, "LORA")
+    want = np.mean([product(a, s) for a, s in zip(adapters, (2.0, 16 / np.sqrt(8), 1.0), strict=True)], axis=0)
+    np.testing.assert_allclose(product(merged, config["lora_alpha"] / config["r"]), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(FileExistsError, match="exists"):
+        peft.aggregate_lora_folders(paths, "mean", out=tmp_path / "merged")
+    for k, (config, message) in enumerate(
+        (
+            ("{", "is no JSON"),
+            ("[" * 100_000, "is no JSON"),
+            ("[]", "has no rank r"),
+            ({"r": True}, "has no rank r"),
+            ({"r": 4, "rank_pattern": {"q": 2}}, "has rank_pattern, which cannot be concatenated"),
+            ({"r": 4, "lora_alpha": "8"}, "lora_alpha must be a number; got '8'"),
+            (" " * (1 << 20) + "{}", "has more than 1048576 bytes"),
+        )
+    ):
+        bad = folder(tmp_path / f"bad{k}", adapters[0], config)
+        with pytest.raises(ValueError, match=message):
+            peft.aggregate_lora_folders([*paths, bad], "mean", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- NVFlare -----------------------------------------------------------------------------------------------------------
+
+
+class ParamsType(str, Enum):
+    FULL = "FULL"
+    DIFF = "DIFF"
+
+
+class FLModel:
+    """As much of NVFlare's as the adapter uses."""
+
+    def __init__(self, params_type: Any = ParamsType.FULL, params: Any = None, **rest: Any) -> None:
+        self.params_type, self.params = params_type, params
+        self.current_round, self.total_rounds = rest.get("current_round"), rest.get("total_rounds")
+
+
+class ModelAggregator:
+    def __init__(self) -> None:
+        self.fl_ctx: Any = None
+        self.said: list[str] = []
+
+    def warning(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.fixture
+def nvflare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    try:
+        importlib.import_module("nvflare")
+    except ImportError:
+        places = {
+            "nvflare.app_common.abstract.fl_model": {"FLModel": FLModel, "ParamsType": ParamsType},
+            "nvflare.app_common.aggregators.model_aggregator": {"ModelAggregator": ModelAggregator},
+        }
+        for name, classes in places.items():
+            parts = name.split(".")
+            for k in range(1, len(parts) + 1):
+                monkeypatch.setitem(sys.modules, ".".join(parts[:k]), types.ModuleType(".".join(parts[:k])))
+            vars(sys.modules[name]).update(classes)
+        # Parents were made anew for the second place.
+        vars(sys.modules["nvflare.app_common.aggregators.model_aggregator"]).update(
+            places["nvflare.app_common.aggregators.model_aggregator"]
+        )
+    monkeypatch.delitem(sys.modules, "robustkern.adapters.nvflare", raising=False)
+    yield importlib.import_module("robustkern.adapters.nvflare")
+    sys.modules.pop("robustkern.adapters.nvflare", None)
+
+
+class Lazy:
+    def __init__(self, x: Array) -> None:
+        self.x = x
+
+    def materialize(self) -> Array:
+        return self.x
+
+
+def model(nvflare: Any, params: Any, diff: bool = False) -> Any:
+    kind = nvflare.ParamsType.DIFF if diff else nvflare.ParamsType.FULL
+    made = nvflare.FLModel(params_type=kind, params={}, current_round=3, total_rounds=9)
+    made.params = params
+    return made
+
+
+def test_nvflares_rounds(nvflare: Any) -> None:
+    g = np.random.default_rng(0)
+    rows = [
+        {"w": g.standard_normal((3, 4)), "steps": np.int64(k), "t": torch.tensor(g.standard_normal(5))}
+        for k in range(7)
+    ]
+    for row in rows:
+        row["t"] = np.asarray(row["t"])
+    own = nvflare.RobustAggregator("ctma(geometric_median)", f=2)
+    own.fl_ctx = None
+    for row in rows[:6]:
+        own.accept_model(model(nvflare, {"w": Lazy(row["w"]), "steps": row["steps"], "t": row["t"]}))
+    own.accept_model(model(nvflare, {"w": np.ones((2, 2))}))
+    found = own.aggregate_model()
+    want = rk.aggregate([{k: np.asarray(x) for k, x in row.items()} for row in rows[:6]], "ctma(geometric_median)", f=1)
+    assert np.array_equal(found.params["w"], want["w"])
+    assert found.params["steps"] == want["steps"]
+    assert (own.info.n, own.info.f) == (6, 1)
+    assert found.current_round == 3
+    assert found.params_type == nvflare.ParamsType.FULL
+    for params in ("text", {}, {"w": "text"}, {"w": rows[0]["w"] * np.nan, "steps": np.int64(1), "t": rows[0]["t"]}):
+        for row in rows[:6]:
+            own.accept_model(model(nvflare, dict(row)))
+        own.accept_model(model(nvflare, params))
+        assert np.isfinite(own.aggregate_model().params["w"]).all()
+
+
+def test_nvflares_rounds_of_nothing(nvflare: Any) -> None:
+    own = nvflare.RobustAggregator("median", delta=0.2)
+    with pytest.raises(ValueError, match="there are no models to combine"):
+        own.aggregate_model()
+    bad = [model(nvflare, {"w": np.ones(k)}) for k in range(1, 6)]
+    for one in bad:
+        own.accept_model(one)
+    with pytest.raises(rk.NonFiniteError, match="the first round's models cannot be used"):
+        own.aggregate_model()
+    for k in range(5):
+        own.accept_model(model(nvflare, {"w": np.full(3, float(k))}))
+    assert own.aggregate_model().params["w"].tolist() == [2.0] * 3
+    for one in bad:
+        own.accept_model(one)
+    assert own.aggregate_model().params["w"].tolist() == [2.0] * 3  # as it was
+    for k in range(5):
+        own.accept_model(model(nvflare, {"w": np.full(3, np.nan if k < 3 else 1.0)}, diff=True))
+    assert own.aggregate_model().params["w"].tolist() == [0.0] * 3
+    own.accept_model(bad[0])
+    own.reset_stats()
+    with pytest.raises(ValueError, match="there are no models"):
+        own.aggregate_model()
+    for options in ({}, {"f": 1, "delta": 0.1}):
+        with pytest.raises(ValueError, match="RobustAggregator: pass f or delta; got"):
+            nvflare.RobustAggregator("median", **options)
