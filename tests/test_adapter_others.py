@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,20 @@ def test_byzpys_aggregators() -> None:
 
     np.testing.assert_allclose(byzpy.MultiKrum(2, 4).aggregate(list(T)), rk.multi_krum(X, f=2, m=4, neighbours=8))
     np.testing.assert_allclose(byzpy.CoordinateWiseMedian().aggregate(list(T)), rk.median(X, even="low"))
+
+
+def test_the_guide_runs() -> None:
+    """Every example of docs/adapters.md, in order."""
+    text = (Path(rk.__file__).parent.parent / "docs" / "adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    assert len(blocks) == 6
+    names: dict[str, Any] = {}
+    for block in blocks:
+        if "flower" in block:
+            pytest.importorskip("flwr")
+        exec(block, names)
+    assert names["f"] == 1
+    assert len(names["mixed"]) == 7
 
 
 def test_suites_run_unchanged(tmp_path: Path) -> None:

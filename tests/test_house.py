@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
 }
 _PUBLIC = {"", *LAYERS}
 LAYERS |= {
-    "adapters": _PUBLIC,  # of other frameworks; empty so far
+    "adapters": _PUBLIC,  # of other frameworks
     "distributed": _PUBLIC,  # columns and rows on ranks; empty so far
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},

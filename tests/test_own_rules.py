@@ -21,7 +21,7 @@ from support import make_rows
 import robustkern as rk
 from robustkern.files import aggregate_files
 from robustkern.measure import peers, reads, roofline
-from robustkern.rules import registered, table, text
+from robustkern.rules import comparison, registered, table, text
 from robustkern.rules.geometry import share_of_origin
 
 #: What a stranger writes: minimal-diameter averaging, centred clipping, and a mixer.
@@ -434,6 +434,13 @@ def test_plain_forms_are_the_rules(case: str) -> None:
     assert plain is not None
     x = attacked(9, 50)
     np.testing.assert_allclose(plain(x), rk.aggregate(x, case, f=2), atol=1e-5)
+
+
+def test_the_page_that_compares_the_rules_is_made_from_them() -> None:
+    """`python -m robustkern.rules > docs/rules.md`."""
+    page = (Path(rk.__file__).parent.parent / "docs" / "rules.md").read_text()
+    assert page == comparison()
+    assert all(rule.advice for rule in registered().values() if rule.__module__.startswith("robustkern.rules"))
 
 
 def test_the_table_of_the_readme_is_the_rules() -> None:

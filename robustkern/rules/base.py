@@ -48,6 +48,8 @@ class Rule:
         How it is written, where that is more than its name.
     summary : str
         What it does, in half a line.
+    advice : str
+        What it is for, and when not.
     reads : str
         How often it reads the n x d data.
     needs : str
@@ -64,6 +66,7 @@ class Rule:
     aliases: ClassVar[tuple[str, ...]] = ()
     form: ClassVar[str] = ""
     summary: ClassVar[str] = ""
+    advice: ClassVar[str] = ""
     reads: ClassVar[str] = "2"
     needs: ClassVar[str] = "2f < n"
     supports_weights: ClassVar[bool] = False

@@ -51,6 +51,7 @@ class Clipping(Mixer):
     form: ClassVar[str] = "clipping(limit=...) | rule"
     aliases: ClassVar[tuple[str, ...]] = ("norm_clipping", "static_clipping")
     summary: ClassVar[str] = "rows of a norm above `limit` are shortened to it first"
+    advice: ClassVar[str] = "before any rule, where a bound of honest norms is known"
     needs: ClassVar[str] = "its rule's"
     points: ClassVar[tuple[str, ...]] = ("origin",)
 
@@ -76,6 +77,7 @@ class ARC(Mixer):
     name: ClassVar[str] = "arc"
     form: ClassVar[str] = "arc | rule"
     summary: ClassVar[str] = "the floor(2f(n-f)/n) longest rows are shortened to the next one first"
+    advice: ClassVar[str] = "before any rule, where norms differ by malice; adapts its limit to the rows"
     needs: ClassVar[str] = "its rule's"
     points: ClassVar[tuple[str, ...]] = ("origin",)
 
@@ -118,6 +120,7 @@ class CentredClipping(Aggregator):
     form: ClassVar[str] = "centred_clipping(tau=...)"
     aliases: ClassVar[tuple[str, ...]] = ("centered_clipping",)
     summary: ClassVar[str] = 'steps from `centre` (or `start="zero"`), no row pulls by more than `tau`; `steps`'
+    advice: ClassVar[str] = "momentum with the last result as centre; not without a good centre and a tau of its size"
     needs: ClassVar[str] = "a good centre"
     supports_weights: ClassVar[bool] = True
     points: ClassVar[tuple[str, ...]] = ("centre",)

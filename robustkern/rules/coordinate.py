@@ -58,6 +58,7 @@ class Median(_Selection):
     name: ClassVar[str] = "median"
     aliases: ClassVar[tuple[str, ...]] = ("cwmed",)
     summary: ClassVar[str] = 'per coordinate; `even="mean"/"low"/"high"`'
+    advice: ClassVar[str] = "no f known, one read; biased where honest rows differ much and d is large"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"median": _SELECTION, "weighted median": {16: 2.0, 32: 3.0}}
 
@@ -97,6 +98,7 @@ class TrimmedMean(_Selection):
     name: ClassVar[str] = "trimmed_mean"
     aliases: ClassVar[tuple[str, ...]] = ("cwtm", "trmean")
     summary: ClassVar[str] = "per coordinate, without the f smallest and largest"
+    advice: ClassVar[str] = "one read, accurate where attackers are few; its constant grows with f/(n-2f)"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"trimmed_mean": _SELECTION}
 
@@ -139,6 +141,7 @@ class MeanAroundMedian(_Selection):
     name: ClassVar[str] = "mean_around_median"
     aliases: ClassVar[tuple[str, ...]] = ("meamed",)
     summary: ClassVar[str] = "per coordinate, of the n-f values nearest to the median; `count`, `even`"
+    advice: ClassVar[str] = "one read, close to the mean without attackers; no constant is known"
     goals: ClassVar[Goals] = {"mean_around_median": {16: 1.3, 32: 1.6, 64: 2.0}}
 
     def __post_init__(self) -> None:

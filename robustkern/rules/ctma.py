@@ -35,6 +35,7 @@ class CTMA(Aggregator):
     name: ClassVar[str] = "ctma"
     form: ClassVar[str] = "ctma(rule)"
     summary: ClassVar[str] = "mean of the n-f rows nearest to the rule's result: lifts any rule to the optimal order"
+    advice: ClassVar[str] = "the optimal order over any other rule, for one more read of n-f rows: the default choice"
     needs: ClassVar[str] = "its rule's"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {

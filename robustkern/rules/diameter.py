@@ -36,6 +36,7 @@ class MDA(Aggregator):
     name: ClassVar[str] = "mda"
     aliases: ClassVar[tuple[str, ...]] = ("minimum_diameter_averaging",)
     summary: ClassVar[str] = "mean of the n-f rows of smallest diameter; exact, for small f"
+    advice: ClassVar[str] = "small f, exact subset; refused where the search would grow with 1.47^f"
     needs: ClassVar[str] = "2f < n"
     goals: ClassVar[Goals] = {"mda": {16: 2.2, 32: 2.4}}
 

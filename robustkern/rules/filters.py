@@ -74,6 +74,7 @@ class CAF(Aggregator):
     name: ClassVar[str] = "caf"
     aliases: ClassVar[tuple[str, ...]] = ("covariance_agnostic_filter",)
     summary: ClassVar[str] = "mean by weights that fall along the direction of largest spread; no bound of it is needed"
+    advice: ClassVar[str] = "no bound of the honest spread is known; weights instead of cuts, at most 256 rows"
     goals: ClassVar[Goals] = {"caf": _TWO_READS}
 
     def solve(self, view: View) -> Solution:
@@ -135,6 +136,7 @@ class SMEA(Aggregator):
     name: ClassVar[str] = "smea"
     aliases: ClassVar[tuple[str, ...]] = ("smallest_maximum_eigenvalue_averaging",)
     summary: ClassVar[str] = "mean of the n-f rows of smallest largest eigenvalue; exact, for few rows"
+    advice: ClassVar[str] = "few rows, best covariance; refused where subsets are too many"
     goals: ClassVar[Goals] = {"smea": {16: 2.2}}
 
     def solve(self, view: View) -> Solution:
@@ -190,6 +192,7 @@ class Spectral(Aggregator):
     name: ClassVar[str] = "spectral"
     aliases: ClassVar[tuple[str, ...]] = ("dnc", "divide_and_conquer")
     summary: ClassVar[str] = "mean without the f rows farthest along the direction of largest spread; `fraction`"
+    advice: ClassVar[str] = "one direction of attack in many dimensions; not several at once: no bound"
     needs: ClassVar[str] = "no bound"
     goals: ClassVar[Goals] = {"spectral": _TWO_READS}
 
@@ -242,6 +245,7 @@ class FABA(Aggregator):
 
     name: ClassVar[str] = "faba"
     summary: ClassVar[str] = "mean without f rows, each the farthest from the mean of what was left"
+    advice: ClassVar[str] = "few, far attackers; not against many that pull the mean to them"
     needs: ClassVar[str] = "no bound"
     goals: ClassVar[Goals] = {"faba": _TWO_READS}
 
@@ -283,6 +287,7 @@ class Aksel(Aggregator):
 
     name: ClassVar[str] = "aksel"
     summary: ClassVar[str] = "mean of the nearer half of the rows to their median; f is not needed"
+    advice: ClassVar[str] = "no f known, and half of the rows may be thrown away; otherwise `ctma(median)` keeps more"
     goals: ClassVar[Goals] = {"aksel": {16: 2.1, 32: 2.2, 64: 2.5, 128: 3.0}}
 
     def solve(self, view: View) -> Solution:

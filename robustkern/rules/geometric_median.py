@@ -50,6 +50,9 @@ class GeometricMedian(Aggregator):
     summary: ClassVar[str] = (
         "least sum of distances, converged; `nu` (Huber's), `max_iter`, `start`, `tol`; `rfa`: 3 steps"
     )
+    advice: ClassVar[str] = (
+        "without f, with weights, rotations do not matter; lift it by ctma against one-sided attacks"
+    )
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"geometric_median": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
 

@@ -123,6 +123,7 @@ class Krum(_Scored):
 
     name: ClassVar[str] = "krum"
     summary: ClassVar[str] = "the row with the nearest neighbours; `neighbours`, `squared`"
+    advice: ClassVar[str] = "an actual row is wanted; not for accuracy: it averages nobody"
     goals: ClassVar[Goals] = {"krum": _TWO_READS}
 
     def solve(self, view: View) -> Solution:
@@ -164,6 +165,7 @@ class MultiKrum(_Scored):
     name: ClassVar[str] = "multi_krum"
     aliases: ClassVar[tuple[str, ...]] = ("multikrum",)
     summary: ClassVar[str] = "mean of the m rows with the nearest neighbours; `m`, `neighbours`, `squared`"
+    advice: ClassVar[str] = "as krum, averaging m rows; m above n-f lets attackers in"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"multi_krum": _TWO_READS}
 
@@ -211,6 +213,7 @@ class Bulyan(Aggregator):
 
     name: ClassVar[str] = "bulyan"
     summary: ClassVar[str] = 'per coordinate, around the median of n-2f rows that Krum selects; `selection="once"`'
+    advice: ClassVar[str] = "few attackers in many dimensions; not above f = (n-3)/4, nor for large n (n^3)"
     reads: ClassVar[str] = "2"
     needs: ClassVar[str] = "4f + 3 <= n"
 

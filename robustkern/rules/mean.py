@@ -22,6 +22,7 @@ class Mean(Aggregator):
 
     name: ClassVar[str] = "mean"
     summary: ClassVar[str] = "not robust; lets NaN through"
+    advice: ClassVar[str] = "no hostile rows; one hostile row owns it"
     reads: ClassVar[str] = "1"
     needs: ClassVar[str] = "f = 0"
     supports_weights: ClassVar[bool] = True

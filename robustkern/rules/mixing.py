@@ -34,6 +34,7 @@ class NNM(Mixer):
     name: ClassVar[str] = "nnm"
     form: ClassVar[str] = "nnm | rule"
     summary: ClassVar[str] = "each row becomes the mean of its n-f nearest first; `count`"
+    advice: ClassVar[str] = "before a rule, where honest rows differ much (heterogeneous data): their spread shrinks"
     needs: ClassVar[str] = "its rule's"
     goals: ClassVar[Goals] = {
         "nnm | geometric_median": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5},
@@ -100,6 +101,7 @@ class Bucketing(Mixer):
     name: ClassVar[str] = "bucketing"
     form: ClassVar[str] = "bucketing | rule"
     summary: ClassVar[str] = "means of random buckets first; `size`, `seed`, `order`"
+    advice: ClassVar[str] = "before a rule, fewer and smoother rows at random; costs f relative to n"
     reads: ClassVar[str] = "its rule's"
     needs: ClassVar[str] = "more than 2f buckets"
 

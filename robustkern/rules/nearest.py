@@ -27,6 +27,7 @@ class Centre(Aggregator):
 
     name: ClassVar[str] = "centre"
     summary: ClassVar[str] = "the caller's `centre`, for `ctma(centre)`"
+    advice: ClassVar[str] = "a point to measure from, inside `ctma(centre)`; nothing by itself"
     reads: ClassVar[str] = "0"
     needs: ClassVar[str] = "a good centre"
     points: ClassVar[tuple[str, ...]] = ("centre",)
@@ -57,6 +58,7 @@ class MoNNA(Aggregator):
     name: ClassVar[str] = "monna"
     aliases: ClassVar[tuple[str, ...]] = ("nna", "nearest_neighbour_averaging")
     summary: ClassVar[str] = 'mean of the n-f rows nearest to one that is trusted; `pivot=0`, or `"centre"`'
+    advice: ClassVar[str] = "a row you know to be honest, such as your own; not where nobody is trusted"
     needs: ClassVar[str] = "2f < n, an honest pivot"
     goals: ClassVar[Goals] = {"monna": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
 
@@ -107,6 +109,7 @@ class CGE(Aggregator):
     name: ClassVar[str] = "cge"
     aliases: ClassVar[tuple[str, ...]] = ("norm_filter", "comparative_gradient_elimination")
     summary: ClassVar[str] = "mean of the n-f rows of smallest norm"
+    advice: ClassVar[str] = "gradients near convergence against large attacks; not against short ones (sign flips, IPM)"
     needs: ClassVar[str] = "no bound"
     points: ClassVar[tuple[str, ...]] = ("origin",)
     goals: ClassVar[Goals] = {"cge": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
@@ -137,6 +140,7 @@ class Medoid(Aggregator):
 
     name: ClassVar[str] = "medoid"
     summary: ClassVar[str] = "the row with the least sum of distances to the others"
+    advice: ClassVar[str] = "an actual row, without f; not for accuracy: it averages nobody"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"medoid": {16: 2.2, 32: 2.4, 64: 3.0, 128: 4.5}}
 
