@@ -151,6 +151,37 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from robustkern.cli.commands import app
+
+    paths = [folder(tmp_path / f"{k}", lora(k, 4, 1.0 if k else -9.0), {"r": 4, "lora_alpha": 4}) for k in range(5)]
+
+    def run(*more: Any) -> Any:
+        return CliRunner().invoke(app, ["lora", *map(str, more)], env={"COLUMNS": "200"})
+
+    result = run(*paths, "--rule", "krum", "--f", 1, "--out", tmp_path / "one")
+    assert result.exit_code == 0, result.stderr
+    assert "1.0000" in result.stdout
+    result = run(*paths, "--f", 1, "--out", tmp_path / "two", "--json")
+    weights = json.loads(result.stdout)["weights"]
+    assert [weights[str(path)] for path in paths] == [0, 0.25, 0.25, 0.25, 0.25]
+    for arguments, message in (
+        ([*paths, "--f", 1, "--out", tmp_path / "two"], "exists (pass a new folder)"),
+        ([*paths, "--rule", "median", "--out", tmp_path / "three"], "it looks at columns"),
+        ([*paths, "--rule", "medain", "--out", tmp_path / "three"], "'medain' is not known"),
+        ([tmp_path / "none", "--out", tmp_path / "three"], "No such file"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code in (1, 2)
+        assert message in " ".join(result.stderr.split())
+    (paths[2] / "adapter_model.safetensors").write_bytes(b"garbage")
+    result = run(*paths, "--f", 1, "--out", tmp_path / "three")
+    assert result.exit_code == 1
+    assert "cannot be read" in " ".join(result.stderr.split())
+
+
 # ---- NVFlare -----------------------------------------------------------------------------------------------------------
 
 

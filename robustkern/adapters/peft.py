@@ -208,13 +208,13 @@ def aggregate_lora_folders(
     TypeError, ValueError, NonFiniteError, FileExistsError, OSError
         As `aggregate_lora`; and where `out` exists, or settings cannot be read or ask for ranks by module.
     """
-    from safetensors.numpy import load_file, save_file
+    from safetensors.numpy import save_file
 
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"out: {plain(str(out), 200)} exists (pass a new folder)")
     configs = [_config(Path(path)) for path in paths]
-    adapters = [load_file(Path(path) / "adapter_model.safetensors") for path in paths]
+    adapters = [_tensors(Path(path) / "adapter_model.safetensors") for path in paths]
     scalings = [_scaling(config) for config in configs]
     options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
     merged, shares = aggregate_lora(adapters, rule, scalings=scalings, **options)  # type: ignore[arg-type]
@@ -225,6 +225,17 @@ def aggregate_lora_folders(
     save_file(merged, target / "adapter_model.safetensors")
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return shares
+
+
+def _tensors(file: Path) -> dict[str, NDArray[Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        found: dict[str, NDArray[Any]] = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{plain(str(file), 200)} cannot be read: {plain(str(error), 200)}") from None
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from robustkern.cli.aggregate import aggregate
 from robustkern.cli.bench import bench
 from robustkern.cli.demo import demo
 from robustkern.cli.info import info
+from robustkern.cli.lora import lora
 from robustkern.cli.reproduce import reproduce
 from robustkern.cli.rules import rules
 from robustkern.cli.scaling import scaling
@@ -44,5 +45,5 @@ def _robustkern(
     """
 
 
-for _command in (aggregate, demo, bench, scaling, train, reproduce, rules, info):
+for _command in (aggregate, lora, demo, bench, scaling, train, reproduce, rules, info):
     app.command()(_command)

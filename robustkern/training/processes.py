@@ -25,7 +25,7 @@ from robustkern.errors import RobustkernError
 from robustkern.training.attacks import parse_attack
 from robustkern.training.data import DataSet
 from robustkern.training.settings import Settings
-from robustkern.training.simulation import Floats, Server, Task, Times, Workers, byzantine_rows
+from robustkern.training.simulation import Floats, ModelServer, Task, Times, Workers, byzantine_rows
 
 __all__ = ["ProcessServer", "work"]
 
@@ -119,7 +119,7 @@ class ProcessServer:
     def __init__(self, settings: Settings, data: DataSet, *, timeout_s: float, checkpoint_every: int) -> None:
         self.settings, self.times, self.t = settings, Times(), 0
         self.task = Task(settings, data)
-        self.server = Server(self.task, self.times)
+        self.server = ModelServer(self.task, self.times)
         self.workers = Workers(self.task, [0], self.times)
         self.honest = settings.workers - settings.byzantine
         self.attack = parse_attack(settings.attack)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from robustkern.errors import plain
 from robustkern.measure import style
 from robustkern.training.settings import Settings
-from robustkern.training.simulation import Server, Times
+from robustkern.training.simulation import ModelServer, Times
 
 __all__ = ["Runner", "alone_in", "draw", "last_checkpoint", "read_lines", "replace_lines", "run"]
 
@@ -33,7 +33,7 @@ class Runner(Protocol):
     """What trains: a `Simulation`, or the server of real processes."""
 
     settings: Settings
-    server: Server
+    server: ModelServer
     times: Times
     t: int
 

@@ -1,6 +1,6 @@
 """A round of training: workers' estimates, what attackers make of them, the aggregate, the server's step.
 
-`Workers` and `Server` are used alike by the simulation of all workers in one process (`Simulation`) and by real
+`Workers` and `ModelServer` are used alike by the simulation of all workers in one process (`Simulation`) and by real
 processes (`processes.py`).
 """
 
@@ -26,7 +26,7 @@ from robustkern.training.optimizers import Mu2Server
 from robustkern.training.schedules import Schedule
 from robustkern.training.settings import Settings
 
-__all__ = ["Server", "Simulation", "Times", "TooManyLost", "Workers", "byzantine_rows"]
+__all__ = ["ModelServer", "Simulation", "Times", "TooManyLost", "Workers", "byzantine_rows"]
 
 Floats = NDArray[np.float32]
 EVALUATED_TOGETHER = 1024
@@ -262,7 +262,7 @@ def combined(
     return aggregate(rows, settings.rule, delta=delta, weights=weights, seed=seed)
 
 
-class Server:
+class ModelServer:
     """The parameters, the step along the aggregate, and which workers were lost."""
 
     def __init__(self, task: Task, times: Times | None = None) -> None:
@@ -347,7 +347,7 @@ class Simulation:
     def __init__(self, settings: Settings, data: DataSet) -> None:
         self.settings, self.times, self.t = settings, Times(), 0
         self.task = Task(settings, data)
-        self.server = Server(self.task, self.times)
+        self.server = ModelServer(self.task, self.times)
         self.honest = settings.workers - settings.byzantine
         self.attack = parse_attack(settings.attack)
         training = settings.workers if self.attack.trains else self.honest
