@@ -26,7 +26,18 @@ from robustkern.rules.geometry import CentreError, Given, Mixture, TooCloseError
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
-__all__ = ["Info", "Limits", "check_rest", "combining", "joined", "limits", "mix", "run", "write_mixed"]
+__all__ = [
+    "Info",
+    "Limits",
+    "check_rest",
+    "combining",
+    "count_of_share",
+    "joined",
+    "limits",
+    "mix",
+    "run",
+    "write_mixed",
+]
 
 
 @dataclass(frozen=True)
@@ -433,6 +444,11 @@ def joined(leaves: dict[str, Info]) -> Info:
 # ---- validation ------------------------------------------------------------------------------------------------
 
 
+def count_of_share(delta: float, n: int) -> int:
+    """Return how many of n rows a share of them is: floor(delta * n), and fewer than half."""
+    return min(math.floor(delta * n + 1e-9), (n - 1) // 2)  # 0.29 * 100 is 28.999999999999996
+
+
 def _checked_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
     """Return the number of tolerated rows from f or delta."""
     if delta is not None:
@@ -442,7 +458,7 @@ def _checked_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
             raise TypeError(f"{rule}: delta must be a number; got {type(delta).__name__}")
         if not 0 <= delta < 0.5:
             raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {delta}")
-        return min(math.floor(float(delta) * n + 1e-9), (n - 1) // 2)  # 0.29 * 100 is 28.999999999999996
+        return count_of_share(float(delta), n)
     if f is None:
         return None
     if isinstance(f, (bool, np.bool_)) or not isinstance(f, (int, np.integer)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from robustkern.engine import Info
 from robustkern.functions import NonFinite, Patterns, Scope, aggregate
+from robustkern.inputs.trees import PLAIN
 from robustkern.rules.base import Aggregator, as_aggregator
 
 __all__ = ["Server"]
@@ -94,6 +96,10 @@ class Server:
         self.rule = as_aggregator(rule)
         if weights is not None and not (isinstance(weights, str) and weights == "counts"):
             raise ValueError(f"Server: weights must be None or 'counts' (or pass them to aggregate); got {weights!r}")
+        if weights is not None and not self.rule.supports_weights:
+            raise ValueError(f"Server: {self.rule} takes no weights (drop weights='counts')")
+        if f is not None and delta is not None:
+            raise ValueError(f"Server: pass f or delta, not both; got f={f}, delta={delta}")
         if not isinstance(absent, str) or absent not in ("forget", "stale"):
             raise ValueError(f"Server: absent must be 'forget' or 'stale'; got {absent!r}")
         if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
@@ -179,7 +185,7 @@ class Server:
             **({} if keeps else self._leaves),
         )
         if self._measures:
-            self._centre = self._copy(result)
+            self._centre = aggregate([result], "mean", backend=self._backend)
         self.counts, self._rows, self.rounds = counts, known, self.rounds + 1
         return (result, info) if return_info else result
 
@@ -213,7 +219,17 @@ class Server:
         if self._momentum == 0 or last is None or not _is_finite(last):
             return self._copy(update)
         update = self._copy(update)  # which has the leaves that take part, in the dtype
-        return aggregate([last, update], "mean", weights=[self._momentum, 1 - self._momentum], backend=self._backend)
+        if hasattr(update, "shape"):
+            return self._mixed(update, last)
+        import optree
+
+        # Settings and epochs are those of the update. Another order of keys, or another structure, the next line tells.
+        with contextlib.suppress(ValueError):
+            last = optree.tree_map(lambda new, old: new if type(new) in PLAIN else old, update, last)
+        return self._mixed(update, last)
+
+    def _mixed(self, update: Any, last: Any) -> Any:
+        return aggregate([update, last], "mean", weights=[1 - self._momentum, self._momentum], backend=self._backend)
 
     # -- between processes -----------------------------------------------------------------------------------------
 

@@ -209,6 +209,12 @@ def test_gradients_flow_through_tensors() -> None:
         assert not byzfl.Median()(x).requires_grad
 
 
+@pytest.mark.parametrize("rule", [byzfl.Clipping(3.0), byzfl.ARC(2), byzfl.NNM(2), byzfl.Bucketing(9)])
+def test_gradients_of_pre_aggregators(rule: Any) -> None:
+    x = torch.tensor(X, requires_grad=True)
+    assert torch.autograd.gradcheck(rule, (x,), atol=1e-5)
+
+
 def test_vectors_of_other_shapes_and_of_integers() -> None:
     cube = X.reshape(9, 4, 5)
     assert byzfl.Median()(cube).shape == (4, 5)

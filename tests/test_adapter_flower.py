@@ -20,7 +20,7 @@ import flwr.server.strategy as older
 import flwr.serverapp.strategy as builtin
 import ml_dtypes
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
-from flwr.common import Code, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.common import Code, EvaluateRes, FitRes, Parameters, Status, ndarrays_to_parameters, parameters_to_ndarrays
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -330,6 +330,66 @@ def test_more_bad_replies_than_f_change_nothing() -> None:
     assert flower.FedMedian().aggregate_evaluate(1, messages(bad + bad, [-1, -1, 10, 10])) is None
 
 
+def test_too_few_replies_change_nothing() -> None:
+    """One client that only says that it failed makes n too small for f."""
+    for rule, f, count in (("ctma(median)", 2, 4), ("bulyan", 1, 6), ("krum", 1, 3), ("krum", 1, 2)):
+        found = flower.RobustStrategy(rule, f=f).aggregate_train(1, messages([honest(k) for k in range(count)]))
+        assert found == (None, None)
+
+
+def test_integers_tell_clients_apart() -> None:
+    rows = [{"q": np.full(50, k, np.int8), "s": np.float32([1 + k / 100])} for k in range(9)]
+    rows[4] = {"q": np.full(50, 127, np.int8), "s": np.float32([1.04])}
+    arrays, _ = flower.Krum(num_malicious_nodes=3).aggregate_train(1, messages(rows))
+    assert arrays is not None
+    assert arrays["q"].numpy().max() < 10
+
+
+def test_one_claim_among_few_selected_owns_nothing() -> None:
+    rows = [{"w": np.full(3, 1 + k / 1000, np.float32)} for k in range(8)]
+    arrays, metrics = flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2).aggregate_train(
+        1, messages(rows, [9999, *[10] * 7])
+    )
+    assert arrays is not None
+    plain = flower.MultiKrum(num_malicious_nodes=1, num_nodes_to_select=2)
+    order = plain.aggregate_train(1, messages(rows))[0]
+    assert order is not None
+    assert abs(arrays["w"].numpy() - order["w"].numpy()).max() < 0.001
+    replies = messages(rows, [9999, *[10] * 7])
+    next(iter(replies[0].content.metric_records.values()))["loss"] = 9.0
+    _, metrics = flower.FedMedian().aggregate_train(1, replies)
+    assert metrics is not None
+    assert metrics["loss"] == pytest.approx((100 * 9 + 7 * 10 * 0.5) / 170)
+
+
+def test_rows_with_nan_do_not_freeze_a_mean_of_many() -> None:
+    rows = [honest(k) for k in range(10)]
+    for k in range(3):
+        rows[k] = {key: value * np.nan for key, value in rows[k].items()}
+    arrays, _ = flower.MultiKrum(num_malicious_nodes=3, num_nodes_to_select=9).aggregate_train(1, messages(rows))
+    assert arrays is not None
+    results = [fitted(list(row.values())) for row in [{k: np.atleast_1d(v) for k, v in row.items()} for row in rows]]
+    got, _ = flower_server.Krum(num_malicious_clients=3, num_clients_to_keep=9).aggregate_fit(2, results, [])
+    assert got is not None
+
+
+def test_a_row_by_columns_is_copied_alone() -> None:
+    data = Array(np.asfortranarray(np.ones((3, 4), np.float32))).data
+    assert flower.decoded(data).flags.c_contiguous
+    with pytest.raises(ValueError, match="its stype is"):
+        flower._decoded(Array("f8," * 1_000_000, (3,), "numpy.ndarray", data))
+
+
+def test_a_centre_of_bfloat16_is_decoded() -> None:
+    half = np.ones(3, np.float32).astype(ml_dtypes.bfloat16)
+    plain = Array(half.view("V2"))
+    sent = ArrayRecord({"w": Array("bfloat16", (3,), plain.stype, plain.data)})
+    strategy = flower.RobustStrategy("ctma(centre)", f=1)
+    strategy.configure_train(1, sent, ConfigRecord({}), OwnGrid(3, None, None))
+    assert strategy._sent is not None
+    assert strategy._sent["w"].dtype == ml_dtypes.bfloat16
+
+
 def test_f_shrinks_by_what_is_left_out() -> None:
     rows = [honest(k) for k in range(9)]
     strategy = flower.RobustStrategy("trimmed_mean", f=2)
@@ -429,6 +489,10 @@ def test_what_a_strategy_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             flower.RobustStrategy("krum", **options)  # type: ignore[arg-type]
+    for rule in ("monna", "nnm | monna(pivot=2)", "ctma(monna)"):
+        with pytest.raises(ValueError, match="trusts a row by its number"):
+            flower.RobustStrategy(rule, f=1)
+    assert flower.RobustStrategy("monna(pivot='centre')", f=1).rule.points == ("centre",)
     with pytest.raises(ValueError, match="'medain' is not known"):
         flower.RobustStrategy("medain", f=1)
 
@@ -495,6 +559,44 @@ def test_no_older_result_ends_a_run(name: str, bad: str) -> None:
     assert few.aggregate_fit(1, worst, []) == (None, {})
     nans = [fitted([x * np.nan for x in layers_of(0)])] * 5
     assert few.aggregate_fit(1, [*nans, *results[:3]], []) == (None, {})
+
+
+@pytest.mark.parametrize("bad", ["negative", "nan loss", "nan metric", "no metric", "absurd"])
+def test_no_older_evaluation_ends_a_run(bad: str) -> None:
+    def evaluated(loss: float = 0.5, examples: int = 10, metrics: Any = None) -> Any:
+        return SimpleNamespace(cid="7"), EvaluateRes(
+            Status(Code.OK, ""), loss, examples, {"acc": 0.1} if metrics is None else metrics
+        )
+
+    hostile = {
+        "negative": evaluated(examples=-20),
+        "nan loss": evaluated(float("nan")),
+        "nan metric": evaluated(metrics={"acc": float("nan")}),
+        "no metric": evaluated(metrics={}),
+        "absurd": evaluated(9e9, 10**15),
+    }[bad]
+    strategy = flower_server.FedMedian(
+        evaluate_metrics_aggregation_fn=lambda pairs: {
+            "acc": sum(n * m["acc"] for n, m in pairs) / sum(n for n, _ in pairs)
+        }
+    )
+    loss, metrics = strategy.aggregate_evaluate(2, [evaluated(), hostile, evaluated(), evaluated()], [])
+    assert loss == 0.5
+    assert metrics == {"acc": pytest.approx(0.1)}
+    assert strategy.aggregate_evaluate(2, [hostile, hostile], []) == (None, {})
+
+
+def test_older_claims_are_capped() -> None:
+    results = [fitted([np.full(3, 1 + k / 100, np.float32)]) for k in range(8)]
+    for claim in (0, 0.5, 9999):
+        results[3][1].num_examples = claim
+        got, _ = flower_server.Krum(num_malicious_clients=1, num_clients_to_keep=5).aggregate_fit(2, results, [])
+        assert np.isfinite(parameters_to_ndarrays(got)[0]).all()
+        one, _ = flower_server.Krum(num_malicious_clients=1, num_clients_to_keep=1).aggregate_fit(2, results, [])
+        assert np.isfinite(parameters_to_ndarrays(one)[0]).all()
+    assert abs(parameters_to_ndarrays(got)[0][0] - 1.03) < 0.02
+    few = flower_server.Bulyan(num_malicious_clients=1, to_keep=0)
+    assert few.aggregate_fit(2, results[:6], []) == (None, {})
 
 
 def test_functions_over_results() -> None:

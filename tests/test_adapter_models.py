@@ -29,7 +29,7 @@ def lora(seed: int, r: int, scale: float = 1.0) -> dict[str, Array]:
     base = np.random.default_rng(99)
     shared = {
         "q": (base.standard_normal((4, 12)), base.standard_normal((9, 4))),
-        "v": (base.standard_normal((4, 12)), base.standard_normal((7, 4))),
+        "v": (base.standard_normal((4, 12)), base.standard_normal((8, 4))),
     }
     found = {}
     for name, (a, b) in shared.items():
@@ -99,6 +99,11 @@ def test_what_is_no_adapter() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             peft.aggregate_lora([*good, wrong], "mean")
+    whole = {key: (x * 10).astype(np.int64) for key, x in good[0].items()}
+    with pytest.raises(TypeError, match=r"adapter 4, m.q.weight: A has dtype int64 and B int64; expected floats"):
+        peft.aggregate_lora([*good, whole], "mean")
+    with pytest.raises(ValueError, match="rank 5 is above what its product can have"):
+        peft.aggregate_lora([{"q.lora_A.w": np.ones((5, 4)), "q.lora_B.w": np.ones((4, 5))}], "mean")
     with pytest.raises(TypeError, match="adapters: expected a list of mappings with lora_A and lora_B; got dict"):
         peft.aggregate_lora(good[0], "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scalings: expected 4 finite numbers"):
@@ -132,6 +137,9 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["use_rslora"], config["peft_type"]) == (16, 16, False, "LORA")
     want = np.mean([product(a, s) for a, s in zip(adapters, (2.0, 16 / np.sqrt(8), 1.0), strict=True)], axis=0)
     np.testing.assert_allclose(product(merged, config["lora_alpha"] / config["r"]), want, rtol=1e-5, atol=1e-6)
+    evil = folder(tmp_path / "evil", adapters[0], {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "http://evil"})
+    peft.aggregate_lora_folders([evil, *paths], "mean", out=tmp_path / "whole")
+    assert "evil" not in (tmp_path / "whole" / "adapter_config.json").read_text()
     with pytest.raises(FileExistsError, match="exists"):
         peft.aggregate_lora_folders(paths, "mean", out=tmp_path / "merged")
     for k, (config, message) in enumerate(
@@ -142,6 +150,8 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
             ({"r": True}, "has no rank r"),
             ({"r": 4, "rank_pattern": {"q": 2}}, "has rank_pattern, which cannot be concatenated"),
             ({"r": 4, "lora_alpha": "8"}, "lora_alpha must be a number; got '8'"),
+            ({"r": 4, "lora_alpha": 10**400}, "lora_alpha must be a number; got"),
+            ({"r": 5}, "its rank r=5 is not that of its lora_A"),
             (" " * (1 << 20) + "{}", "has more than 1048576 bytes"),
         )
     ):
@@ -290,6 +300,15 @@ def test_nvflares_rounds_of_nothing(nvflare: Any) -> None:
     for k in range(5):
         own.accept_model(model(nvflare, {"w": np.full(3, np.nan if k < 3 else 1.0)}, diff=True))
     assert own.aggregate_model().params["w"].tolist() == [0.0] * 3
+    few = nvflare.RobustAggregator("krum", f=1)
+    few.accept_model(model(nvflare, {"w": np.ones(3)}))
+    few.accept_model(model(nvflare, {"w": np.ones(3)}))
+    with pytest.raises(rk.NonFiniteError, match="the first round's models cannot be used"):
+        few.aggregate_model()
+    for wrong in (np.ma.masked_array(np.ones(3)), torch.ones(3).to_sparse(), torch.ones(3, device="meta")):
+        for k in range(5):
+            own.accept_model(model(nvflare, {"w": wrong if k == 1 else np.ones(3)}))
+        assert own.aggregate_model().params["w"].tolist() == [1.0] * 3
     own.accept_model(bad[0])
     own.reset_stats()
     with pytest.raises(ValueError, match="there are no models"):

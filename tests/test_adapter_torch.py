@@ -132,6 +132,35 @@ def test_rows_that_are_not_finite_get_no_gradient() -> None:
             assert not x.grad[[4, 7]].any()
 
 
+@pytest.mark.parametrize(
+    "rule", ["rfa", "arc | mean", "clipping(limit=1.0) | mean", "geometric_median(nu=0.1, max_iter=3)"]
+)
+def test_far_rows_of_float32_do_not_overflow(rule: str) -> None:
+    wide = rows_of().detach().clone()
+    wide[0] = 1e25
+    x, y = wide.float().requires_grad_(), wide.float().double().requires_grad_()
+    for rows in (x, y):
+        aggregate(rows, rule, f=2).sum().backward()
+    torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_mixtures_of_a_row_that_is_not_finite() -> None:
+    x = rows_of().detach().clone()
+    x[4, 3] = float("nan")
+    x.requires_grad_()
+    result, info = rk.aggregate(x.detach(), "nnm | mean", f=2, return_info=True)
+    found = aggregate(x, "nnm | mean", f=2)
+    assert torch.equal(found.detach(), result) or torch.isnan(result).any()
+    found.sum().backward()
+    torch.testing.assert_close(x.grad[:, 0], torch.as_tensor(info.weights) * (torch.arange(9) != 4))
+
+
+def test_a_share_of_bad_rows_is_the_same_number_both_ways() -> None:
+    x = torch.randn(100, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    aggregate(x, "trimmed_mean", delta=0.29).sum().backward()
+    assert [int((x.grad[:, k] != 0).sum()) for k in range(3)] == [42] * 3
+
+
 def test_a_geometric_median_on_a_row_moves_with_it() -> None:
     x = torch.tensor([[0.0, 0], [0, 0], [0, 0], [1, 0], [0, 1]], dtype=torch.float64, requires_grad=True)
     aggregate(x, "geometric_median").sum().backward()

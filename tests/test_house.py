@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "rules": {"contract", "errors", "lazy"},
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"engine", "inputs", "rules", "untraced"},
-    "server": {"engine", "functions", "rules"},
+    "server": {"engine", "functions", "inputs", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "products": {"contract", "backends", "engine", "rules"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},

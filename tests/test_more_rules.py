@@ -404,6 +404,25 @@ def test_clipping_anchors_and_centres(backend: str) -> None:
     np.testing.assert_allclose(got, rows[slow_nearest(rows, centre, 8)].mean(axis=0))
 
 
+def test_rows_too_long_to_be_measured_are_shortened_too(backend: str) -> None:
+    x = attacked(7, 5, 0, np.float64)
+    x[0], x[1] = 1e300, -1e200
+    x[2, 3] = np.nan
+    for rule in ("clipping(limit=2.0)", "arc"):
+        got = rk.mix(x, rule, f=3)
+        assert not got[:2].any()
+        assert np.isnan(got[2]).sum() == 1
+        assert np.isfinite(rk.aggregate(x, f"{rule} | trimmed_mean", f=3)).all()
+    assert np.isfinite(rk.aggregate(x, "nnm(count=2) | clipping(limit=2.0) | median", f=3)).all()
+
+
+def test_a_centre_out_of_reach_is_named(backend: str) -> None:
+    x = attacked(7, 5, 0, np.float64)
+    for rule in ("ctma(centre)", "centred_clipping(tau=1.0)", "centred_clipping(tau=1.0, steps=2)"):
+        with pytest.raises(ValueError, match="centre holds NaN or Inf, or is 1e150 spreads away"):
+            rk.aggregate(x, rule, f=2, centre=np.full(5, 1e300))
+
+
 def test_clipping_of_rows_that_are_not_finite(backend: str) -> None:
     x = attacked(9, 20, 2, np.float32)
     x[[0, 4]] = np.inf
@@ -566,8 +585,14 @@ def test_what_filters_say() -> None:
     with pytest.raises(ValueError, match="caf: n=257 rows may take too long, at most 256 are taken"):
         rk.aggregate(np.ones((257, 2)), "caf", f=3)
     assert rk.aggregate(np.ones((256, 2)), "caf", f=3).tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"smea: n=40 and f=8 may take too long, as there are 76,904,685 subsets"):
+    with pytest.raises(ValueError, match=r"smea: n=40 and f=8 may take too long, with 7.69e\+07 subsets"):
         rk.aggregate(np.ones((40, 2)), "smea", f=8)
+
+
+def test_subsets_of_very_many_rows_are_refused_in_a_line() -> None:
+    for n, f in ((3000, 1400), (20_000, 9999), (5000, 1)):
+        with pytest.raises(ValueError, match=rf"smea: n={n} and f={f} may take too long, with [0-9.e+]+ subsets"):
+            rk.aggregate(np.ones((n, 1)), "smea", f=f)
 
 
 def test_no_rows_make_caf_take_more_steps_than_there_are_rows() -> None:

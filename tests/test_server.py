@@ -213,7 +213,7 @@ def test_a_round_that_raises_changes_nothing() -> None:
     for rows in (np.ones((3, 5)), np.full((3, 4), np.nan)):
         with pytest.raises(ValueError):  # noqa: PT011 - of any kind
             server.aggregate(rows)
-    with pytest.raises(ValueError, match=r"row 1 lacks the leaves \(the update itself\), has the unexpected"):
+    with pytest.raises(ValueError, match=r"has the unexpected leaves \(the update itself\)"):
         server.aggregate([{"w": np.ones(4)}], workers=[1])
     assert pickle.dumps(server.state_dict()) == before
 
@@ -225,6 +225,21 @@ def test_leaves_that_a_server_leaves_out() -> None:
             assert {name: leaf.tolist() for name, leaf in server.aggregate(rows).items()} == {"w": [1.0] * 3}
 
 
+def test_a_centre_lacks_what_is_left_out() -> None:
+    rows = [{"w": np.full(3, float(k)), "head": np.full(2, float(k))} for k in range(5)]
+    for options in ({"exclude": "head"}, {"only": "w", "momentum": 0.5}):
+        server = rk.Server("ctma(centre)", f=1, centre=rows[0], **options)  # type: ignore[arg-type]
+        for _ in range(3):
+            assert server.aggregate(rows)["w"].tolist() == [1.5] * 3
+
+
+def test_settings_are_those_of_the_update() -> None:
+    for momentum in (0.3, 0.5, 0.9):
+        server = rk.Server("mean", momentum=momentum)
+        for epoch in range(3):
+            assert server.aggregate([{"w": np.ones(2), "epoch": epoch, "name": "x"}] * 3)["epoch"] == epoch
+
+
 def test_what_a_server_refuses() -> None:
     for options, error, message in (
         ({"weights": "samples"}, ValueError, r"weights must be None or 'counts' \(or pass them to aggregate\)"),
@@ -232,9 +247,12 @@ def test_what_a_server_refuses() -> None:
         ({"momentum": 1.0}, ValueError, r"momentum must be a number in \[0, 1\); got 1.0"),
         ({"seed": -1}, ValueError, "seed must be None or an integer of at least 0; got -1"),
         ({"centre": np.ones(3)}, ValueError, "centre is given, but median measures from none"),
+        ({"f": 1, "delta": 0.1}, ValueError, "pass f or delta, not both; got f=1, delta=0.1"),
     ):
         with pytest.raises(error, match=message):
             rk.Server("median", **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="krum takes no weights"):
+        rk.Server("krum", f=1, weights="counts")
     with pytest.raises(ValueError, match="measures from a centre, the first of which is missing"):
         rk.Server("ctma(centre)", f=1)
     server, x = rk.Server("median"), np.ones((3, 2))

@@ -342,10 +342,21 @@ class Bucketing(_PreAggregator):
 
 
 class _Shortening(_PreAggregator):
+    def _limit(self, norms: Any) -> Any:
+        """Return what norms are brought to, of a tensor of them."""
+        raise NotImplementedError
+
+    def _recorded(self, x: Any) -> Any:
+        """Shorten by torch's own operations, through which gradients flow."""
+        norms = x.reshape(len(x), -1).norm(dim=1)
+        limit = self._limit(norms)
+        shares = (limit / norms).where(norms > limit, norms.new_ones(()))
+        return x * shares.reshape(-1, *[1] * (x.ndim - 1))
+
     def __call__(self, vectors: Any) -> Any:
         """Return the vectors, of which some are shortened."""
         x = _vectors(vectors)
-        result = super().__call__(x)
+        result = self._recorded(x) if _wants_gradients(x) else super().__call__(x)
         if strict and (isinstance(vectors, np.ndarray) or vectors is x):
             vectors[...] = result
             return vectors
@@ -363,6 +374,9 @@ class Clipping(_Shortening):
     def _mixer(self, x: Any) -> Mixer | None:
         return rules.Clipping(float(self.c)) if self.c > 0 else None
 
+    def _limit(self, norms: Any) -> Any:
+        return norms.new_tensor(self.c)
+
 
 class ARC(_Shortening):
     """The int((2f/n)(n-f)) longest rows are shortened to the next one; two reads of the data, one write."""
@@ -371,10 +385,18 @@ class ARC(_Shortening):
         _check_f(f)
         self.f = f
 
-    def _mixer(self, x: Any) -> Mixer | None:
-        n = len(x)
+    def _check(self, n: int) -> None:
         if self.f > n:
             raise ValueError(f"f must be smaller than len(vectors)+1, but got f={self.f} and len(vectors)={n}")
+
+    def _limit(self, norms: Any) -> Any:
+        n = len(norms)
+        self._check(n)
+        return norms.sort().values[n - int((2 * self.f / n) * (n - self.f)) - 1]
+
+    def _mixer(self, x: Any) -> Mixer | None:
+        n = len(x)
+        self._check(n)
         if 2 * self.f < n:
             return rules.ARC()
         norms = np.sort(np.sqrt([float((abs(row) ** 2).sum()) for row in x]))

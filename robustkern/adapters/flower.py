@@ -17,6 +17,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from logging import WARNING
 from typing import Any, NamedTuple, cast
 
@@ -29,10 +30,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from robustkern.engine import Info
+from robustkern.engine import Info, count_of_share
 from robustkern.errors import NonFiniteError, brief, plain
 from robustkern.functions import aggregate, mean_around_median
-from robustkern.rules import Aggregator, Median, TrimmedMean, parse_rule
+from robustkern.rules import CTMA, Aggregator, Chain, Median, MoNNA, TrimmedMean, parse_rule
 from robustkern.rules import MultiKrum as MultiKrumRule
 from robustkern.rules.base import as_aggregator
 
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 Layers = dict[str, NDArray[Any]]
-MAX_HEADER = 1 << 14  # bytes of an array's description; NumPy's own are 128
+MAX_HEADER, MAX_DTYPE = 1 << 14, 64  # bytes of an array's description, of which NumPy's own has 128; and of a name
 #: A claimed number of examples above so many times the median of all claims is no honest one; below, weights of rows
 #: count at most `CAP` times the median.
 ABSURD, CAP = 1000.0, 10.0
@@ -87,13 +88,15 @@ def decoded(data: Any, stored: str = "") -> NDArray[Any]:
     if count * dtype.itemsize > len(data) - begin - length:
         raise ValueError(f"it holds fewer bytes than its shape {brief(shape)} takes")
     flat: NDArray[Any] = np.frombuffer(data, dtype, count, begin + length)
-    flat = flat.reshape(shape, order="F" if columns_first else "C")
+    if columns_first:  # copied: one such row would make all be read number by number
+        flat = np.ascontiguousarray(flat.reshape(shape, order="F"))
+    flat = flat.reshape(shape)
     return flat if dtype.isnative else flat.astype(dtype.newbyteorder("="))
 
 
 def _decoded(array: Array) -> NDArray[Any]:
     """Return what an array of a reply holds; raise where it is not what it says."""
-    if array.stype != "numpy.ndarray":
+    if array.stype != "numpy.ndarray" or not isinstance(array.dtype, str) or len(array.dtype) > MAX_DTYPE:
         raise ValueError(f"its stype is {brief(array.stype)}")
     found = decoded(array.data, array.dtype)
     if tuple(array.shape) != found.shape or np.dtype(array.dtype).newbyteorder("=") != found.dtype:
@@ -198,9 +201,9 @@ def _node(message: Message) -> int | None:
 # ---- from rows to a record -----------------------------------------------------------------------------------------
 
 
-def _floats(rows: list[Layers], exact: bool) -> list[Layers]:
-    """Return the rows with layers of integers as float64, as the built-in strategies return them."""
-    whole = [key for key, x in rows[0].items() if x.dtype.kind in "iub"] if exact else []
+def _floats(rows: list[Layers]) -> list[Layers]:
+    """Return the rows with layers of integers as float64, as the built-in strategies take and return them."""
+    whole = [key for key, x in rows[0].items() if x.dtype.kind in "iub"]
     return [{**row, **{key: row[key].astype(np.float64) for key in whole}} for row in rows] if whole else rows
 
 
@@ -214,6 +217,15 @@ def _encoded(layers: Layers) -> ArrayRecord:
         else:
             record[key] = Array(x)
     return ArrayRecord(record)
+
+
+def _claiming(reply: _Reply, most: float, weighted_by_key: str) -> RecordDict:
+    """Return a reply's content, in which it claims so many examples at most."""
+    if reply.examples <= most:
+        return reply.content
+    ((name, metrics),) = reply.content.metric_records.items()
+    changed = MetricRecord({**metrics, weighted_by_key: most})
+    return RecordDict({key: changed if key == name else record for key, record in reply.content.items()})
 
 
 def median_metricrecords(records: list[RecordDict], weighting_metric_name: str) -> MetricRecord:
@@ -272,18 +284,21 @@ class _Robust(builtin.FedAvg):
             return None, None
         try:
             layers, counted = self._combined(good, f - bad)
-        except NonFiniteError as error:
+        except ValueError as error:  # too many rows with NaN, or too few rows for f
             log(WARNING, "robustkern: %s; nothing changes", error)
             return None, None
         order = Counter(tuple(reply.layers) for reply in good).most_common(1)[0][0]
         arrays = _encoded({key: layers[key] for key in order})
-        return arrays, self._metrics(self.train_metrics_aggr_fn, counted)
+        return arrays, self._metrics(self.train_metrics_aggr_fn, counted, _most(good))
 
-    def _metrics(self, combine: Callable[[list[RecordDict], str], MetricRecord], replies: list[_Reply]) -> MetricRecord:
-        """Combine metrics; where all claim no examples, by which Flower's own divides, by their median."""
-        if combine is aggregate_metricrecords and not any(reply.examples for reply in replies):
+    def _metrics(
+        self, combine: Callable[[list[RecordDict], str], MetricRecord], replies: list[_Reply], most: float
+    ) -> MetricRecord:
+        """Combine metrics, by claims of so many examples at most; where all claim none, by their median."""
+        if combine is aggregate_metricrecords and not any(min(reply.examples, most) for reply in replies):
             combine = median_metricrecords
-        return combine([reply.content for reply in replies], self.weighted_by_key)
+        contents = [_claiming(reply, most, self.weighted_by_key) for reply in replies]
+        return combine(contents, self.weighted_by_key)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Combine the metrics of one round's replies; None where half or more cannot be used."""
@@ -291,7 +306,7 @@ class _Robust(builtin.FedAvg):
         good, bad = _sorted(messages, self.weighted_by_key, False)
         if not good or bad > (len(messages) - 1) // 2:
             return None
-        return self._metrics(self.evaluate_metrics_aggr_fn, good)
+        return self._metrics(self.evaluate_metrics_aggr_fn, good, _most(good))
 
 
 class FedMedian(_Robust, builtin.FedMedian):
@@ -301,7 +316,7 @@ class FedMedian(_Robust, builtin.FedMedian):
         return (n - 1) // 2
 
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
-        return aggregate(_floats([reply.layers for reply in replies], True), Median(), f=f), replies
+        return aggregate(_floats([reply.layers for reply in replies]), Median(), f=f), replies
 
 
 class FedTrimmedAvg(_Robust, builtin.FedTrimmedAvg):
@@ -311,25 +326,31 @@ class FedTrimmedAvg(_Robust, builtin.FedTrimmedAvg):
         return int(self.beta * n)
 
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
-        return aggregate(_floats([reply.layers for reply in replies], True), TrimmedMean(), f=f), replies
+        return aggregate(_floats([reply.layers for reply in replies]), TrimmedMean(), f=f), replies
 
 
 def _selected(replies: list[_Reply], f: int, count: int) -> list[_Reply]:
     """Return the replies of best Krum score, best first."""
     n = len(replies)
     rule = MultiKrumRule(m=min(count, n), neighbours=min(max(1, n - f - 2), n - 1))
-    rows = [{key: x for key, x in reply.layers.items() if x.dtype.kind not in "iub"} for reply in replies]
-    if not rows[0]:  # of integers only, which then are what tells them apart
-        rows = _floats([reply.layers for reply in replies], True)
-    info: Info = aggregate(rows, rule, f=min(f, (n - 1) // 2), return_info=True)[1]
+    rows = _floats([reply.layers for reply in replies])
+    f = min(f, (n - 1) // 2)
+    try:
+        info: Info = aggregate(rows, rule, f=f, return_info=True)[1]
+    except NonFiniteError as error:
+        if len(error.rows) > f:
+            raise
+        rule = replace(rule, m=n - len(error.rows))  # all that hold no NaN
+        info = aggregate(rows, rule, f=f, return_info=True)[1]
     assert info.order is not None
     return [replies[i] for i in info.order]
 
 
-def _weighted_mean(replies: list[_Reply]) -> Layers:
-    """Return the mean by claimed examples, at most `CAP` times their median, summed in order as Flower does."""
-    claims = np.array([reply.examples for reply in replies])
-    claims = np.minimum(claims, CAP * np.median(claims)) if np.median(claims) > 0 else np.ones(len(claims))
+def _weighted_mean(replies: list[_Reply], most: float) -> Layers:
+    """Return the mean by claimed examples, of which so many count at most, summed in order as Flower does."""
+    claims = np.minimum([reply.examples for reply in replies], most)
+    if not claims.any():
+        claims = np.ones(len(claims))
     shares = [float(claim) / float(claims.sum()) for claim in claims]
     result: Layers = {}
     for key, first in replies[0].layers.items():
@@ -338,6 +359,11 @@ def _weighted_mean(replies: list[_Reply]) -> Layers:
             total += reply.layers[key] * share
         result[key] = np.asarray(total)
     return result
+
+
+def _most(replies: list[_Reply]) -> float:
+    """Return how many examples a reply counts for at most: `CAP` times the median of all claims."""
+    return CAP * float(np.median([reply.examples for reply in replies]))
 
 
 def _capped(claims: NDArray[np.float64], f: int) -> NDArray[np.float64]:
@@ -358,7 +384,7 @@ class MultiKrum(_Robust, builtin.MultiKrum):
 
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
         selected = _selected(replies, f, max(int(self.num_nodes_to_select), 1))
-        return _weighted_mean(selected), selected
+        return _weighted_mean(selected, _most(replies)), selected
 
 
 class Krum(MultiKrum, builtin.Krum):
@@ -380,7 +406,7 @@ class Bulyan(_Robust, builtin.Bulyan):
             chosen = self.selection_rule([reply.content for reply in replies], f, count)
             by_content = {id(reply.content): reply for reply in replies}
             selected = [by_content[id(content)] for content in chosen]
-        rows = _floats([reply.layers for reply in selected], True)
+        rows = _floats([reply.layers for reply in selected])
         return mean_around_median(rows, count=max(len(rows) - 2 * f, 1)), selected
 
     def aggregate_train(
@@ -393,6 +419,12 @@ class Bulyan(_Robust, builtin.Bulyan):
             log(WARNING, "Bulyan needs at least 4f + 3 = %d replies; got %d", 4 * f + 3, came)
             return None, None
         return super().aggregate_train(server_round, replies)
+
+
+def _trusts_a_row(rule: object) -> bool:
+    if isinstance(rule, Chain):
+        return any(map(_trusts_a_row, rule.steps))
+    return _trusts_a_row(rule.anchor) if isinstance(rule, CTMA) else isinstance(rule, MoNNA) and rule.pivot != "centre"
 
 
 class RobustStrategy(_Robust):
@@ -449,17 +481,22 @@ class RobustStrategy(_Robust):
             raise ValueError(f"RobustStrategy: delta must satisfy 0 <= delta < 0.5; got {delta!r}")
         if weighted and not self.rule.supports_weights:
             raise ValueError(f"RobustStrategy: {self.rule} takes no weights (drop weighted=True)")
+        if _trusts_a_row(self.rule):
+            raise ValueError(
+                f"RobustStrategy: {self.rule} trusts a row by its number, which would be whoever replies so soon (take "
+                "monna(pivot='centre'))"
+            )
         self.f, self.delta, self.weighted = f, delta, weighted
         self.info: Info | None = None
         self._sent: Layers | None = None
 
     def _limit(self, n: int) -> int:
-        return self.f if self.f is not None else int(cast(float, self.delta) * n)
+        return self.f if self.f is not None else count_of_share(cast(float, self.delta), n)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Any:
         """Send the arrays, which rules with a centre measure from."""
         if "centre" in self.rule.points:
-            self._sent = {key: array.numpy() for key, array in arrays.items()}
+            self._sent = {key: _decoded(array) for key, array in arrays.items()}
         return super().configure_train(server_round, arrays, config, grid)
 
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:

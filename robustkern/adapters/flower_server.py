@@ -7,20 +7,22 @@ from honest clients. Results that cannot be used are counted as bad, logged and 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.common import FitRes, Parameters, Scalar, ndarrays_to_parameters
+from flwr.common import EvaluateRes, FitRes, Parameters, Scalar, ndarrays_to_parameters
 from flwr.server import strategy as builtin
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy.aggregate import aggregate_krum as builtin_krum
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from robustkern.adapters.flower import ABSURD, decoded
+from robustkern.adapters.flower import ABSURD, CAP, decoded
 from robustkern.errors import NonFiniteError, plain
 from robustkern.functions import aggregate as combine
 from robustkern.rules import Bulyan as BulyanRule
@@ -71,13 +73,22 @@ def aggregate_krum(results: Results, num_malicious: int, to_keep: int) -> Layers
     neighbours = min(max(1, n - num_malicious - 2), n - 1)
     rule = MultiKrumRule(m=min(max(to_keep, 1), n), neighbours=neighbours)
     f = min(max(num_malicious, 0), (n - 1) // 2)
-    order = combine(_rows(results), rule, f=f, return_info=True)[1].order
+    rows = _rows(results)
+    try:
+        order = combine(rows, rule, f=f, return_info=True)[1].order
+    except NonFiniteError as error:
+        if len(error.rows) > f:
+            raise
+        order = combine(rows, replace(rule, m=n - len(error.rows)), f=f, return_info=True)[1].order
     assert order is not None
     if to_keep <= 0:
         return results[order[0]][0]
     kept = [results[i] for i in reversed(order)]  # Flower adds the worst one first
-    total = sum(examples for _, examples in kept)
-    layers = [[layer * examples for layer in row] for row, examples in kept]
+    claims = [examples for _, examples in kept]
+    if not any(claims):
+        claims = [1] * len(kept)
+    total = sum(claims)
+    layers = [[layer * examples for layer in row] for (row, _), examples in zip(kept, claims, strict=True)]
     return [np.asarray(sum(column[1:], column[0]) / total) for column in zip(*layers, strict=True)]
 
 
@@ -98,31 +109,51 @@ def aggregate_bulyan(
 # ---- strategies ------------------------------------------------------------------------------------------------------
 
 
-def _sorted(results: Sequence[tuple[ClientProxy, FitRes]]) -> tuple[list[tuple[Layers, FitRes]], int]:
-    """Return the results that can be used, and how many cannot, which are logged."""
-    read, reasons = [], []
+def _sorted(results: Sequence[tuple[ClientProxy, Any]]) -> tuple[list[tuple[Layers, Any]], int]:
+    """Return the results that can be used, of fits with their layers, and how many cannot, which are logged."""
+    read: list[tuple[Layers, Any]] = []
+    forms, reasons = [], []
     for proxy, result in results:
         try:
-            if not isinstance(result.num_examples, (int, float)) or not 0 <= result.num_examples < float("inf"):
+            if not _is_number(result.num_examples) or result.num_examples < 0:
                 raise ValueError("its num_examples is no count")
-            read.append(([decoded(data) for data in result.parameters.tensors], result))
+            bad = [name for name, value in result.metrics.items() if isinstance(value, float) and not _is_number(value)]
+            if bad or (isinstance(result, EvaluateRes) and not _is_number(result.loss)):
+                raise ValueError("its metrics hold NaN or Inf")
+            layers = [decoded(data) for data in result.parameters.tensors] if isinstance(result, FitRes) else []
+            kinds = sorted((name, isinstance(value, (int, float))) for name, value in result.metrics.items())
+            form = repr(([(x.shape, x.dtype.str) for x in layers], kinds))
         except Exception as error:
             name = plain(str(getattr(proxy, "cid", "?")), 60)
             reasons.append(f"client {name}: {plain(str(error), 200) or type(error).__name__}")
-    forms = [repr([(x.shape, x.dtype.str) for x in layers]) for layers, _ in read]
+        else:
+            read.append((layers, result))
+            forms.append(form)
     shared = Counter(forms).most_common(1)
     middle = float(np.median([result.num_examples for _, result in read])) if read else 0.0
     good = []
     for (layers, result), form in zip(read, forms, strict=True):
-        if form != shared[0][0] or not layers:
-            reasons.append("a result whose shapes or dtypes are not those that most have")
+        if form != shared[0][0] or (isinstance(result, FitRes) and not layers):
+            reasons.append("a result whose shapes, dtypes or metrics are not those that most have")
         elif result.num_examples > ABSURD * max(middle, 1.0):
             reasons.append(f"a claim of {result.num_examples:.3g} examples, where the median is {middle:.3g}")
         else:
             good.append((layers, result))
     for reason in reasons:
         log(WARNING, "robustkern: a result is left out, and counted as a bad one: %s", reason)
-    return good, len(reasons)
+    return [(layers, _claiming(result, good)) for layers, result in good], len(reasons)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _claiming(result: Any, good: list[tuple[Layers, Any]]) -> Any:
+    """Return a result that claims ten times the median of all claims at most; where that is 0, all claim 1."""
+    most = CAP * float(np.median([other.num_examples for _, other in good]))
+    if most == 0:
+        return replace(result, num_examples=1)
+    return result if result.num_examples <= most else replace(result, num_examples=int(most))
 
 
 class _Robust(builtin.FedAvg):
@@ -151,8 +182,8 @@ class _Robust(builtin.FedAvg):
             log(WARNING, "robustkern: %d of %d results are bad, f=%d; nothing changes", bad, len(results), f)
             return None, {}
         try:
-            layers = self._combined([(layers, int(result.num_examples)) for layers, result in good], f - bad)
-        except NonFiniteError as error:
+            layers = self._combined([(layers, result.num_examples) for layers, result in good], f - bad)
+        except ValueError as error:  # too many rows with NaN, or too few rows for f
             log(WARNING, "robustkern: %s; nothing changes", error)
             return None, {}
         metrics: dict[str, Scalar] = {}
@@ -161,6 +192,20 @@ class _Robust(builtin.FedAvg):
         elif server_round == 1:
             log(WARNING, "No fit_metrics_aggregation_fn provided")
         return ndarrays_to_parameters(layers), metrics
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: list[tuple[ClientProxy, EvaluateRes]],
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Combine one round's losses and metrics; ``(None, {})`` where half or more cannot be used."""
+        good, bad = _sorted(results)
+        if not good or bad > (len(results) - 1) // 2:
+            return None, {}
+        pairs: Any = [(proxy, result) for (proxy, _), (_, result) in zip(results, good, strict=False)]
+        found: tuple[float | None, dict[str, Scalar]] = super().aggregate_evaluate(server_round, pairs, failures)
+        return found
 
 
 class FedMedian(_Robust, builtin.FedMedian):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, device
 
-from robustkern.engine import Info
+from robustkern.engine import Info, count_of_share
 from robustkern.functions import aggregate, mix
 from robustkern.kernels import select_columns
 from robustkern.rules import (
@@ -65,8 +65,8 @@ def gradients_of_rows(x: Array, gradient: Array, rule: Aggregator, options: Opti
 
     Parameters
     ----------
-    x : (n, d) float32 or float64
-        The rows.
+    x : (n, d) float64
+        The rows, in which lengths of float32 rows do not overflow.
     gradient : (d,)
         Of the result.
     rule : Aggregator
@@ -124,18 +124,20 @@ def _solved(x: Array, rule: Aggregator, options: Options) -> tuple[Array, Info]:
 def _through_rule(x: Array, gradient: Array, rule: Aggregator, options: Options) -> Array:
     steps = rule.steps if isinstance(rule, Chain) else (rule,)
     if options.f is None and options.delta is not None and options.weights is None:
-        options = options._replace(f=int(options.delta * len(x)), delta=None)
+        options = options._replace(f=count_of_share(options.delta, len(x)), delta=None)
     if sum(isinstance(step, Bucketing) for step in steps) > 1:
         raise NotImplementedError("bucketing twice in a chain has no gradient here (detach the rows)")
     if len(steps) == 1:
         return _through_last(x, gradient, rule, options)
+    if isinstance(steps[-1], KEEPING) and all(isinstance(step, (NNM, Bucketing)) for step in steps[:-1]):
+        return _like(_solved(x, rule, options)[1].weights, x)[:, None] * gradient
     first, rest = steps[0], steps[1] if len(steps) == 2 else Chain(steps[1:])
     assert isinstance(rest, Aggregator)
     if not isinstance(first, (NNM, Bucketing, Clipping, ARC)):
         raise NotImplementedError(f"{first}: it has no gradient here (detach the rows, or take another rule)")
     mixed, info = mix(x, first, f=options.f, seed=options.seed, return_info=True)
     inner = _through_rule(mixed, gradient, rest, options)
-    inner[~_finite(mixed)] = 0.0
+    inner[~array_namespace(x).isfinite(mixed)] = 0.0
     if isinstance(first, (NNM, Bucketing)):
         return _like(info.mixture, x).T @ inner
     if isinstance(first, Clipping):

@@ -133,9 +133,8 @@ def _forward(static: _Static, rows: Any, weights: Any, centre: Any) -> Any:
 
 
 def _flat(tree: Any) -> np.ndarray[Any, Any]:
-    leaves = [np.asarray(leaf).reshape(-1) for leaf in jax.tree_util.tree_leaves(tree)]
-    exact = np.float64 if any(leaf.dtype == np.float64 for leaf in leaves) else np.float32
-    return np.concatenate([leaf.astype(exact) for leaf in leaves]) if leaves else np.zeros(0, exact)
+    leaves = [np.asarray(leaf).reshape(-1).astype(np.float64) for leaf in jax.tree_util.tree_leaves(tree)]
+    return np.concatenate(leaves) if leaves else np.zeros(0)
 
 
 def _gradients(static: _Static, rows: Sequence[Any], weights: Any, centre: Any, drawn: Any, gradient: Any) -> Any:

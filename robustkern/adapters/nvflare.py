@@ -16,9 +16,10 @@ from array_api_compat import is_torch_array
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 
-from robustkern.engine import Info
+from robustkern.engine import Info, count_of_share
 from robustkern.errors import NonFiniteError, plain
 from robustkern.functions import aggregate
+from robustkern.inputs.arrays import array_view, check_dtype
 from robustkern.rules import Aggregator
 from robustkern.rules.base import as_aggregator
 
@@ -84,11 +85,11 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
                 f"{len(read) - len(good)} models are left out: their names, shapes or dtypes are not those of most"
             )
             bad += len(read) - len(good)
-        f = self.f if self.f is not None else int((self.delta or 0.0) * len(models))
+        f = self.f if self.f is not None else count_of_share(self.delta or 0.0, len(models))
         if bad <= f and good:
             try:
                 params, self.info = aggregate([row for _, row in good], self.rule, f=f - bad, return_info=True)
-            except NonFiniteError as error:
+            except ValueError as error:  # too many rows with NaN, or too few rows for f
                 self._say(str(error))
             else:
                 return self._result(good[0][0], params)
@@ -124,8 +125,8 @@ def _params(model: FLModel) -> dict[str, Any]:
         x = load() if callable(load) else value
         if not isinstance(x, np.ndarray) and not is_torch_array(x):
             x = np.asarray(x)
-        if not is_torch_array(x) and x.dtype.kind not in "fiub":
-            raise TypeError(f"{plain(str(name), 100)} has dtype {x.dtype}")
+        view = array_view(x, plain(str(name), 100), is_input=False)  # which refuses what has no memory to be read
+        check_dtype(view.dtype, plain(str(name), 100), True)
         params[str(name)] = x
     return params
 

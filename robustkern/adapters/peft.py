@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_api_compat import is_torch_array
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.rows import Vector
@@ -28,6 +29,7 @@ __all__ = ["aggregate_lora", "aggregate_lora_folders", "lora_gram"]
 
 Adapter = Mapping[str, Any]
 _A, _B = ".lora_A.", ".lora_B."
+_OWN = ("r", "lora_alpha", "use_rslora")  # settings that adapters need not share
 MAX_CONFIG = 1 << 20  # bytes of an adapter's settings
 
 
@@ -61,6 +63,14 @@ def _checked(adapters: Sequence[Adapter]) -> list[dict[str, tuple[NDArray[Any], 
             if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
                 raise ValueError(
                     f"adapter {i}, {plain(name, 100)}: A of shape {a.shape} and B of {b.shape} have no product"
+                )
+            if a.dtype.kind in "iubc" or b.dtype.kind in "iubc":
+                raise TypeError(
+                    f"adapter {i}, {plain(name, 100)}: A has dtype {a.dtype} and B {b.dtype}; expected floats"
+                )
+            if a.shape[0] > min(a.shape[1], b.shape[0]):  # whose sender would decide what a call costs
+                raise ValueError(
+                    f"adapter {i}, {plain(name, 100)}: rank {a.shape[0]} is above what its product can have"
                 )
             pairs[name] = a.astype(np.float64), b.astype(np.float64)
         rows.append(pairs)
@@ -167,12 +177,11 @@ def aggregate_lora(
 
 
 def _like(x: NDArray[Any], other: Any) -> Any:
-    view = np.asarray(array_view(other, "adapter 0"))
-    if isinstance(other, np.ndarray):
-        return x.astype(view.dtype)
-    import torch
+    if is_torch_array(other):
+        import torch
 
-    return torch.from_numpy(x).to(dtype=other.dtype, device=other.device)
+        return torch.from_numpy(x).to(dtype=other.dtype, device=other.device)
+    return x.astype(np.asarray(array_view(other, "adapter 0")).dtype)
 
 
 def aggregate_lora_folders(
@@ -195,8 +204,8 @@ def aggregate_lora_folders(
     rule, f, delta, weights, seed
         As for `aggregate_lora`.
     out : path
-        A folder that does not exist yet. Its settings are those of the first adapter with weight, but for `r`,
-        `lora_alpha` and `use_rslora`.
+        A folder that does not exist yet. Its settings are those that most adapters share, but for `r`, `lora_alpha`
+        and `use_rslora`: never those of one.
 
     Returns
     -------
@@ -215,12 +224,18 @@ def aggregate_lora_folders(
         raise FileExistsError(f"out: {plain(str(out), 200)} exists (pass a new folder)")
     configs = [_config(Path(path)) for path in paths]
     adapters = [_tensors(Path(path) / "adapter_model.safetensors") for path in paths]
+    for path, config, adapter in zip(paths, configs, adapters, strict=True):
+        if any(x.shape[:1] != (config["r"],) for key, x in adapter.items() if _A in key):
+            raise ValueError(f"{plain(str(path), 200)}: its rank r={config['r']} is not that of its lora_A")
     scalings = [_scaling(config) for config in configs]
     options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
     merged, shares = aggregate_lora(adapters, rule, scalings=scalings, **options)  # type: ignore[arg-type]
     kept = np.flatnonzero(shares)
     rank = sum(int(configs[i]["r"]) for i in kept)
-    settings = configs[kept[0]] | {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    shared = [{key: value for key, value in config.items() if key not in _OWN} for config in configs]
+    texts = [json.dumps(config, sort_keys=True) for config in shared]
+    settings = shared[texts.index(Counter(texts).most_common(1)[0][0])]
+    settings |= {"r": rank, "lora_alpha": rank, "use_rslora": False}
     target.mkdir(parents=True)
     save_file(merged, target / "adapter_model.safetensors")
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -257,6 +272,6 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _scaling(config: Mapping[str, Any]) -> float:
     alpha, r = config.get("lora_alpha", 8), config["r"]
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e9:
         raise ValueError(f"lora_alpha must be a number; got {brief(alpha)}")
     return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))

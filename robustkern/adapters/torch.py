@@ -62,7 +62,7 @@ def aggregate(
     -----
     A call takes some 100 microseconds more than `robustkern.aggregate`, which is for those who need no gradients. The
     backward pass solves the rule again (as many reads as forward) and writes n gradients; it holds the n rows once
-    more in float32 or float64. Ties within a column share the gradient; rows that are not finite get none. There is no
+    more in float64. Ties within a column share the gradient; rows that are not finite get none. There is no
     second derivative.
 
     Examples
@@ -164,8 +164,7 @@ def _gradients(
     centre: Tensor | None,
 ) -> Tensor:
     """Return (n, ...) gradients of the rows."""
-    exact = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    x = torch.stack([row.reshape(-1) for row in rows]).to(exact)
+    x = torch.stack([row.reshape(-1) for row in rows]).double()
     options = Options(
         f,
         delta,
@@ -173,7 +172,7 @@ def _gradients(
         None if centre is None else centre.reshape(-1).to(x),
         None if int(drawn) < 0 else int(drawn),
     )
-    found: Tensor = gradients_of_rows(x, gradient.reshape(-1).to(exact), parse_rule(rule), options)
+    found: Tensor = gradients_of_rows(x, gradient.reshape(-1).double(), parse_rule(rule), options)
     return found.to(gradient.dtype).reshape(len(rows), *gradient.shape)
 
 

@@ -21,16 +21,21 @@ def _check_positive(what: str, value: Any) -> None:
 
 
 def _norms(view: View, rule: str) -> NDArray[np.float64]:
-    """Return the rows' norms, inf of those that are not finite."""
+    """Return the rows' norms, inf of those that are too long to be measured, NaN of those that are not finite."""
     geometry, _ = view.measured(rule)
     assert geometry.origin is not None
-    return np.asarray(np.sqrt(geometry.sq_distances_from(geometry.origin)) / geometry.scale)
+    norms = np.asarray(np.sqrt(geometry.sq_distances_from(geometry.origin)) / geometry.scale)
+    norms[view.holding_nonfinite()] = np.nan
+    return norms
 
 
 def _cut(norms: NDArray[np.float64], most: float) -> Mixture:
-    """Return the rows, shortened where their norm is above `most`; those that are not finite stay as they are."""
+    """Return the rows, shortened where their norm is above `most`; those that are not finite stay as they are.
+
+    Of rows that are too long to be measured nothing is left: most / inf.
+    """
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(np.isfinite(norms) & (norms > most), most / norms, 1.0)
+        shares = np.where(norms > most, most / norms, 1.0)
     return Mixture(np.diag(shares), np.ones(len(norms)))
 
 

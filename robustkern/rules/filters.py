@@ -83,8 +83,8 @@ class CAF(Aggregator):
         f = view.require_f(self.name)
         if view.n > MAX_ROWS:
             raise ValueError(
-                f"caf: n={view.n} rows may take too long, at most {MAX_ROWS} are taken (put bucketing first, or use "
-                "spectral)"
+                f"caf: n={view.n} rows may take too long, at most {MAX_ROWS} are taken (take "
+                "ctma(geometric_median), or spectral)"
             )
         geometry, weights = view.measured(self.name)
         best, least, steps = weights, math.inf, 0
@@ -144,10 +144,12 @@ class SMEA(Aggregator):
         view.require_no_weights(self.name)
         f, n = view.require_f(self.name), view.n
         count = n - f
-        if math.comb(n, f) * (count**3 + 1000) > MAX_WORK:
+        # Of many rows, the log will do: the number itself would have thousands of digits.
+        how_many = math.exp(min(math.lgamma(n + 1) - math.lgamma(f + 1) - math.lgamma(count + 1), 700.0))
+        if how_many * (count**3 + 1000) > MAX_WORK:
             raise ValueError(
-                f"smea: n={n} and f={f} may take too long, as there are {math.comb(n, f):,} subsets of n-f rows (lower "
-                "f, or take another rule: caf, nnm | trimmed_mean)"
+                f"smea: n={n} and f={f} may take too long, with {how_many:.3g} subsets of n-f rows (lower f, or take "
+                "another rule: caf, nnm | trimmed_mean)"
             )
         geometry, _ = view.measured(self.name)
         finite = np.flatnonzero(geometry.finite)

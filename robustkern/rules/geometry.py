@@ -445,6 +445,14 @@ class Given:
                     parts.append(self.kernels.row_sq_distances(piece.take(contenders), anchor, scale=scale))
         return _exact_sums(self.source.gather(parts), len(contenders))
 
+    def holding_nonfinite(self) -> Mask:
+        """Return which rows hold a NaN or Inf, unlike those that are only too far away; one read of the data."""
+        flags = np.zeros(self.n, dtype=np.bool_)
+        for block in self.source.blocks():
+            for rows in block.rows:
+                flags |= self.kernels.select_columns(self.without_centre(rows), Window(0, 1)).nonfinite
+        return self.source.total(flags.astype(np.float64)) > 0
+
     def measure_point(self, point: Point) -> tuple[Vector, float]:
         """Squared distances of the rows to a point that is there, and the scale they are in; one read of the data."""
         self.points_measured += 1
@@ -457,6 +465,8 @@ class Given:
                     result, scale = rescaled, wanted
             result[~_measurable(result)] = np.inf
         self.nonfinite = ~np.isfinite(result)
+        if point == "centre" and self.nonfinite.all():  # it is out of reach, and the rows may be fine
+            raise CentreError(NO_CENTRE)
         return result, scale
 
     def _point_distances(self, point: Point, scale: float) -> Vector:

@@ -168,6 +168,14 @@ class View:
         rest[abs(rest) <= UNIT_ROUNDING] = 0.0
         return _with_rest(mixed, rest) if rest.any() else mixed
 
+    def holding_nonfinite(self) -> Mask:
+        """Return which rows hold a NaN or Inf, of those that the geometry has no distances for; mostly no read."""
+        found = ~self.geometry().finite
+        if not found.any() or self._given.geometry is None or FLOAT64 not in self._given.source.dtypes:
+            return found
+        broken = self._given.holding_nonfinite()
+        return broken if self.mix is None else ((self.mix.weights != 0) & broken).any(axis=1)
+
     def few_columns(self, rule: str) -> tuple[Matrix, Mask, float] | None:
         """Return the rows where they are many of few columns, which then cost less than their inner products.
 
