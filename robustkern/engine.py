@@ -22,7 +22,7 @@ from robustkern.contract.rows import Block, Rows, Source, Vector
 from robustkern.errors import ConvergenceWarning, NonFiniteError, brief, warn
 from robustkern.rules.base import Aggregator, Chain, mixed_by
 from robustkern.rules.coordinate import Median
-from robustkern.rules.geometry import CentreError, Given, Mixture, TooCloseError, tolerated
+from robustkern.rules.geometry import DROP_HINT, CentreError, Given, Mixture, TooCloseError, tolerated
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
@@ -374,6 +374,8 @@ def mix(mixers: Chain, source: Source, f: Any, delta: Any, seed: Any, backend: s
         except TooCloseError:
             given.start_again_in_double()
             _, mixture = mixed_by(mixers.steps, view)
+        except NonFiniteError as error:  # nobody asked `mix` for anything else
+            raise NonFiniteError(str(error).removesuffix(DROP_HINT), error.rows) from None
     assert mixture is not None
     nonfinite = () if given.nonfinite is None else tuple(np.flatnonzero(given.nonfinite).tolist())
     share = None if within.f is None else within.f / source.n

@@ -277,7 +277,7 @@ def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.
 def test_one_point_takes_no_inner_products(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One read for the distances, which the Gram gives alike; and the scale that float64 rows need."""
     x = attacked(9, 40, 2, np.float64)
-    for power in (0, 700, -700):
+    for power in (0,) if "centre" in rk.parse_rule(rule).points else (0, 700, -700):
         rows = x * 2.0**power
         tau = 2.0 * 2.0**power
         named = rule.replace("2.0", repr(tau))

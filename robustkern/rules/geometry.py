@@ -57,6 +57,7 @@ SINGLE_ROUNDING = 40 * 2.0**-24
 SINGLE_NOISE = 2.0**-24
 UNIT_ROUNDING = 1e-9  # shares that sum to 1 but for it sum to 1
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
+DROP_HINT = " (nonfinite='drop' goes on without them)"
 NO_CENTRE = "centre holds NaN or Inf, or is 1e150 spreads away; expected a vector of finite numbers"
 
 
@@ -453,20 +454,23 @@ class Given:
                 flags |= self.kernels.select_columns(self.without_centre(rows), Window(0, 1)).nonfinite
         return self.source.total(flags.astype(np.float64)) > 0
 
-    def measure_point(self, point: Point) -> tuple[Vector, float]:
-        """Squared distances of the rows to a point that is there, and the scale they are in; one read of the data."""
+    def measure_point(self, point: Point) -> tuple[Vector, float] | None:
+        """Squared distances of the rows to a point that is there, and the scale they are in; one read of the data.
+
+        None for a centre from which they need a scale: only the rows' own distances tell whether it is out of reach.
+        """
         self.points_measured += 1
         result, scale = self._point_distances(point, 1.0), 1.0
         if FLOAT64 in self.source.dtypes:
             wanted = _better_scale(result, self.weights)
+            if wanted != 1.0 and point == "centre":
+                return None
             if wanted != 1.0:
                 rescaled = self._point_distances(point, wanted)
                 if self._improves(wanted, result, rescaled, self.weights):
                     result, scale = rescaled, wanted
             result[~_measurable(result)] = np.inf
         self.nonfinite = ~np.isfinite(result)
-        if point == "centre" and self.nonfinite.all():  # it is out of reach, and the rows may be fine
-            raise CentreError(NO_CENTRE)
         return result, scale
 
     def _point_distances(self, point: Point, scale: float) -> Vector:
@@ -528,8 +532,7 @@ class Given:
         far = " or are 1e150 spreads away" if FLOAT64 in self.source.dtypes else ""
         return NonFiniteError(
             f"{rule}: {len(rows)} {what} hold NaN or Inf (rows {names}){far}, more than the {limit} that may be "
-            f"Byzantine; drop them, or raise {'f' if self.weights is None else 'f or delta'} "
-            "(nonfinite='drop' goes on without them)",
+            f"Byzantine; drop them, or raise {'f' if self.weights is None else 'f or delta'}{DROP_HINT}",
             tuple(int(i) for i in rows),
         )
 

@@ -171,7 +171,8 @@ class View:
     def holding_nonfinite(self) -> Mask:
         """Return which rows hold a NaN or Inf, of those that the geometry has no distances for; mostly no read."""
         found = ~self.geometry().finite
-        if not found.any() or self._given.geometry is None or FLOAT64 not in self._given.source.dtypes:
+        source = self._given.source
+        if not found.any() or not source.d or FLOAT64 not in source.dtypes:  # of products alone nobody has columns
             return found
         broken = self._given.holding_nonfinite()
         return broken if self.mix is None else ((self.mix.weights != 0) & broken).any(axis=1)
@@ -343,9 +344,11 @@ class View:
             known = self.mix is not None or self._given.geometry is not None or self._given.points_measured
             if point is not None and not known:
                 # One read, where the Gram costs n^2 operations a column; but not again and again.
-                values, scale = self._given.measure_point(point)
-                again = functools.partial(self._given.exact_from, point, scale)
-                return Distances(values, _relative(values, self._given.rounding), again, scale)
+                measured = self._given.measure_point(point)
+                if measured is not None:
+                    values, scale = measured
+                    again = functools.partial(self._given.exact_from, point, scale)
+                    return Distances(values, _relative(values, self._given.rounding), again, scale)
             geometry = self._given.geometry if self.mix is None else None
             geometry = geometry or self.geometry(quick=True)
             shares, centre = _shares(solution), solution.centre_weight
