@@ -84,7 +84,7 @@ def test_a_bad_row_stays_alone() -> None:
     got, info = rk.mix(x, "nnm", f=2, return_info=True)
     assert np.isnan(got).any(axis=1).tolist() == [i == 3 for i in range(7)]
     assert info.nonfinite_rows == (3,)
-    with pytest.raises(rk.NonFiniteError, match="1 rows hold NaN or Inf.*drop them, or raise f$") as error:
+    with pytest.raises(rk.NonFiniteError, match=r"1 rows hold NaN or Inf.*drop them, or raise f$") as error:
         rk.mix(x, "nnm", f=0)
     assert error.value.rows == (3,)
 
