@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,16 +142,18 @@ def _check_half(f: int, n: int) -> None:
 # ---- aggregators -----------------------------------------------------------------------------------------------------
 
 
-class _Aggregator:
+class _Aggregator(ABC):
     """A rule of n and f, and how it is called."""
 
     f: int
 
+    @abstractmethod
     def _rule(self, n: int) -> Aggregator:
-        raise NotImplementedError
+        """Return the rule for n vectors."""
 
     def _check(self, n: int) -> None:
         """Raise what ByzFL raises at the call."""
+        _check_half(getattr(self, "f", 0), n)
 
     def __call__(self, vectors: Any) -> Any:
         """Combine n vectors into one."""
@@ -163,9 +166,6 @@ class _WithF(_Aggregator):
     def __init__(self, f: int = 0) -> None:
         _check_f(f)
         self.f = f
-
-    def _check(self, n: int) -> None:
-        _check_half(self.f, n)
 
 
 class Average(_Aggregator):
@@ -230,13 +230,16 @@ class CenteredClipping(_Aggregator):
             raise ValueError("tau must be a non-negative float")
         self.m, self.L, self.tau = m, L, tau
 
+    def _rule(self, n: int) -> Aggregator:
+        return rules.CentredClipping(self.tau, self.L)
+
     def __call__(self, vectors: Any) -> Any:
         """Combine n vectors into one, which the next call starts from."""
         x = _vectors(vectors)
         if self.m is None:
             self.m = _zeros_like(x[0])
         if self.L > 0 and self.tau > 0:
-            self.m = _combined(x, rules.CentredClipping(self.tau, self.L), centre=self.m)
+            self.m = _combined(x, self._rule(len(x)), centre=self.m)
         return self.m if strict else self.m + 0
 
 
@@ -257,7 +260,7 @@ class MoNNA(_Aggregator):
         self.f, self.idx = f, idx
 
     def _check(self, n: int) -> None:
-        _check_half(self.f, n)
+        super()._check(n)
         if self.idx >= n:
             raise ValueError(f"idx must be smaller than n, but got idx={self.idx} and n={n}")
 
@@ -293,10 +296,10 @@ class SMEA(_WithF):
 # ---- pre-aggregators -------------------------------------------------------------------------------------------------
 
 
-class _PreAggregator:
+class _PreAggregator(ABC):
+    @abstractmethod
     def _mixer(self, x: Any) -> Mixer | None:
         """Return the rule for these vectors, None where no rule of ours has such parameters."""
-        raise NotImplementedError
 
     def __call__(self, vectors: Any) -> Any:
         """Return the vectors, mixed or shortened, in one array."""
@@ -342,9 +345,9 @@ class Bucketing(_PreAggregator):
 
 
 class _Shortening(_PreAggregator):
+    @abstractmethod
     def _limit(self, norms: Any) -> Any:
         """Return what norms are brought to, of a tensor of them."""
-        raise NotImplementedError
 
     def _recorded(self, x: Any) -> Any:
         """Shorten by torch's own operations, through which gradients flow."""

@@ -8,6 +8,7 @@ large for our rules (2f >= n, which byzpy allows for some) byzpy's own method ru
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +58,12 @@ def _combined(rows: list[torch.Tensor], rule: Aggregator, f: int | None = None, 
     return found
 
 
-class _Combining:
+class _Combining(ABC):
     """Aggregates by a rule of ours where it has one for n rows."""
 
+    @abstractmethod
     def _rule(self, n: int) -> Aggregator | None:
-        raise NotImplementedError
+        """Return the rule for n rows, None where byzpy's own method runs."""
 
     def aggregate(self, gradients: Rows) -> Any:
         """Combine the gradients into one like the first."""
@@ -162,7 +164,7 @@ class GeometricMedian(_Combining, geometric_wise.GeometricMedian):  # type: igno
         return rules.GeometricMedian(nu=float(self.eps), max_iter=int(self.max_iter), tol=float(self.tol))
 
 
-class CenteredClipping(_Combining, norm_wise.CenteredClipping):  # type: ignore[misc]
+class CenteredClipping(norm_wise.CenteredClipping):  # type: ignore[misc]
     """M clipping steps from the mean, the lower median or zero; three reads of the data at most."""
 
     def aggregate(self, gradients: Rows) -> Any:
@@ -177,11 +179,12 @@ class CenteredClipping(_Combining, norm_wise.CenteredClipping):  # type: ignore[
         return _combined(rows, rules.CentredClipping(float(self.c_tau), int(self.M)), centre=centre)
 
 
-class _Mixing:
+class _Mixing(ABC):
     """Pre-aggregates by a rule of ours."""
 
+    @abstractmethod
     def _mixer(self, n: int) -> Mixer | None:
-        raise NotImplementedError
+        """Return the rule for n rows, None where byzpy's own method runs."""
 
     def pre_aggregate(self, xs: Rows) -> Any:
         """Return a list of rows like the first."""

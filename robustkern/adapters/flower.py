@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import functools
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -261,13 +262,13 @@ def median_metricrecords(records: list[RecordDict], weighting_metric_name: str) 
 class _Robust(builtin.FedAvg):
     """What all strategies here have in common: replies that cannot be used do not end a run."""
 
+    @abstractmethod
     def _limit(self, n: int) -> int:
         """Return how many of n replies may be bad."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
         """Return the new layers, and the replies whose metrics count, given that f more may be bad."""
-        raise NotImplementedError
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -8,6 +8,7 @@ from honest clients. Results that cannot be used are counted as bad, logged and 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -159,13 +160,13 @@ def _claiming(result: Any, good: list[tuple[Layers, Any]]) -> Any:
 class _Robust(builtin.FedAvg):
     """What all strategies here have in common: results that cannot be used do not end a run."""
 
+    @abstractmethod
     def _limit(self, n: int) -> int:
         """Return how many of n results may be bad."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _combined(self, results: Results, f: int) -> Layers:
         """Return the new layers, given that f more may be bad."""
-        raise NotImplementedError
 
     def aggregate_fit(
         self,

@@ -458,6 +458,8 @@ class View:
         if (weights == np.rint(weights)).all() and abs(weights).max() < 2**53:  # the smallest whole numbers lose least
             common = float(np.gcd.reduce(weights.astype(np.int64)))
             weights, divisor = weights / common, divisor / common
+        elif solution.centre_weight == 0 and abs(math.fsum(weights) / divisor - 1) <= UNIT_ROUNDING:
+            divisor = math.fsum(weights)  # they add up to 1 but for rounding, which rows far from the origin would feel
         distances = self.sq_distances_in(solution) if self.n == mixture.weights.shape[1] else None
         return solution._replace(weights=weights, divisor=divisor, kept=kept, sq_distances=distances)
 
