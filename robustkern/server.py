@@ -218,7 +218,8 @@ class Server:
         last = self._rows.get(name)
         if self._momentum == 0 or last is None or not _is_finite(last):
             return self._copy(update)
-        update = self._copy(update)  # which has the leaves that take part, in the dtype
+        if any(choice is not None for choice in self._leaves.values()):
+            update = self._copy(update)  # which has the leaves that take part, in the dtype
         if hasattr(update, "shape"):
             return self._mixed(update, last)
         import optree
