@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # CPU builds of torch are pinned: a plain "torch" brings gigabytes of GPU libraries.
 TORCH ?= torch==2.13.0
+# Without what it merges models with (transformers, datasets and some hundred more): its merge methods need none of it.
+MERGEKIT ?= mergekit==0.1.5
 # Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
 REQUIRE ?= cpp,numba,cuda-emulated$(if $(shell command -v nvcc),$(comma)cuda-static)
 # Processes that run tests side by side.
@@ -77,6 +79,7 @@ $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
 	RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
+	$(BIN)/python -m pip install --quiet --no-deps $(MERGEKIT)
 	touch $@ $(VENV)/demo.stamp
 
 clean:

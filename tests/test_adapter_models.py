@@ -316,3 +316,54 @@ def test_nvflares_rounds_of_nothing(nvflare: Any) -> None:
     for options in ({}, {"f": 1, "delta": 0.1}):
         with pytest.raises(ValueError, match="RobustAggregator: pass f or delta; got"):
             nvflare.RobustAggregator("median", **options)
+    with pytest.raises(ValueError, match="trusts a row by its number"):
+        nvflare.RobustAggregator("ctma(monna)", f=1)
+    for options, message in (({"f": True}, "f must be an integer of at least 0"), ({"delta": 0.5}, "0 <= delta < 0.5")):
+        with pytest.raises(ValueError, match=message):
+            nvflare.RobustAggregator("median", **options)
+
+
+# ---- mergekit ------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_method() -> None:
+    pytest.importorskip("mergekit")
+    from mergekit.merge_methods.api import merge_state_dicts
+
+    import robustkern.adapters.mergekit  # noqa: F401
+
+    g = torch.Generator().manual_seed(0)
+    models = [
+        {
+            "w": torch.randn(3, 5, generator=g).to(torch.bfloat16),
+            "b": torch.randn(4, generator=g),
+            "steps": torch.tensor(3),
+        }
+        for _ in range(6)
+    ]
+    models[2]["w"].fill_(float("nan"))
+    models[2]["b"].fill_(1e30)
+
+    def merged(**parameters: Any) -> Any:
+        base = parameters.pop("base", None)
+        return merge_state_dicts(models, "robust", parameters=parameters, base=base)
+
+    for rule in ("median", "trimmed_mean", "krum", "ctma(geometric_median)", "nnm | trimmed_mean"):
+        found = merged(rule=rule, f=1)
+        for name in ("w", "b"):
+            want = rk.aggregate([model[name] for model in models], rule, f=1)
+            assert found[name].dtype == want.dtype
+            assert torch.equal(found[name], want), (rule, name)
+        assert found["steps"] == 3
+    found = merged(rule="mean", f=0, weight=[1, 2, 1, 1, 1], base=2)["b"]  # all but the base, which is bad here
+    want = rk.aggregate([models[k]["b"] for k in (0, 1, 3, 4, 5)], "mean", weights=[1, 2, 1, 1, 1])
+    assert torch.equal(found, want)
+    found = merged(rule="centered_clipping(tau=1.0)", f=1, base=0)["b"]
+    want = rk.aggregate([model["b"] for model in models[1:]], "centered_clipping(tau=1.0)", f=1, centre=models[0]["b"])
+    assert torch.equal(found, want)
+    with pytest.raises(ValueError, match=r"measures from a centre \(name a base_model\)"):
+        merged(rule="centered_clipping(tau=1.0)", f=1)
+    with pytest.raises(ValueError, match=r"tensor w: .*NaN or Inf"):
+        merged(rule="mean", f=0)
+    with pytest.raises(ValueError, match="unknown rule"):
+        merged(rule="means", f=0)

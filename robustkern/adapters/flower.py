@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from logging import WARNING
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -31,12 +31,12 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from robustkern.engine import Info, count_of_share
+from robustkern.adapters.replies import CAP, Read, checked_limit, checked_rule, most_of, sorted_out
+from robustkern.engine import Info
 from robustkern.errors import NonFiniteError, brief, plain
 from robustkern.functions import aggregate, mean_around_median
-from robustkern.rules import CTMA, Aggregator, Chain, Median, MoNNA, TrimmedMean, parse_rule
+from robustkern.rules import Aggregator, Median, TrimmedMean
 from robustkern.rules import MultiKrum as MultiKrumRule
-from robustkern.rules.base import as_aggregator
 
 __all__ = [
     "Bulyan",
@@ -51,9 +51,6 @@ __all__ = [
 
 Layers = dict[str, NDArray[Any]]
 MAX_HEADER, MAX_DTYPE = 1 << 14, 64  # bytes of an array's description, of which NumPy's own has 128; and of a name
-#: A claimed number of examples above so many times the median of all claims is no honest one; below, weights of rows
-#: count at most `CAP` times the median.
-ABSURD, CAP = 1000.0, 10.0
 
 
 # ---- replies ---------------------------------------------------------------------------------------------------------
@@ -120,18 +117,15 @@ class _Reply(NamedTuple):
         Its arrays, by key.
     examples : float
         How many it claims to have; 1 where it need not say.
-    form : tuple
-        Keys, shapes and dtypes, and those of the metrics: what it must have in common with the others.
     """
 
     content: RecordDict
     name: str
     layers: Layers
     examples: float
-    form: Any
 
 
-def _read(message: Message, weighted_by_key: str, arrays: bool) -> _Reply:
+def _read(message: Message, weighted_by_key: str, arrays: bool) -> Read[_Reply]:
     """Read a reply; whatever is wrong with it is an exception that says so."""
     content = message.content
     found, metrics = content.array_records, content.metric_records
@@ -152,46 +146,25 @@ def _read(message: Message, weighted_by_key: str, arrays: bool) -> _Reply:
     if not isinstance(examples, (int, float)) or examples < 0:
         raise ValueError(f"its {weighted_by_key} is {brief(examples)}")
     form = (name, sorted((key, x.shape, x.dtype.str, x.dtype.name) for key, x in layers.items()), metric_name)
-    return _Reply(content, name, layers, float(examples), (repr(form), repr(sorted(kinds, key=repr))))
+    reply = _Reply(content, name, layers, float(examples))
+    return Read(reply, (repr(form), repr(sorted(kinds, key=repr))), reply.examples)
 
 
-class _Sorted(NamedTuple):
-    """The replies of a round: what can be used, and how many cannot."""
-
-    good: list[_Reply]
-    bad: int
-
-
-def _sorted(messages: Sequence[Message], weighted_by_key: str, arrays: bool) -> _Sorted:
-    """Tell replies that can be used from those that cannot, which are logged."""
-    read: list[_Reply] = []
-    reasons: list[str] = []
+def _sorted(messages: Sequence[Message], weighted_by_key: str, arrays: bool) -> tuple[list[_Reply], int]:
+    """Return the replies that can be used, and how many cannot, which are logged."""
     heard: set[int] = set()
-    for message in messages:
+
+    def read(message: Message) -> Read[_Reply]:
         node = _node(message)
-        try:
-            if node in heard:
-                raise ValueError("it has replied before")
-            heard |= {node} if node is not None else set()
-            read.append(_read(message, weighted_by_key, arrays))
-        except Exception as error:
-            sender = "a node" if node is None else f"node {node}"
-            reasons.append(f"{sender}: {plain(str(error), 200) or type(error).__name__}")
-    shared = Counter(reply.form for reply in read).most_common(1)
-    middle = float(np.median([reply.examples for reply in read])) if read else 0.0
-    good: list[_Reply] = []
-    for reply in read:
-        if reply.form != shared[0][0]:
-            reasons.append("a reply whose keys, shapes, dtypes or metrics are not those that most have")
-        elif reply.examples > ABSURD * max(middle, 1.0):
-            reasons.append(
-                f"a reply that claims {reply.examples:.3g} {weighted_by_key}, where the median is {middle:.3g}"
-            )
-        else:
-            good.append(reply)
-    for reason in reasons:
-        log(WARNING, "robustkern: a reply is left out, and counted as a bad one: %s", reason)
-    return _Sorted(good, len(reasons))
+        if node in heard:
+            raise ValueError("it has replied before")
+        heard.update(() if node is None else (node,))
+        return _read(message, weighted_by_key, arrays)
+
+    def sender(message: Message) -> str:
+        return f"node {_node(message)}"
+
+    return sorted_out(messages, read, sender, functools.partial(log, WARNING))
 
 
 def _node(message: Message) -> int | None:
@@ -330,21 +303,23 @@ class FedTrimmedAvg(_Robust, builtin.FedTrimmedAvg):
         return aggregate(_floats([reply.layers for reply in replies]), TrimmedMean(), f=f), replies
 
 
-def _selected(replies: list[_Reply], f: int, count: int) -> list[_Reply]:
-    """Return the replies of best Krum score, best first."""
-    n = len(replies)
-    rule = MultiKrumRule(m=min(count, n), neighbours=min(max(1, n - f - 2), n - 1))
-    rows = _floats([reply.layers for reply in replies])
-    f = min(f, (n - 1) // 2)
+def krum_order(rows: Sequence[Any], f: int, count: int) -> tuple[int, ...]:
+    """Return the rows of best Krum score by Flower's conventions, best first: `count`, or all without NaN if fewer."""
+    n = len(rows)
+    rule = MultiKrumRule(m=min(max(count, 1), n), neighbours=min(max(1, n - f - 2), n - 1))
+    f = min(max(f, 0), (n - 1) // 2)
     try:
         info: Info = aggregate(rows, rule, f=f, return_info=True)[1]
     except NonFiniteError as error:
         if len(error.rows) > f:
             raise
-        rule = replace(rule, m=n - len(error.rows))  # all that hold no NaN
-        info = aggregate(rows, rule, f=f, return_info=True)[1]
+        info = aggregate(rows, replace(rule, m=n - len(error.rows)), f=f, return_info=True)[1]
     assert info.order is not None
-    return [replies[i] for i in info.order]
+    return info.order
+
+
+def _selected(replies: list[_Reply], f: int, count: int) -> list[_Reply]:
+    return [replies[i] for i in krum_order(_floats([reply.layers for reply in replies]), f, count)]
 
 
 def _weighted_mean(replies: list[_Reply], most: float) -> Layers:
@@ -363,8 +338,7 @@ def _weighted_mean(replies: list[_Reply], most: float) -> Layers:
 
 
 def _most(replies: list[_Reply]) -> float:
-    """Return how many examples a reply counts for at most: `CAP` times the median of all claims."""
-    return CAP * float(np.median([reply.examples for reply in replies]))
+    return most_of(reply.examples for reply in replies)
 
 
 def _capped(claims: NDArray[np.float64], f: int) -> NDArray[np.float64]:
@@ -422,12 +396,6 @@ class Bulyan(_Robust, builtin.Bulyan):
         return super().aggregate_train(server_round, replies)
 
 
-def _trusts_a_row(rule: object) -> bool:
-    if isinstance(rule, Chain):
-        return any(map(_trusts_a_row, rule.steps))
-    return _trusts_a_row(rule.anchor) if isinstance(rule, CTMA) else isinstance(rule, MoNNA) and rule.pivot != "centre"
-
-
 class RobustStrategy(_Robust):
     """Any rule: ``RobustStrategy("ctma(geometric_median)", f=2)``.
 
@@ -473,26 +441,16 @@ class RobustStrategy(_Robust):
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or median_metricrecords,
             **kwargs,
         )
-        self.rule = parse_rule(rule) if isinstance(rule, str) else as_aggregator(rule)
-        if (f is None) == (delta is None):
-            raise ValueError(f"RobustStrategy: pass f or delta; got f={f}, delta={delta}")
-        if f is not None and (isinstance(f, bool) or not isinstance(f, int) or f < 0):
-            raise ValueError(f"RobustStrategy: f must be an integer of at least 0; got {f!r}")
-        if delta is not None and not 0 <= delta < 0.5:
-            raise ValueError(f"RobustStrategy: delta must satisfy 0 <= delta < 0.5; got {delta!r}")
+        self.rule = checked_rule("RobustStrategy", rule)
+        self._count = checked_limit("RobustStrategy", f, delta)
         if weighted and not self.rule.supports_weights:
             raise ValueError(f"RobustStrategy: {self.rule} takes no weights (drop weighted=True)")
-        if _trusts_a_row(self.rule):
-            raise ValueError(
-                f"RobustStrategy: {self.rule} trusts a row by its number, which would be whoever replies so soon (take "
-                "monna(pivot='centre'))"
-            )
         self.f, self.delta, self.weighted = f, delta, weighted
         self.info: Info | None = None
         self._sent: Layers | None = None
 
     def _limit(self, n: int) -> int:
-        return self.f if self.f is not None else count_of_share(cast(float, self.delta), n)
+        return self._count(n)
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Any) -> Any:
         """Send the arrays, which rules with a centre measure from."""

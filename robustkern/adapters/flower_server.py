@@ -7,9 +7,9 @@ from honest clients. Results that cannot be used are counted as bad, logged and 
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from logging import WARNING
@@ -23,12 +23,11 @@ from flwr.server.strategy.aggregate import aggregate_krum as builtin_krum
 from flwr.supercore import log
 from numpy.typing import NDArray
 
-from robustkern.adapters.flower import ABSURD, CAP, decoded
-from robustkern.errors import NonFiniteError, plain
+from robustkern.adapters.flower import decoded, krum_order
+from robustkern.adapters.replies import Read, most_of, sorted_out
 from robustkern.functions import aggregate as combine
 from robustkern.rules import Bulyan as BulyanRule
 from robustkern.rules import Median, TrimmedMean
-from robustkern.rules import MultiKrum as MultiKrumRule
 
 __all__ = [
     "Bulyan",
@@ -70,18 +69,7 @@ def aggregate_trimmed_avg(results: Results, proportiontocut: float) -> Layers:
 
 def aggregate_krum(results: Results, num_malicious: int, to_keep: int) -> Layers:
     """Return the layers of best Krum score, or the mean by examples of the `to_keep` best, at most all."""
-    n = len(results)
-    neighbours = min(max(1, n - num_malicious - 2), n - 1)
-    rule = MultiKrumRule(m=min(max(to_keep, 1), n), neighbours=neighbours)
-    f = min(max(num_malicious, 0), (n - 1) // 2)
-    rows = _rows(results)
-    try:
-        order = combine(rows, rule, f=f, return_info=True)[1].order
-    except NonFiniteError as error:
-        if len(error.rows) > f:
-            raise
-        order = combine(rows, replace(rule, m=n - len(error.rows)), f=f, return_info=True)[1].order
-    assert order is not None
+    order = krum_order(_rows(results), num_malicious, to_keep)
     if to_keep <= 0:
         return results[order[0]][0]
     kept = [results[i] for i in reversed(order)]  # Flower adds the worst one first
@@ -112,37 +100,25 @@ def aggregate_bulyan(
 
 def _sorted(results: Sequence[tuple[ClientProxy, Any]]) -> tuple[list[tuple[Layers, Any]], int]:
     """Return the results that can be used, of fits with their layers, and how many cannot, which are logged."""
-    read: list[tuple[Layers, Any]] = []
-    forms, reasons = [], []
-    for proxy, result in results:
-        try:
-            if not _is_number(result.num_examples) or result.num_examples < 0:
-                raise ValueError("its num_examples is no count")
-            bad = [name for name, value in result.metrics.items() if isinstance(value, float) and not _is_number(value)]
-            if bad or (isinstance(result, EvaluateRes) and not _is_number(result.loss)):
-                raise ValueError("its metrics hold NaN or Inf")
-            layers = [decoded(data) for data in result.parameters.tensors] if isinstance(result, FitRes) else []
-            kinds = sorted((name, isinstance(value, (int, float))) for name, value in result.metrics.items())
-            form = repr(([(x.shape, x.dtype.str) for x in layers], kinds))
-        except Exception as error:
-            name = plain(str(getattr(proxy, "cid", "?")), 60)
-            reasons.append(f"client {name}: {plain(str(error), 200) or type(error).__name__}")
-        else:
-            read.append((layers, result))
-            forms.append(form)
-    shared = Counter(forms).most_common(1)
-    middle = float(np.median([result.num_examples for _, result in read])) if read else 0.0
-    good = []
-    for (layers, result), form in zip(read, forms, strict=True):
-        if form != shared[0][0] or (isinstance(result, FitRes) and not layers):
-            reasons.append("a result whose shapes, dtypes or metrics are not those that most have")
-        elif result.num_examples > ABSURD * max(middle, 1.0):
-            reasons.append(f"a claim of {result.num_examples:.3g} examples, where the median is {middle:.3g}")
-        else:
-            good.append((layers, result))
-    for reason in reasons:
-        log(WARNING, "robustkern: a result is left out, and counted as a bad one: %s", reason)
-    return [(layers, _claiming(result, good)) for layers, result in good], len(reasons)
+    good, bad = sorted_out(
+        results, _read, lambda pair: f"client {getattr(pair[0], 'cid', '?')}", functools.partial(log, WARNING)
+    )
+    return [(layers, _claiming(result, good)) for layers, result in good], bad
+
+
+def _read(pair: tuple[ClientProxy, Any]) -> Read[tuple[Layers, Any]]:
+    """Read a result; whatever is wrong with it is an exception that says so."""
+    result = pair[1]
+    if not _is_number(result.num_examples) or result.num_examples < 0:
+        raise ValueError("its num_examples is no count")
+    bad = [name for name, value in result.metrics.items() if isinstance(value, float) and not _is_number(value)]
+    if bad or (isinstance(result, EvaluateRes) and not _is_number(result.loss)):
+        raise ValueError("its metrics hold NaN or Inf")
+    layers = [decoded(data) for data in result.parameters.tensors] if isinstance(result, FitRes) else []
+    if isinstance(result, FitRes) and not layers:
+        raise ValueError("it holds no layers")
+    kinds = sorted((name, isinstance(value, (int, float))) for name, value in result.metrics.items())
+    return Read((layers, result), repr(([(x.shape, x.dtype.str) for x in layers], kinds)), result.num_examples)
 
 
 def _is_number(value: Any) -> bool:
@@ -151,7 +127,7 @@ def _is_number(value: Any) -> bool:
 
 def _claiming(result: Any, good: list[tuple[Layers, Any]]) -> Any:
     """Return a result that claims ten times the median of all claims at most; where that is 0, all claim 1."""
-    most = CAP * float(np.median([other.num_examples for _, other in good]))
+    most = most_of(other.num_examples for _, other in good)
     if most == 0:
         return replace(result, num_examples=1)
     return result if result.num_examples <= most else replace(result, num_examples=int(most))

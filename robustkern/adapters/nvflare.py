@@ -8,7 +8,6 @@ differences zero.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ from array_api_compat import is_torch_array
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 
-from robustkern.engine import Info, count_of_share
+from robustkern.adapters.replies import Read, checked_limit, checked_rule, sorted_out
+from robustkern.engine import Info
 from robustkern.errors import NonFiniteError, plain
 from robustkern.functions import aggregate
 from robustkern.inputs.arrays import array_view, check_dtype
 from robustkern.rules import Aggregator
-from robustkern.rules.base import as_aggregator
 
 __all__ = ["RobustAggregator"]
 
@@ -44,10 +43,8 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
 
     def __init__(self, rule: Aggregator | str, f: int | None = None, delta: float | None = None) -> None:
         super().__init__()
-        self.rule = as_aggregator(rule)
-        if (f is None) == (delta is None):
-            raise ValueError(f"RobustAggregator: pass f or delta; got f={f}, delta={delta}")
-        self.f, self.delta = f, delta
+        self.rule = checked_rule("RobustAggregator", rule)
+        self._limit = checked_limit("RobustAggregator", f, delta)
         self.info: Info | None = None
         self._models: list[FLModel] = []
         self._last: FLModel | None = None
@@ -65,27 +62,8 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
         models, self._models = self._models, []
         if not models:
             raise ValueError("RobustAggregator: there are no models to combine")
-        read: list[tuple[FLModel, dict[str, Any]]] = []
-        forms, bad = [], 0
-        for k, model in enumerate(models):
-            try:
-                params = _params(model)
-            except Exception as error:
-                bad += 1
-                self._say(f"model {k} is left out, and counted as a bad one: {plain(str(error), 200)}")
-                continue
-            read.append((model, params))
-            forms.append(
-                (str(model.params_type), repr(sorted((n, tuple(x.shape), str(x.dtype)) for n, x in params.items())))
-            )
-        usual = Counter(forms).most_common(1)
-        good = [row for row, form in zip(read, forms, strict=True) if form == usual[0][0]]
-        if len(good) < len(read):
-            self._say(
-                f"{len(read) - len(good)} models are left out: their names, shapes or dtypes are not those of most"
-            )
-            bad += len(read) - len(good)
-        f = self.f if self.f is not None else count_of_share(self.delta or 0.0, len(models))
+        good, bad = sorted_out(enumerate(models), _read, lambda pair: f"model {pair[0]}", self._say)
+        f = self._limit(len(models))
         if bad <= f and good:
             try:
                 params, self.info = aggregate([row for _, row in good], self.rule, f=f - bad, return_info=True)
@@ -114,6 +92,13 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
     def _say(self, message: str) -> None:
         if self.fl_ctx is not None:
             self.warning(message)
+
+
+def _read(numbered: tuple[int, FLModel]) -> Read[tuple[FLModel, dict[str, Any]]]:
+    model = numbered[1]
+    params = _params(model)
+    form = str(model.params_type), repr(sorted((n, tuple(x.shape), str(x.dtype)) for n, x in params.items()))
+    return Read((model, params), form)
 
 
 def _params(model: FLModel) -> dict[str, Any]:
