@@ -364,6 +364,6 @@ def test_a_merge_method() -> None:
     with pytest.raises(ValueError, match=r"measures from a centre \(name a base_model\)"):
         merged(rule="centered_clipping(tau=1.0)", f=1)
     with pytest.raises(ValueError, match=r"tensor w: .*NaN or Inf"):
-        merged(rule="mean", f=0)
+        merged(rule="krum", f=0)
     with pytest.raises(ValueError, match="unknown rule"):
         merged(rule="means", f=0)
