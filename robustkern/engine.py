@@ -337,12 +337,17 @@ def _solved(
     differing = _differing(rule, source, within.tolerates) if source.plain else {}
     given = Given(source, kernels, source.n, within.f, within.weights, within.share, "origin" in rule.points, seed)
     view = View(given, source.n, within.f, within.weights, within.share)
-    try:
-        solution = rule.solve(view)
-    except TooCloseError:  # one more pass, on float64 products
-        given.start_again_in_double()
-        solution = rule.solve(view)
-    view.check(solution, rule)
+
+    def solve() -> Solution:
+        try:
+            solution = rule.solve(view)
+        except TooCloseError:  # one more pass, on float64 products
+            given.start_again_in_double()
+            solution = rule.solve(view)
+        view.check(solution, rule)
+        return solution
+
+    solution = solve() if rule.looks_at_no_row else source.once(solve, given)
     if solution.gave_up:
         warn(
             f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
@@ -350,7 +355,9 @@ def _solved(
         )
     source.combine = combining(rule, within)
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
-    return _info(rule, given, view, solution, nonfinite, sq_distances, differing) if wants_info else None
+    if not wants_info:
+        return None
+    return source.once(lambda: _info(rule, given, view, solution, nonfinite, sq_distances, differing), given)
 
 
 class Mixed(NamedTuple):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
 from numpy.typing import ArrayLike
 
+from robustkern.contract.rows import Source
 from robustkern.engine import Info, Limits, combining, joined, limits, run, write_mixed
 from robustkern.engine import mix as solve_mixing
 from robustkern.inputs.leaves import EVERYTHING, Choice
@@ -215,11 +216,15 @@ def aggregate(
 
 
 def _aggregate(*asked: Any) -> Any:
-    """Aggregate; see `_aggregated`."""
-    return untraced(_aggregated)(*asked) if DYNAMO in sys.modules else _aggregated(*asked)
+    """Aggregate; see `aggregated`."""
+    return untraced(aggregated)(*asked) if DYNAMO in sys.modules else aggregated(*asked)
 
 
-def _aggregated(
+def _as_it_is(source: MemorySource) -> Source:
+    return source
+
+
+def aggregated(
     updates: Any,
     rule: Aggregator | str,
     f: int | None,
@@ -235,7 +240,9 @@ def _aggregated(
     out: Any,
     backend: str,
     return_info: bool,
+    through: Callable[[MemorySource], Source] = _as_it_is,
 ) -> Any:
+    """Aggregate what `through` makes of the rows that are here: all, or some columns of rows held by several."""
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string; got {type(backend).__name__}")
     plan = parse(rule) if isinstance(rule, str) else rule
@@ -251,9 +258,9 @@ def _aggregated(
     source, result = adapt(updates, out, centre, choice, within, scope == "leaf")
     info: Info | None
     if scope == "update":
-        info = run(plan, source, f, delta, weights, seed, nonfinite, backend, return_info)
+        info = run(plan, through(source), f, delta, weights, seed, nonfinite, backend, return_info)
     else:
-        info = _leaf_by_leaf(plan, source, scope, (f, delta, weights, seed, nonfinite, backend))
+        info = _leaf_by_leaf(plan, source, scope, through, (f, delta, weights, seed, nonfinite, backend))
     if source.finish is not None:
         result = source.finish()
     if not return_info:
@@ -262,17 +269,23 @@ def _aggregated(
     return result, replace(info, integers=len(source.integers)) if source.integers else info
 
 
-def _leaf_by_leaf(plan: Aggregator, source: MemorySource, scope: str, options: tuple[Any, ...]) -> Info:
+def _leaf_by_leaf(
+    plan: Aggregator,
+    source: MemorySource,
+    scope: str,
+    through: Callable[[MemorySource], Source],
+    options: tuple[Any, ...],
+) -> Info:
     if scope != "leaf":
         raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     if source.parts is None:
         raise ValueError("scope='leaf': the updates are arrays, which are one leaf (pass mappings, or scope='update')")
     f, delta, weights, seed, nonfinite, backend = options
     if not source.parts:  # integers only
-        return cast(Info, run(plan, source, f, delta, weights, seed, nonfinite, backend))
+        return cast(Info, run(plan, through(source), f, delta, weights, seed, nonfinite, backend))
     infos: dict[str, Info] = {}
     for name, part in source.parts.items():
-        infos[name] = cast(Info, run(plan, part, f, delta, weights, seed, nonfinite, backend))
+        infos[name] = cast(Info, run(plan, through(part), f, delta, weights, seed, nonfinite, backend))
         seed = infos[name].seed if seed is None else seed  # of the first that drew: all draw the same
     if source.integers:  # which nobody is judged by: all rows vote
         rest = MemorySource.of(source.n, source.integers)

@@ -1,9 +1,9 @@
-"""Columns that lie with several owners: the same rules, on a source that only adds up through `total` and `gather`."""
+"""Columns that lie with several owners: the same rules, on a source that only adds up through `total` and `passed`."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,68 +14,63 @@ from support import make_rows
 from test_rules import RULES
 
 import robustkern as rk
-from robustkern.contract.rows import Block, Vector
+from robustkern.distributed.together import Part, Together
 from robustkern.engine import Info, run
 from robustkern.inputs.trees import adapt
 
 PARTS = 4
 
 
-class Exchange:
-    """Lets threads, one for each part, hand each other arrays, in the order of the parts."""
+class Threads:
+    """Ranks that are threads of this process."""
 
-    def __init__(self) -> None:
-        self.barrier = threading.Barrier(PARTS, timeout=60)
-        self.held: list[Any] = [None] * PARTS
+    size = PARTS
 
-    def all(self, part: int, x: Any) -> list[Any]:
-        self.held[part] = x
+    def __init__(self, rank: int, barrier: threading.Barrier, held: list[Any]) -> None:
+        self.rank, self.barrier, self.held = rank, barrier, held
+        self.exchanges = 0
+
+    def _all(self, x: Any) -> list[Any]:
+        self.held[self.rank] = x
         self.barrier.wait()
         everything = list(self.held)
         self.barrier.wait()
         return everything
 
-
-class Part:
-    """A source that holds a quarter of the columns and knows how many there are in all."""
-
-    def __init__(self, inner: Any, d: int, part: int, exchange: Exchange) -> None:
-        self.inner, self.d, self.part, self.exchange = inner, d, part, exchange
-        self.divided, self.plain = True, inner.plain
-        self.n, self.dtypes, self.device, self.has_centre = inner.n, inner.dtypes, inner.device, inner.has_centre
-
-    def blocks(self) -> Iterable[Block]:
-        return self.inner.blocks()  # type: ignore[no-any-return]
-
-    def results(self) -> Iterable[Block]:
-        return self.inner.results()  # type: ignore[no-any-return]
-
-    def row_name(self, row: int) -> str:
-        return str(row)
+    def exchange(self, payload: bytes) -> list[bytes]:
+        self.exchanges += 1
+        return self._all(payload)
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.sum(self.exchange.all(self.part, x), axis=0)  # type: ignore[no-any-return]
+        return np.sum(self._all(x), axis=0)  # type: ignore[no-any-return]
 
-    def gather(self, parts: list[Vector]) -> list[Vector]:
-        return [part for held in self.exchange.all(self.part, parts) for part in held]
+
+def on_all(work: Callable[[Threads], Any]) -> list[Any]:
+    """Return what each rank has in the end, or the error."""
+    barrier, held = threading.Barrier(PARTS, timeout=60), [None] * PARTS
+
+    def own(rank: int) -> Any:
+        try:
+            return work(Threads(rank, barrier, held))
+        except (ValueError, MemoryError, rk.RobustkernError) as error:
+            return error
+
+    with ThreadPoolExecutor(PARTS) as pool:
+        return list(pool.map(own, range(PARTS)))
 
 
 def divided(x: NDArray[Any], rule: str, cuts: list[int], **options: Any) -> list[Any]:
     """Return what each owner has in the end: its columns and an Info, or the error."""
-    exchange = Exchange()
     plan = rk.parse_rule(rule)
 
-    def own(part: int) -> Any:
-        columns = np.ascontiguousarray(x[:, cuts[part] : cuts[part + 1]])
+    def own(ranks: Threads) -> Any:
+        columns = np.ascontiguousarray(x[:, cuts[ranks.rank] : cuts[ranks.rank + 1]])
         source, result = adapt(columns)
-        try:
-            info = run(plan, Part(source, x.shape[1], part, exchange), **options)
-        except (ValueError, rk.RobustkernError) as error:
-            return error
+        with Together(ranks) as together:
+            info = run(plan, Part.of(together, source, {}), **options)
         return result, info
 
-    with ThreadPoolExecutor(PARTS) as pool:
-        return list(pool.map(own, range(PARTS)))
+    return on_all(own)
 
 
 def joined(parts: list[Any]) -> tuple[NDArray[Any], Info]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.counters import Combine
-from robustkern.contract.rows import Block, Rows, Source, Vector
+from robustkern.contract.rows import Block, Rows, Source, T
 
 __all__ = ["SharedInfinities", "SomeRows"]
 
@@ -46,9 +46,13 @@ class _Of:
         """Return the sum over all who hold columns."""
         return self._source.total(x)
 
-    def gather(self, parts: list[Vector]) -> list[Vector]:
-        """Return the partial sums of all who hold columns."""
-        return self._source.gather(parts)
+    def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Make a pass over the data, together with all who hold columns."""
+        return self._source.passed(passes, name, arguments, add)
+
+    def once(self, work: Callable[[], T], passes: Any) -> T:
+        """Return what one of all who hold columns makes of the passes."""
+        return self._source.once(work, passes)
 
 
 class SomeRows(_Of):
@@ -112,7 +116,8 @@ class SharedInfinities(_Of):
     def __init__(self, source: Source, enough: Callable[[NDArray[np.bool_]], NDArray[np.bool_]]) -> None:
         super().__init__(source)
         self._enough = enough
-        self.columns = sum(int(np.count_nonzero(sign)) for _, _, sign, _ in self._cut(source.blocks()))
+        here = sum(int(np.count_nonzero(sign)) for _, _, sign, _ in self._cut(source.blocks()))
+        self.columns = int(source.total(np.array([float(here)]))[0])
 
     def _cut(self, blocks: Any) -> Iterator[tuple[Rows, Rows, NDArray[np.int8], NDArray[Any] | None]]:
         """Yield columns, where their result goes, the signs of shared infinities (0: none), and a copy if any is."""

@@ -1,16 +1,16 @@
 """Rows as pointers: n update vectors used where they lie, and where they come from.
 
 A `Source` yields them block by block: from memory all at once, from files one tensor after the other, from ranks each
-its own columns. All that an aggregation adds up over the columns goes through the source's `total` and `gather`, so
+its own columns. All that an aggregation adds up over the columns goes through the source's `total` and `passed`, so
 that columns which lie on several machines are one more source and nothing else.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -32,6 +32,7 @@ __all__ = [
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
+T = TypeVar("T")
 
 #: The dtypes of rows, in the order of their codes in csrc/kernels.h.
 DTYPES: tuple[np.dtype[Any], ...] = (
@@ -212,7 +213,7 @@ class Source(Protocol):
     has_centre : bool
         Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
     divided : bool
-        Whether others hold columns too; where not, nobody need ask for `total` and `gather`, which change nothing.
+        Whether others hold columns too; where not, nobody need ask for `total`, which changes nothing.
     plain : sequence of PlainLeaf
         Leaves that are no arrays.
     combine : callable
@@ -243,8 +244,18 @@ class Source(Protocol):
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of a small array over all who hold columns, the same bits for each of them."""
 
-    def gather(self, parts: list[Vector]) -> list[Vector]:
-        """Return the partial sums of all who hold columns, in the order of the columns."""
+    def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Make a pass over the data, a method of `passes`; return what it finds in the columns of each who holds some.
+
+        In the order of the columns; those to `add`, if they are large, as the one that they add up to.
+        """
+
+    def once(self, work: Callable[[], T], passes: Any) -> T:
+        """Return what `work` returns, or raise what it raises, for the one of all who hold columns whose word counts.
+
+        It may make `passes`. So what follows from them is solved once: processors differ in last bits, and a choice
+        must not.
+        """
 
 
 class Undivided:
@@ -257,6 +268,10 @@ class Undivided:
         """Return the sum over all who hold columns: there is nobody else."""
         return x
 
-    def gather(self, parts: list[Vector]) -> list[Vector]:
-        """Return the partial sums of all who hold columns."""
-        return parts
+    def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Make a pass over the data."""
+        return [getattr(passes, name)(*arguments)]
+
+    def once(self, work: Callable[[], T], passes: Any) -> T:
+        """Return what `work` returns."""
+        return work()

@@ -99,7 +99,15 @@ class Rule:
 
 
 class Aggregator(Rule):
-    """A rule that combines the rows into one."""
+    """A rule that combines the rows into one.
+
+    Attributes
+    ----------
+    looks_at_no_row : bool
+        Whether its solution is the same whatever the rows hold, as a window of each column is.
+    """
+
+    looks_at_no_row: ClassVar[bool] = False
 
     def solve(self, view: View) -> Solution:
         """Return a combination of the rows or a window of their columns, made by a method of the view."""

@@ -35,6 +35,7 @@ class _Selection(Aggregator):
     """What these rules have in common: the first pass writes the result."""
 
     reads: ClassVar[str] = "1"
+    looks_at_no_row: ClassVar[bool] = True
 
     def rows_read_again(self, n: int, f: int) -> int:
         """Return 0."""

@@ -356,24 +356,24 @@ class Given:
 
     def _gram(self, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products, and whether float32 ones may be among them, as they may where `single`."""
+        found = _sum(self.source.passed(self, "gram_pass", (scale, single), True))
+        return found[:-1], bool(found[-1, 0])
+
+    def gram_pass(self, scale: float, single: bool) -> Matrix:
+        """Inner products, and in one more row whether float32 ones may be among them."""
         m = self.n + self.source.has_centre + self.needs_origin
-        total = np.zeros((m, m))
+        total = np.zeros((m + 1, m))
         cells = None if self.weights is None else as_cells(self.weights)
         if self.source.has_centre:  # which does not count for the median that the rows are centred on
             cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
-        taken = False
         for block in self.source.blocks():
             for rows in block.rows:
                 quick = single and self.kernels.takes_float32_products(rows)
-                total += self.kernels.gram(
+                total[:-1] += self.kernels.gram(
                     rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=quick
                 )
-                taken |= quick
-        if not self.source.divided:
-            return total, taken
-        if single:  # whoever holds columns goes the same way
-            taken = bool(self.source.total(np.array([float(taken)]))[0])
-        return self.source.total(total), taken
+                total[-1] += quick
+        return total
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
@@ -391,6 +391,12 @@ class Given:
         return result, scale
 
     def _selection_distances(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
+        found = _sum(self.source.passed(self, "selection_pass", (selection, measured, scale), True))
+        self.nonfinite = found[: self.n] > 0
+        return np.fmin(found[self.n :], np.inf)  # NaN is as far as it gets
+
+    def selection_pass(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
+        """Which rows hold NaN or Inf, and the squared distances of all, or of mixtures of them, to a selection."""
         total = np.zeros(self.n if measured is None else len(measured.weights))
         flags = np.zeros(self.n, dtype=np.bool_)
         for block in self.source.blocks():
@@ -399,11 +405,7 @@ class Given:
                 assert found.sq_distances is not None
                 total += found.sq_distances
                 flags |= found.nonfinite
-        if self.source.divided:
-            flags = self.source.total(flags.astype(np.float64)) > 0
-            total = self.source.total(total)
-        self.nonfinite = flags
-        return np.fmin(total, np.inf)  # NaN is as far as it gets
+        return np.append(flags, total)
 
     def select(
         self,
@@ -436,7 +438,11 @@ class Given:
         return rows.take(np.arange(self.n)) if self.source.has_centre else rows
 
     def exact_sq_distances_to(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
-        """Exact squared distances of some input rows to a selection, a few columns of which are held at a time."""
+        """Exact squared distances of some input rows to a selection."""
+        return _exact_sums(self.source.passed(self, "exact_selection_pass", (selection, scale, contenders), False))
+
+    def exact_selection_pass(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Matrix:
+        """Distances to a selection, of which a few columns are held at a time: a row for each of these."""
         parts = []
         for block in self.source.blocks():
             for rows in block.rows:
@@ -444,15 +450,19 @@ class Given:
                     anchor = piece.scratch()
                     self.select(selection, piece, anchor)
                     parts.append(self.kernels.row_sq_distances(piece.take(contenders), anchor, scale=scale))
-        return _exact_sums(self.source.gather(parts), len(contenders))
+        return np.array(parts).reshape(-1, len(contenders))
 
     def holding_nonfinite(self) -> Mask:
         """Return which rows hold a NaN or Inf, unlike those that are only too far away; one read of the data."""
+        return _sum(self.source.passed(self, "nonfinite_pass", (), True)) > 0
+
+    def nonfinite_pass(self) -> Vector:
+        """1 for each row that holds a NaN or Inf."""
         flags = np.zeros(self.n, dtype=np.bool_)
         for block in self.source.blocks():
             for rows in block.rows:
                 flags |= self.kernels.select_columns(self.without_centre(rows), Window(0, 1)).nonfinite
-        return self.source.total(flags.astype(np.float64)) > 0
+        return flags.astype(np.float64)
 
     def measure_point(self, point: Point) -> tuple[Vector, float] | None:
         """Squared distances of the rows to a point that is there, and the scale they are in; one read of the data.
@@ -461,12 +471,16 @@ class Given:
         """
         self.points_measured += 1
         result, scale = self._point_distances(point, 1.0), 1.0
+        if len(result) > self.n:  # the centre itself
+            if result[-1] != 0:
+                raise CentreError(NO_CENTRE)
+            result = result[: self.n]
         if FLOAT64 in self.source.dtypes:
             wanted = _better_scale(result, self.weights)
             if wanted != 1.0 and point == "centre":
                 return None
             if wanted != 1.0:
-                rescaled = self._point_distances(point, wanted)
+                rescaled = self._point_distances(point, wanted)[: self.n]
                 if self._improves(wanted, result, rescaled, self.weights):
                     result, scale = rescaled, wanted
             result[~_measurable(result)] = np.inf
@@ -474,18 +488,25 @@ class Given:
         return result, scale
 
     def _point_distances(self, point: Point, scale: float) -> Vector:
+        """Squared distances of the rows, and of the centre where it is the point: 0, or it is none."""
+        found = _sum(self.source.passed(self, "point_pass", (point, scale), True))
+        return np.fmin(found, np.inf)  # NaN is as far as it gets
+
+    def point_pass(self, point: Point, scale: float) -> Vector:
+        """Squared distances to a point that is there."""
         every = np.arange(self.n + (point == "centre"))
         total = np.zeros(len(every))
         for part in self._parts_from(point, every, scale):
             total += part
-        total = np.fmin(self.source.total(total), np.inf)  # NaN is as far as it gets
-        if len(total) > self.n and total[-1] != 0:  # the centre itself
-            raise CentreError(NO_CENTRE)
-        return total[: self.n]
+        return total
 
     def exact_from(self, point: Point, scale: float, rows: NDArray[np.intp]) -> Vector:
         """Exact squared distances of some input rows to one of them, to the centre or to the origin."""
-        return _exact_sums(self.source.gather(list(self._parts_from(point, rows, scale))), len(rows))
+        return _exact_sums(self.source.passed(self, "exact_point_pass", (point, scale, rows), False))
+
+    def exact_point_pass(self, point: Point, scale: float, rows: NDArray[np.intp]) -> Matrix:
+        """Distances to a point that is there: a row for each run of columns."""
+        return np.array(list(self._parts_from(point, rows, scale))).reshape(-1, len(rows))
 
     def _parts_from(self, point: Point, rows: NDArray[np.intp], scale: float) -> Iterator[Vector]:
         for block in self.source.blocks():
@@ -607,10 +628,18 @@ def _rounding(d: int) -> float:
     return EPSILON * (256 + d / 2**15)
 
 
-def _exact_sums(parts: list[Vector], n: int) -> Vector:
-    columns = np.array(parts).reshape(-1, n)
+def _sum(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Return the sum of what each who holds columns found, in their order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _exact_sums(parts: list[Matrix]) -> Vector:
+    columns = np.concatenate(parts)
     finite = np.asarray(np.isfinite(columns).all(axis=0))
-    return np.array([math.fsum(columns[:, i]) if finite[i] else math.inf for i in range(n)])
+    return np.array([math.fsum(columns[:, i]) if finite[i] else math.inf for i in range(len(finite))])
 
 
 def unscaled(sq_distances: Vector, scale: float) -> Vector:

@@ -24,6 +24,7 @@ class Mean(Aggregator):
     summary: ClassVar[str] = "not robust; lets NaN through"
     advice: ClassVar[str] = "no hostile rows; one hostile row owns it"
     reads: ClassVar[str] = "1"
+    looks_at_no_row: ClassVar[bool] = True
     needs: ClassVar[str] = "f = 0"
     supports_weights: ClassVar[bool] = True
     goals: ClassVar[Goals] = {"mean": {}}

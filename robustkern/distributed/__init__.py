@@ -1,0 +1,41 @@
+"""Rows and columns that lie with several: the ranks of torch.distributed, or a pool of Dask workers over files.
+
+Nothing is imported before it is used: ranks need torch, pools dask and distributed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from robustkern.distributed.ddp import DDPState, ddp_hook
+    from robustkern.distributed.fsdp import RobustFSDP, robust_fsdp
+    from robustkern.distributed.ranks import aggregate, aggregate_rows
+
+__all__ = ["DDPState", "RobustFSDP", "aggregate", "aggregate_rows", "ddp_hook", "robust_fsdp"]
+
+_WHERE = {
+    "DDPState": "ddp",
+    "RobustFSDP": "fsdp",
+    "aggregate": "ranks",
+    "aggregate_rows": "ranks",
+    "ddp_hook": "ddp",
+    "robust_fsdp": "fsdp",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_WHERE[name]}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"robustkern.distributed.{name} needs {error.name} (pip install 'robustkern[torch]')"
+        ) from error
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,145 @@
+"""A communication hook for DistributedDataParallel: gradients are combined by a rule instead of averaged.
+
+``model.register_comm_hook(DDPState("ctma(geometric_median)", f=1), ddp_hook)``. Each rank's gradient is one row.
+"""
+
+# torch reads the annotations of a hook, so they are not postponed here.
+
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+
+from robustkern.distributed.ranks import Group, bring_together, call, padded, share_out
+from robustkern.distributed.sharded import combine_shards
+from robustkern.engine import Info
+from robustkern.rules.base import Aggregator, as_aggregator
+
+__all__ = ["DDPState", "ddp_hook"]
+
+
+class _Sent(NamedTuple):
+    """A bucket whose columns are on their way."""
+
+    future: torch.futures.Future[Tensor]
+    work: Any
+    rows: Tensor
+    flat: Tensor  # which must live until it is sent
+    d: int
+    parameters: list[Tensor]  # whose gradients are in it, one after the other
+
+
+class DDPState:
+    """What `ddp_hook` needs, and keeps between buckets.
+
+    Parameters
+    ----------
+    rule : rule object or str
+        As for `robustkern.aggregate`; one that measures from a centre takes the last combined gradient, at first zeros.
+    f, delta, weights, seed
+        As for `robustkern.aggregate`; n is the number of ranks.
+    per_bucket : bool
+        Whether the rule judges each bucket by itself, as soon as all ranks have it, instead of the whole gradient after
+        the last one. The guarantee is the same; a rank is judged by each bucket alone, and which parameters share one
+        is DDP's to say, and changes after the first step.
+    group : ProcessGroup, optional
+        DDP's; by default all ranks.
+
+    Attributes
+    ----------
+    info : Info or None
+        What was found out about the last gradient, or bucket; the same on all ranks.
+    """
+
+    def __init__(
+        self,
+        rule: Aggregator | str,
+        /,
+        *,
+        f: int | None = None,
+        delta: float | None = None,
+        weights: ArrayLike | None = None,
+        seed: int | None = None,
+        per_bucket: bool = False,
+        group: Any = None,
+    ) -> None:
+        self.rule = as_aggregator(rule)
+        if per_bucket and "centre" in self.rule.points:
+            raise ValueError(f"DDPState: {self.rule} measures from a centre, which buckets lack (per_bucket=False)")
+        self.options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
+        self.per_bucket = per_bucket
+        self.ranks = Group(group)
+        self.info: Info | None = None
+        self._sent: list[_Sent] = []
+        self._measures = "centre" in self.rule.points
+        self._centre: dict[Tensor, Tensor] = {}  # by parameter: DDP makes other buckets after the first step
+
+    def take(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Send one bucket's columns on their way; with the last one, combine what has come."""
+        buffer = bucket.buffer()
+        flat = padded([buffer], self.ranks.size)
+        rows, work = share_out(flat, self.ranks, asynchronous=True)
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        self._sent.append(_Sent(future, work, rows, flat, buffer.numel(), bucket.parameters()))
+        if bucket.is_last() or self.per_bucket:
+            sent, self._sent = self._sent, []
+            self._combine(sent)
+        return future
+
+    def _combine(self, sent: list[_Sent]) -> None:
+        """Combine the buckets, and fulfil their futures; all collectives are made here, in the order of the buckets."""
+        for each in sent:
+            each.work.wait()
+        shards = [each.rows for each in sent]
+        columns = [each.d for each in sent]
+        centre = [self._centre_of(each) for each in sent] if self._measures else None
+        results, self.info = call(
+            self.ranks,
+            lambda together: combine_shards(together, self.ranks, shards, columns, self.rule, self.options, centre),
+        )
+        collected = []
+        for each, mine in zip(sent, results, strict=True):
+            full = each.rows.view(-1)
+            collected.append((each, full, bring_together(mine, full, self.ranks, asynchronous=True)))
+        for each, full, work in collected:
+            work.wait()
+            if self._measures:
+                parts = full[: each.d].clone().split([p.numel() for p in each.parameters])
+                self._centre |= dict(zip(each.parameters, parts, strict=True))
+            each.future.set_result(full[: each.d])
+
+    def _centre_of(self, sent: _Sent) -> Tensor:
+        """Return this rank's columns of what the last gradient was combined to, for one bucket."""
+        parts = [self._centre.get(p, p.new_zeros(p.numel())).to(sent.flat.dtype) for p in sent.parameters]
+        width = sent.rows.shape[1]
+        return padded(parts, self.ranks.size)[self.ranks.rank * width :][:width]
+
+
+def ddp_hook(state: DDPState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Combine gradients by a rule: for ``DistributedDataParallel.register_comm_hook(state, ddp_hook)``.
+
+    Columns are spread while the backward pass goes on (all_to_all); the rule runs when the last bucket has come, and
+    the result is collected (all_gather): the bytes of DDP's own all_reduce. Under ``no_sync`` DDP calls no hook, and
+    the rule sees the accumulated gradient. Beside it work DDP's wrappers that compress:
+    ``fp16_compress_wrapper(ddp_hook)``, ``bf16_compress_wrapper(ddp_hook)``.
+
+    Parameters
+    ----------
+    state : DDPState
+        One for each model.
+    bucket : GradBucket
+        Of this rank's gradients.
+
+    Returns
+    -------
+    Future of tensor
+        The combined gradient of the bucket: the rule's result, not divided by anything.
+
+    Raises
+    ------
+    NonFiniteError, TypeError, ValueError
+        As `robustkern.aggregate`, on all ranks.
+    """
+    return state.take(bucket)
