@@ -144,3 +144,79 @@ def test_weights_and_the_mean() -> None:
         got, info = joined(divided(x, rule, [0, 50, 101, 150, 203], f=2, weights=weights))
         np.testing.assert_array_almost_equal_nulp(got[np.isfinite(want)], want[np.isfinite(want)], 1)
         assert info.nonfinite_rows == told.nonfinite_rows == (0,)
+
+
+class Fickle(rk.Aggregator):
+    """Asks for other passes on other ranks, as rules may whose choice hangs on a last bit of the processor."""
+
+    name = "fickle"
+    ranks = threading.local()
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def solve(self, view: Any) -> Any:
+        rank, x = self.ranks.rank, np.zeros(9)
+        passes = {"same": 3, "more": 3 + rank % 2, "fewer": 3 - rank % 2, "none": 3 if rank == 0 else 0, "other": 3}[
+            self.kind
+        ]
+        for k in range(passes):
+            point = k + (rank if self.kind == "other" and k == 1 else 0)
+            x += view._given.measure_point(point)[0]
+        if self.kind == "fewer" and rank == 2:
+            raise ValueError("a rank that is not asked")
+        return view.mean_of([int(np.argsort(x)[rank])])
+
+
+@pytest.mark.parametrize("kind", ["same", "more", "fewer", "none", "other"])
+def test_rank_0_decides(kind: str) -> None:
+    x = rows_of("plain", np.float32)
+
+    def own(ranks: Threads) -> Any:
+        Fickle.ranks.rank = ranks.rank
+        source, result = adapt(np.ascontiguousarray(x[:, 50 * ranks.rank : 50 * ranks.rank + 50]))
+        with Together(ranks) as together:
+            info = run(Fickle(kind), Part.of(together, source, {}))
+        return result, info
+
+    found = on_all(own)
+    Fickle.ranks.rank = 0
+    want, told = rk.aggregate(x[:, :200], Fickle("same"), return_info=True)
+    assert told.weights is not None
+    got, _info = joined(found)
+    assert np.array_equal(got, want)
+    assert all(np.array_equal(part[1].weights, told.weights) for part in found)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("rule", ["median", "krum", "ctma(median)", "nnm | median"])
+def test_an_error_of_one_is_an_error_of_all(rule: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory runs out on one rank, in a kernel's first, second, third or fourth call."""
+    from robustkern.backends.cpp import Cpp
+
+    calls = threading.local()
+    for name in ("gram", "select_columns", "weighted_row_sum", "row_sq_distances"):
+        kernel = getattr(Cpp, name)
+
+        def failing(self: Any, *arguments: Any, kernel: Any = kernel, **options: Any) -> Any:
+            calls.count = getattr(calls, "count", 0) + 1
+            if getattr(calls, "rank", 0) == 2 and calls.count == at + 1:
+                raise MemoryError("no memory is left")
+            return kernel(self, *arguments, **options)
+
+        monkeypatch.setattr(Cpp, name, failing)
+    x = rows_of("plain", np.float32)
+
+    def own(ranks: Threads) -> Any:
+        calls.rank, calls.count = ranks.rank, 0
+        source, _result = adapt(np.ascontiguousarray(x[:, 50 * ranks.rank : 50 * ranks.rank + 50]))
+        with Together(ranks) as together:
+            run(rk.parse_rule(rule), Part.of(together, source, {}), f=2, backend="cpp")
+        return calls.count
+
+    found = on_all(own)
+    if all(isinstance(one, int) for one in found):
+        assert max(found) <= at  # it was not called so often
+    else:
+        assert all(isinstance(one, MemoryError) for one in found)
+        assert {str(one) for one in found} == {"no memory is left"}

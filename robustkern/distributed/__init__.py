@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from robustkern.distributed.ddp import DDPState, ddp_hook
     from robustkern.distributed.fsdp import RobustFSDP, robust_fsdp
-    from robustkern.distributed.ranks import aggregate, aggregate_rows
+    from robustkern.distributed.ranks import aggregate, aggregate_gradients, aggregate_rows
 
-__all__ = ["DDPState", "RobustFSDP", "aggregate", "aggregate_rows", "ddp_hook", "robust_fsdp"]
+__all__ = ["DDPState", "RobustFSDP", "aggregate", "aggregate_gradients", "aggregate_rows", "ddp_hook", "robust_fsdp"]
 
 _WHERE = {
     "DDPState": "ddp",
     "RobustFSDP": "fsdp",
     "aggregate": "ranks",
+    "aggregate_gradients": "ranks",
     "aggregate_rows": "ranks",
     "ddp_hook": "ddp",
     "robust_fsdp": "fsdp",

@@ -106,7 +106,7 @@ class DDPState:
         for each, full, work in collected:
             work.wait()
             if self._measures:
-                parts = full[: each.d].clone().split([p.numel() for p in each.parameters])
+                parts = torch.split(full[: each.d].clone(), [p.numel() for p in each.parameters])
                 self._centre |= dict(zip(each.parameters, parts, strict=True))
             each.future.set_result(full[: each.d])
 

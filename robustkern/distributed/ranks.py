@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from robustkern.distributed.together import Part, Together, digest_of, require_a
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
 from robustkern.rules.base import Aggregator, as_aggregator
 
-__all__ = ["Group", "aggregate", "aggregate_rows", "call"]
+__all__ = ["Group", "aggregate", "aggregate_gradients", "aggregate_rows", "call"]
 
 #: Bytes of a message that are sent at once with how many there are; what is longer takes a second step.
 FIRST = 4096
@@ -429,3 +429,37 @@ def _columns_of(centre: Any, structure: Any, ranks: Group, integers: dict[str, T
         first = ranks.rank * piece.width
         columns[f"piece {k}"] = piece.flat[first : first + piece.count(ranks.rank)]
     return columns | integers
+
+
+def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /, **options: Any) -> Any:
+    """Replace each rank's gradients by what the rule makes of all ranks': for training with estimates of one's own.
+
+    Such as those of mu^2-SGD: ``with model.no_sync(): worker.step(closure)``, then this, then ``server.step()``, see
+    `robustkern.training`. A model whose plain gradients are combined has `ddp_hook`.
+
+    Parameters
+    ----------
+    parameters : iterable of tensor
+        The model's; a parameter without a gradient counts as one of zeros.
+    rule, **options
+        As for `aggregate_rows`.
+
+    Returns
+    -------
+    None, or Info
+        With ``return_info``.
+
+    Raises
+    ------
+    TypeError, ValueError, NonFiniteError, RuntimeError
+        As `aggregate_rows`.
+    """
+    held = list(parameters)
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+    found = aggregate_rows(own, rule, **options)
+    info = None
+    if options.get("return_info"):
+        found, info = found
+    for p, gradient in zip(held, found, strict=True):
+        p.grad = gradient
+    return info

@@ -71,16 +71,18 @@ class Together:
         return self._exchange(None, value)
 
     def _tell(self, error: Exception) -> None:
-        """Bring an error to the exchange that the others are in; raise where a rank before this one brings one too."""
+        """Bring an error to the exchange that the others are in; raise where a rank before this one brings another."""
+        told: Exception = error
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
+            told = RuntimeError(f"{type(error).__name__}: {error}")
         try:
-            self._exchange(error, None)
+            self._exchange(told, None)
         except Exception as first:
-            if getattr(first, "args", None) != error.args or type(first) is not type(error):
+            if first.args != told.args or type(first) is not type(told):
                 raise
+        self._known = error
 
     def _exchange(self, error: Exception | None, value: Any) -> list[Any]:
         if self.ranks.size == 1:

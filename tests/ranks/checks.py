@@ -1,0 +1,468 @@
+"""What ranks of torch.distributed check, each in a process of its own; see `tests/test_distributed.py`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import robustkern as rk
+import robustkern.distributed as rd
+from robustkern.training import Mu2Server, Mu2Worker, Settings, Simulation, load_data
+
+Losses = list[float]
+
+
+def everywhere(value: Any) -> list[Any]:
+    """Return every rank's value."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def require_same_bits(x: torch.Tensor) -> None:
+    held = everywhere(x.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert all(other == held[0] for other in held)
+
+
+# ---- columns -----------------------------------------------------------------------------------------------------
+
+RULES = (
+    "mean", "median", "trimmed_mean", "mean_around_median", "krum", "multi_krum", "mda", "bulyan", "ctma(median)", "ctma(krum)",
+    "geometric_median", "ctma(geometric_median)", "nnm | median", "nnm | ctma(trimmed_mean)", "bucketing(size=2) | krum", "caf", "faba",
+)  # fmt: skip
+CONTINUOUS = (
+    "geometric_median",
+    "caf",
+    "ctma(geometric_median)",
+)  # weights that follow from the Gram by more than a choice
+
+
+def columns(rank: int, size: int) -> None:
+    g = np.random.default_rng(0)
+    for n, d, dtype in ((9, 203, np.float32), (19, 70_001, np.float32), (19, 501, np.float64), (9, 3, np.float64)):
+        for kind in ("plain", "attacked", "copies", "nan"):
+            x = 1 + 3e-3 * g.standard_normal((n, d))
+            if kind == "attacked":
+                x[:2] *= [[-1], [1e6]]
+            if kind == "copies":
+                x[1] = x[2] = x[3]
+            if kind == "nan":
+                x[0, d // 2] = np.nan
+            x = x.astype(dtype)
+            cuts = np.linspace(0, d, size + 1).astype(int)
+            if kind == "attacked":
+                cuts[1] = 0  # a rank with nothing
+            mine = slice(cuts[rank], cuts[rank + 1])
+            for rule in RULES:
+                options: dict[str, Any] = {"f": 1 if rule == "bulyan" else 2, "seed": 3}
+                want, told = rk.aggregate(x, rule, return_info=True, **options)
+                got, info = rd.aggregate(x[:, mine], rule, return_info=True, **options)
+                if rule in CONTINUOUS:
+                    assert (np.abs(got - want[mine]) <= np.spacing(np.abs(want[mine]))).all(), (rule, kind)
+                else:
+                    assert np.array_equal(got, want[mine], equal_nan=True), (rule, kind, n, d)
+                assert (info.d, info.nonfinite_rows, info.order) == (d, told.nonfinite_rows, told.order), (rule, kind)
+                for name in ("weights", "sq_distances"):
+                    ours, theirs = getattr(info, name), getattr(told, name)
+                    assert (ours is None) == (theirs is None)
+                    if ours is not None:
+                        np.testing.assert_allclose(
+                            ours, theirs, rtol=1e-12 if dtype == np.float64 else 1e-5, atol=1e-12
+                        )
+                assert len(set(map(str, everywhere(info.to_dict())))) == 1, rule
+
+
+def pieces_of_everything(rank: int, size: int) -> None:
+    """Several leaves of several dtypes, weights, a centre, out, scopes, infinities that are shared, a large Gram."""
+    g = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "w": torch.randn(8, 40, generator=g),
+            "h": torch.randn(64, generator=g).to(torch.bfloat16),
+            "n": torch.tensor([k, 9 - k]),
+        }
+        for k in range(9)
+    ]
+
+    def part(row: Any) -> Any:
+        return {
+            "w": row["w"][:, rank * 10 : (rank + 1) * 10],
+            "h": row["h"][rank * 16 : (rank + 1) * 16],
+            "n": row["n"],
+        }
+
+    local = [part(row) for row in rows]
+    weights = np.arange(9) + 1.0
+    for rule in ("median", "trimmed_mean", "ctma(median)", "krum", "mean"):
+        options: dict[str, Any] = {"f": 2} if rule == "krum" else {"f": 1, "weights": weights}
+        want, got = part(rk.aggregate(rows, rule, **options)), rd.aggregate(local, rule, **options)
+        assert all(torch.equal(got[name], want[name]) for name in want), rule
+    centre = {"w": torch.ones(8, 40), "h": torch.zeros(64, dtype=torch.bfloat16), "n": torch.tensor([0, 0])}
+    for rule in ("centred_clipping(tau=3.0)", "ctma(centre)"):
+        want = part(rk.aggregate(rows, rule, f=2, centre=centre))
+        out = {name: torch.empty_like(x) for name, x in want.items()}
+        rd.aggregate(local, rule, f=2, centre=part(centre), out=out)
+        assert all(torch.equal(out[name], want[name]) for name in want), rule
+    want, got = part(rk.aggregate(rows, "krum", f=2, scope="leaf")), rd.aggregate(local, "krum", f=2, scope="leaf")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    x = np.random.default_rng(1).standard_normal((9, 40)).astype(np.float32)
+    x[:, 3] = -np.inf  # with rank 0 alone
+    x[1, 20] = np.nan
+    for nonfinite in ("error", "drop"):
+        want = rk.aggregate(x, "krum", f=2, nonfinite=nonfinite)
+        mine = x[:, rank * 10 : (rank + 1) * 10]
+        got, info = rd.aggregate(mine, "krum", f=2, nonfinite=nonfinite, return_info=True)
+        assert np.array_equal(got, want[rank * 10 : (rank + 1) * 10])
+        assert info.shared_inf == 1
+    x = np.random.default_rng(1).standard_normal((150, 400))  # a Gram of 180 KB
+    got = rd.aggregate(x[:, rank * 100 : (rank + 1) * 100], "nnm | trimmed_mean", f=9)
+    assert np.array_equal(got, rk.aggregate(x, "nnm | trimmed_mean", f=9)[rank * 100 : (rank + 1) * 100])
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+def row_of(rank: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(rank)
+    return {
+        "w": torch.randn(3, 5, generator=g) * (1e6 if rank == 1 else 1),
+        "h": torch.randn(7, generator=g).to(torch.bfloat16),
+        "n": torch.tensor(rank),
+        "none": torch.zeros(0),
+    }
+
+
+def rows(rank: int, size: int) -> None:
+    everyone = [row_of(k) for k in range(size)]
+    for rule in ("mean", "median", "krum", "ctma(median)", "geometric_median", "nnm | trimmed_mean"):
+        want, told = rk.aggregate(everyone, rule, f=1, return_info=True)
+        got, info = rd.aggregate_rows(row_of(rank), rule, f=1, return_info=True)
+        for name, x in want.items():
+            assert torch.equal(got[name], x) or rule == "geometric_median", (rule, name)
+            require_same_bits(got[name])
+        assert (info.order, info.d) == (told.order, told.d)
+    weights = [1.0, 2.0, 3.0, 1.0]
+    want = rk.aggregate(everyone, "median", delta=0.3, weights=weights)
+    got = rd.aggregate_rows(row_of(rank), "median", delta=0.3, weights=weights)
+    assert torch.equal(got["w"], want["w"])
+    centre = row_of(9)
+    want = rk.aggregate(everyone, "ctma(centre)", f=1, centre=centre)
+    got = rd.aggregate_rows(row_of(rank), "ctma(centre)", f=1, centre=centre)
+    assert torch.equal(got["w"], want["w"])
+    seeds = everywhere(rd.aggregate_rows(np.ones(5) * rank, "bucketing(size=2) | mean", f=1, return_info=True)[1].seed)
+    assert len(set(seeds)) == 1  # drawn once
+    for dtype in ("float16", "float64", "bfloat16"):
+        import ml_dtypes
+
+        kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        stacked = np.random.default_rng(0).standard_normal((size, 11)).astype(kind)
+        got = rd.aggregate_rows(stacked[rank], "median")
+        assert got.dtype == kind
+        assert got.tobytes() == rk.median(stacked).tobytes()
+    pair = dist.new_group([0, 1])
+    if rank < 2:
+        assert rd.aggregate_rows(np.array([float(rank)]), "mean", group=pair).tolist() == [0.5]
+    else:
+        with pytest.raises(RuntimeError, match="this process is no member of the group"):
+            rd.aggregate_rows(np.ones(1), "mean", group=pair)
+
+
+def errors(rank: int, size: int) -> None:
+    """An error of one is an error of all, and the next call works."""
+    x = np.ones(5)
+    cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (ValueError, "the number of values is 5 on rank 0, and 6 on rank 2", lambda: rd.aggregate_rows(x if rank != 2 else np.ones(6), "median", f=1)),
+        (ValueError, "f is 1 on rank 0, and 0 on rank 3", lambda: rd.aggregate_rows(x, "median", f=int(rank < 3))),
+        (ValueError, "rule is median on rank 0, and mean on rank 1", lambda: rd.aggregate(np.ones((5, 2)), "mean" if rank == 1 else "median", f=1)),
+        (ValueError, "rows is 5 on rank 0, and 6 on rank 1", lambda: rd.aggregate(np.ones((5 + (rank == 1), 2)), "median", f=1)),
+        (TypeError, "must be NumPy or torch arrays; got str", lambda: rd.aggregate_rows(x if rank != 3 else "text", "median", f=1)),
+        (TypeError, "complex leaves are not taken", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
+        (rk.NonFiniteError, r"krum: 2 rows hold NaN or Inf \(rows 2, 3\)", lambda: rd.aggregate_rows(x * (np.nan if rank > 1 else 1), "krum", f=1)),
+        (rk.NonFiniteError, r"median: 3 rows hold NaN or Inf \(rows 0, 1, 2\)", lambda: rd.aggregate(np.array([[np.nan if rank == 2 and i < 3 else 1.0] for i in range(5)]), "median", f=2)),
+        (ValueError, "2\\*f must be below n", lambda: rd.aggregate_rows(x, "median", f=2)),
+        (ValueError, "centre must have the structure of the rows", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=[x, x] if rank == 1 else x)),
+        (ValueError, "centre is required", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1)),
+        (ValueError, "centre holds NaN or Inf", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=x * np.nan)),
+        (ValueError, "2 rows differ|the rows|smea", lambda: rd.aggregate_rows(x, "smea", f=2)),
+    ]  # fmt: skip
+    for kind, message, work in cases:
+        with pytest.raises(kind, match=message):
+            work()
+        assert rd.aggregate_rows(x * rank, "median", f=1).tolist() == [1.5] * 5
+
+
+# ---- models ------------------------------------------------------------------------------------------------------
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = (
+        torch.nn.Linear(301, 200),
+        torch.nn.Tanh(),
+        torch.nn.Linear(200, 100),
+        torch.nn.Tanh(),
+        torch.nn.Linear(100, 7),
+    )
+    return torch.nn.Sequential(*layers)
+
+
+def loss_of(m: Any, rank: int, step: int, liar: int) -> torch.Tensor:
+    torch.manual_seed(100 * rank + step)
+    loss: torch.Tensor = ((m(torch.randn(16, 301)) - torch.randn(16, 7)) ** 2).mean()
+    return -1000 * loss if rank == liar else loss
+
+
+def gradients(m: torch.nn.Module) -> torch.Tensor:
+    parts = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in m.parameters()]
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def rows_of(rank: int, size: int, step: int, autocast: Any = None) -> torch.Tensor:
+    """Return the gradients of all ranks, each of whom computes them all."""
+    found = []
+    for other in range(size):
+        m = model()
+        loss_of(m, other, step, size - 1).backward()
+        found.append(gradients(m))
+    return torch.stack(found)
+
+
+def data_parallel(rank: int, size: int) -> None:
+    for rule, per_bucket, wrap in (
+        ("median", False, False), ("median", True, False), ("krum", False, False), ("ctma(geometric_median)", False, True),
+        ("nnm | trimmed_mean", False, False), ("centred_clipping(tau=0.1)", False, False),
+    ):  # fmt: skip
+        m = DDP(model(), bucket_cap_mb=0.05, gradient_as_bucket_view=True)
+        state = rd.DDPState(rule, f=1, per_bucket=per_bucket)
+        m.register_comm_hook(state, fp16_compress_wrapper(rd.ddp_hook) if wrap else rd.ddp_hook)
+        last: torch.Tensor | None = None
+        for step in range(3):
+            m.zero_grad()
+            loss_of(m, rank, step, size - 1).backward()
+            x = rows_of(rank, size, step)
+            if wrap:
+                x = x.half()
+            options = {}
+            if "centred" in rule:
+                options["centre"] = torch.zeros_like(x[0]) if last is None else last
+            last = rk.aggregate(x, rule, f=1, **options)
+            got = gradients(m)
+            torch.testing.assert_close(got, last.float(), rtol=1e-6 if not wrap else 1e-3, atol=0 if not wrap else 1e-6)
+            require_same_bits(got)
+        assert state.info is not None
+    m = DDP(model())
+    m.register_comm_hook(rd.DDPState("median", f=1), rd.ddp_hook)
+    with m.no_sync():
+        loss_of(m, rank, 0, size - 1).backward()
+    loss_of(m, rank, 1, size - 1).backward()
+    both = rows_of(rank, size, 0) + rows_of(rank, size, 1)
+    torch.testing.assert_close(gradients(m), rk.median(both), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"DDPState: ctma\(centre\) measures from a centre, which buckets lack"):
+        rd.DDPState("ctma(centre)", f=1, per_bucket=True)
+
+
+def sharded_model(mesh: Any, **options: Any) -> Any:
+    m = model()
+    for layer in m:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(m, mesh=mesh, **options)
+
+
+def fully_sharded(rank: int, size: int) -> None:
+    mesh = init_device_mesh("cpu", (size,))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model() if isinstance(layer, torch.nn.Linear)]
+    for rule, whole in (
+        ("median", False),
+        ("ctma(geometric_median)", False),
+        ("krum", True),
+        ("ctma(geometric_median)", True),
+    ):
+        m = sharded_model(mesh)
+        combining = rd.robust_fsdp(m, rule, f=1, whole=whole)
+        for step in range(2):
+            m.zero_grad()
+            loss_of(m, rank, step, size - 1).backward()
+            if whole:
+                assert combining.finish() is combining.info
+            x = rows_of(rank, size, step)
+            parts = [x] if whole else [part.contiguous() for part in x.split(sizes, dim=1)]
+            want = torch.cat([rk.aggregate(part, rule, f=1) for part in parts])
+            torch.testing.assert_close(gradients(m), want, rtol=1e-6, atol=1e-12)
+    with pytest.raises(RuntimeError, match="there is no gradient to combine"):
+        combining.finish()
+    loss_of(m, rank, 0, size - 1).backward()  # without zero_grad: added to the last one
+    with pytest.raises(RuntimeError, match="gradients were converted, added to others, or moved"):
+        combining.finish()
+    m = sharded_model(mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    combining = rd.robust_fsdp(m, "krum", f=1, whole=True)
+    loss_of(m, rank, 0, size - 1).backward()
+    combining.finish()
+    x = rows_of(rank, size, 0)
+    chosen = combining.info.order[0]
+    assert chosen != size - 1
+    assert torch.nn.functional.cosine_similarity(gradients(m), x[chosen], dim=0) > 0.99
+    with pytest.raises(TypeError, match="no module of the model is sharded"):
+        rd.robust_fsdp(model(), "median")
+    with pytest.raises(ValueError, match="measures from a centre, which shards have not"):
+        rd.robust_fsdp(m, "ctma(centre)", f=1)
+
+
+def replicas(rank: int, size: int) -> None:
+    """Two ranks hold one replica of the model; here two replicas, of which each is a row."""
+    mesh = init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("replicate", "shard"))
+    m = sharded_model(mesh["shard"])
+    rd.robust_fsdp(m, "trimmed_mean", f=0, replicas=mesh.get_group("replicate"))
+    loss_of(m, rank, 0, -1).backward()
+    found = []
+    for other in range(size):
+        alone = model()
+        loss_of(alone, other, 0, -1).backward()
+        found.append(gradients(alone))
+    x = torch.stack(found).reshape(2, size // 2, -1).mean(dim=1)
+    torch.testing.assert_close(gradients(m), rk.mean(x), rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="over replicas each module is judged by itself"):
+        rd.robust_fsdp(m, "median", f=0, whole=True, replicas=mesh.get_group("replicate"))
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+ROUNDS = 100
+LIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scaled": lambda g: -1e4 * g,
+    "flipped": lambda g: -3 * g,
+    "NaN": lambda g: torch.where(torch.arange(g.numel()).reshape(g.shape) == 0, torch.nan, g),
+    "bit flips": lambda g: (g.contiguous().view(torch.int32) ^ (1 << 30)).view(torch.float32),
+}
+
+
+class Lying(torch.autograd.Function):
+    """What a liar's gradient of one tensor becomes."""
+
+    lie: Callable[[torch.Tensor], torch.Tensor] = staticmethod(lambda g: g)
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return Lying.lie(gradient)
+
+
+def learning(rank: int, size: int) -> dict[str, float]:
+    """Of four ranks one lies: the model learns with the hook, and does not without; returns accuracies."""
+    data = load_data("digits")
+    images = torch.from_numpy(data.images).reshape(len(data.labels), -1)
+    labels, test = torch.from_numpy(data.labels), torch.from_numpy(data.test_images).reshape(len(data.test_labels), -1)
+    found = {}
+    for name, lie in LIES.items():
+        for hooked in (True, False):
+            torch.manual_seed(0)
+            m = DDP(torch.nn.Linear(images.shape[1], data.classes))
+            if hooked:
+                m.register_comm_hook(rd.DDPState("ctma(median)", f=1), rd.ddp_hook)
+            if rank == size - 1:
+                for p in list(m.parameters())[: 1 if name == "bit flips" else 2]:
+                    p.register_hook(lie)
+            optimizer = torch.optim.SGD(m.parameters(), lr=0.5)
+            g = torch.Generator().manual_seed(rank)
+            for _ in range(60):
+                picks = torch.randint(len(labels), (32,), generator=g)
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(m(images[picks]), labels[picks]).backward()
+                optimizer.step()
+            right = (m.module(test).argmax(dim=1).numpy() == data.test_labels).mean()
+            found[f"{name}, {'hook' if hooked else 'mean'}"] = float(right)
+    return found
+
+
+def curves(rank: int, size: int) -> dict[str, list[Losses]]:
+    """Train by the hook, and by mu^2-SGD with aggregate_gradients; return the loss of each round, and the simulation's."""
+    data = load_data("digits")
+    found = {}
+    for optimizer in ("sgd", "mu2sgd"):
+        settings = Settings(
+            data="digits", model="softmax", workers=size, byzantine=1, attack="sign_flip", rule="ctma(median)",
+            optimizer=optimizer, lr=0.1, batch=8, clip=0.0, rounds=ROUNDS, seed=1,
+        )  # fmt: skip
+        simulation = Simulation(settings, data)
+        theirs: Losses = []
+        for _ in range(ROUNDS):
+            simulation.round()
+            theirs.append(simulation.evaluate()[1])
+        found[optimizer] = [list(trained(simulation, settings, data, rank)), theirs]
+    return found
+
+
+def trained(simulation: Simulation, settings: Settings, data: Any, rank: int) -> Iterable[float]:
+    task = simulation.task
+    m = DDP(task._module)
+    if settings.optimizer == "sgd":
+        m.register_comm_hook(rd.DDPState(settings.rule, f=1), rd.ddp_hook)
+        server: torch.optim.Optimizer = torch.optim.SGD(m.parameters(), lr=settings.lr)
+    else:
+        worker, server = Mu2Worker(m.parameters()), Mu2Server(m.parameters(), lr=settings.lr)
+    images, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
+    sign = -1.0 if rank == settings.workers - 1 else 1.0
+    for t in range(1, ROUNDS + 1):
+        picks = torch.from_numpy(task.samples(t)[rank])
+
+        def closure(picks: torch.Tensor = picks) -> torch.Tensor:
+            m.zero_grad()
+            loss: torch.Tensor = sign * torch.nn.functional.cross_entropy(m(images[picks]), labels[picks])
+            loss.backward()
+            return loss
+
+        if settings.optimizer == "sgd":
+            closure()
+        else:
+            with m.no_sync():
+                worker.step(closure)
+            rd.aggregate_gradients(m.parameters(), settings.rule, f=1)
+        server.step()
+        yield task.evaluate(task.start())[1]
+
+
+# ---- ranks that die ----------------------------------------------------------------------------------------------
+
+
+def killed(rank: int, size: int) -> dict[str, Any]:
+    """The last rank dies in the middle of a call: the others' calls end with an error, well before the test does."""
+    rd.aggregate_rows(np.ones(4), "median", f=1)
+    started = time.monotonic()
+    if rank == size - 1:
+        os._exit(9)
+    try:
+        while True:
+            rd.aggregate_rows(np.ones(4), "krum", f=1)
+    except RuntimeError as error:
+        return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+
+
+def models(rank: int, size: int) -> None:
+    data_parallel(rank, size)
+    fully_sharded(rank, size)
+    replicas(rank, size)
+
+
+def everything_sharded(rank: int, size: int) -> None:
+    columns(rank, size)
+    pieces_of_everything(rank, size)
+    rows(rank, size)
+    errors(rank, size)
+
+
+def training(rank: int, size: int) -> dict[str, Any]:
+    return {"learning": learning(rank, size), "curves": curves(rank, size)}

@@ -1,0 +1,62 @@
+"""Columns and rows on ranks of torch.distributed: real processes on gloo, judged by what each of them wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.distributed.is_available():
+    pytest.skip("torch has no distributed", allow_module_level=True)
+
+RUN = Path(__file__).parent / "ranks" / "run.py"
+
+
+def on_ranks(check: str, folder: Path, size: int = 4, seconds: float = 120.0, dead: int = 0) -> list[Any]:
+    """Return what a check of `ranks/checks.py` returned on each rank; raise where one failed."""
+    commands = [
+        [sys.executable, str(RUN), check, str(rank), str(size), str(folder), str(seconds)] for rank in range(size)
+    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
+    try:
+        said = [process.communicate(timeout=seconds + 60)[0].decode() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    found = []
+    for rank in range(size - dead):
+        file = folder / f"{rank}.json"
+        assert file.exists(), said[rank]
+        one = json.loads(file.read_text())
+        assert one["error"] is None, one["error"]
+        found.append(one["value"])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["everything_sharded", "models"])
+def test_on_four_ranks(check: str, tmp_path: Path) -> None:
+    on_ranks(check, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_model_that_learns_beside_a_liar(tmp_path: Path) -> None:
+    found = on_ranks("training", tmp_path)
+    assert all(other == found[0] for other in found)  # all ranks have the same model
+    for name, accuracy in found[0]["learning"].items():
+        assert accuracy > 0.85 if name.endswith("hook") else accuracy < 0.6, found[0]["learning"]
+    for optimizer, (ours, theirs) in found[0]["curves"].items():
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, err_msg=optimizer)
+        assert ours[-1] < 0.6 * ours[0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    for found in on_ranks("killed", tmp_path, size=3, seconds=10.0, dead=1):
+        assert found["seconds"] < 30
