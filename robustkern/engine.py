@@ -347,7 +347,7 @@ def _solved(
         view.check(solution, rule)
         return solution
 
-    solution = solve() if rule.looks_at_no_row else source.once(solve, given)
+    solution = source.once(solve, given) if source.divided and not rule.looks_at_no_row else solve()
     if solution.gave_up:
         warn(
             f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
@@ -357,7 +357,8 @@ def _solved(
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
     if not wants_info:
         return None
-    return source.once(lambda: _info(rule, given, view, solution, nonfinite, sq_distances, differing), given)
+    found = rule, given, view, solution, nonfinite, sq_distances, differing
+    return source.once(lambda: _info(*found), given) if source.divided else _info(*found)
 
 
 class Mixed(NamedTuple):

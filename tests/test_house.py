@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "inputs": {"contract", "errors", "lazy", "_cpu"},
     "rules": {"contract", "errors", "lazy"},
     "engine": {"contract", "errors", "backends", "rules"},
-    "functions": {"engine", "inputs", "rules", "untraced"},
+    "functions": {"contract", "engine", "inputs", "rules", "untraced"},
     "server": {"engine", "functions", "inputs", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "products": {"contract", "backends", "engine", "rules"},
@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
 _PUBLIC = {"", *LAYERS}
 LAYERS |= {
     "adapters": _PUBLIC,  # of other frameworks
-    "distributed": _PUBLIC,  # columns and rows on ranks; empty so far
+    "distributed": _PUBLIC,  # columns and rows on ranks
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "adapters", "measure", "training"},

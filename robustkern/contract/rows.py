@@ -213,7 +213,7 @@ class Source(Protocol):
     has_centre : bool
         Whether the rows of a block are n + 1, the last of them a centre that the caller gave.
     divided : bool
-        Whether others hold columns too; where not, nobody need ask for `total`, which changes nothing.
+        Whether others hold columns too; where not, nobody need ask for what they find.
     plain : sequence of PlainLeaf
         Leaves that are no arrays.
     combine : callable

@@ -9,7 +9,7 @@ import math
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -354,9 +354,15 @@ class Given:
         self.nonfinite = ~finite
         return x, finite, _rounding(source.d)
 
+    def _passed(self, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Make a pass over the data: what was found by each who holds columns, see `Source.passed`."""
+        if self.source.divided:
+            return self.source.passed(self, name, arguments, add)
+        return [getattr(self, name)(*arguments)]
+
     def _gram(self, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products, and whether float32 ones may be among them, as they may where `single`."""
-        found = _sum(self.source.passed(self, "gram_pass", (scale, single), True))
+        found = _sum(self._passed("gram_pass", (scale, single), True))
         return found[:-1], bool(found[-1, 0])
 
     def gram_pass(self, scale: float, single: bool) -> Matrix:
@@ -391,7 +397,7 @@ class Given:
         return result, scale
 
     def _selection_distances(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
-        found = _sum(self.source.passed(self, "selection_pass", (selection, measured, scale), True))
+        found = _sum(self._passed("selection_pass", (selection, measured, scale), True))
         self.nonfinite = found[: self.n] > 0
         return np.fmin(found[self.n :], np.inf)  # NaN is as far as it gets
 
@@ -439,7 +445,7 @@ class Given:
 
     def exact_sq_distances_to(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Vector:
         """Exact squared distances of some input rows to a selection."""
-        return _exact_sums(self.source.passed(self, "exact_selection_pass", (selection, scale, contenders), False))
+        return _exact_sums(self._passed("exact_selection_pass", (selection, scale, contenders), False))
 
     def exact_selection_pass(self, selection: Selection, scale: float, contenders: NDArray[np.intp]) -> Matrix:
         """Distances to a selection, of which a few columns are held at a time: a row for each of these."""
@@ -454,7 +460,7 @@ class Given:
 
     def holding_nonfinite(self) -> Mask:
         """Return which rows hold a NaN or Inf, unlike those that are only too far away; one read of the data."""
-        return _sum(self.source.passed(self, "nonfinite_pass", (), True)) > 0
+        return _sum(self._passed("nonfinite_pass", (), True)) > 0
 
     def nonfinite_pass(self) -> Vector:
         """1 for each row that holds a NaN or Inf."""
@@ -489,7 +495,7 @@ class Given:
 
     def _point_distances(self, point: Point, scale: float) -> Vector:
         """Squared distances of the rows, and of the centre where it is the point: 0, or it is none."""
-        found = _sum(self.source.passed(self, "point_pass", (point, scale), True))
+        found = _sum(self._passed("point_pass", (point, scale), True))
         return np.fmin(found, np.inf)  # NaN is as far as it gets
 
     def point_pass(self, point: Point, scale: float) -> Vector:
@@ -502,7 +508,7 @@ class Given:
 
     def exact_from(self, point: Point, scale: float, rows: NDArray[np.intp]) -> Vector:
         """Exact squared distances of some input rows to one of them, to the centre or to the origin."""
-        return _exact_sums(self.source.passed(self, "exact_point_pass", (point, scale, rows), False))
+        return _exact_sums(self._passed("exact_point_pass", (point, scale, rows), False))
 
     def exact_point_pass(self, point: Point, scale: float, rows: NDArray[np.intp]) -> Matrix:
         """Distances to a point that is there: a row for each run of columns."""
