@@ -39,7 +39,7 @@ LAYERS |= {
     "distributed": _PUBLIC,  # columns and rows on ranks
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
-    "cli": {*_PUBLIC, "adapters", "measure", "training"},
+    "cli": {*_PUBLIC, "adapters", "distributed", "measure", "training"},
     "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "products", "rules", "server"},
     "__main__": {"cli"},
 }

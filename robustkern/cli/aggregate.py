@@ -14,6 +14,7 @@ import numpy as np
 import typer
 
 import robustkern
+from robustkern.cli.checkpoints import combine_folders, folders_of
 from robustkern.cli.console import Wrong, bar, command, print_json, said
 from robustkern.cli.options import Json, TolerateOption, file_to_write, listed, rule_of
 from robustkern.cli.report import facts, print_workers
@@ -31,6 +32,7 @@ from robustkern.files import (
     read_weights,
     touched,
 )
+from robustkern.files.workers import Worker
 from robustkern.inputs.leaves import Choice
 from robustkern.rules import Aggregator, available_rules
 
@@ -64,7 +66,8 @@ def aggregate(
         list[Path],
         typer.Argument(
             help="One path a worker: a safetensors, npz or npy file, a torch file, or a folder with one update file or "
-            "with shards and their index. A single folder holds one worker an entry."
+            "with shards and their index. A single folder holds one worker an entry. Checkpoint folders of "
+            "torch.distributed are workers too: then --out is a new folder, and torchrun may run the command."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the result goes; its suffix decides the kind.")],
@@ -113,9 +116,29 @@ def aggregate(
     output appears complete or not at all.
     """
     plan = rule_of(rule)
-    file_to_write(out, "out", WRITTEN)
     with said("memory"):
         most = memory_of(memory)
+    folders = folders_of(updates)
+    if folders is not None:
+        options: dict[str, Any] = {
+            "f": f,
+            "delta": delta,
+            "seed": seed,
+            "nonfinite": nonfinite.value,
+            "backend": backend,
+        }
+        options |= {"only": listed(only) or None, "exclude": listed(exclude) or None, "memory": most}
+        options["weights"] = _weights(weights, Pool(tuple(Worker(path.name, path) for path in folders), False))
+        others: dict[str, Any] = {
+            "weights-from": weights_from,
+            "cap-weights": cap_weights,
+            "centre": centre,
+            "base": base,
+        }
+        others |= {"scope": scope is Scope.leaf, "dtype": dtype, "bad-files": bad_files is BadFiles.count}
+        combine_folders(folders, plan, out, options, others | {"shard-size": shard_size}, as_json)
+        return
+    file_to_write(out, "out", WRITTEN)
     with said("shard-size"):
         shard = None if shard_size is None else memory_of(shard_size)
     with said("dtype"):
@@ -127,7 +150,7 @@ def aggregate(
     except FileError as error:
         raise Wrong(f"--out: {error}") from None
     shares = _weights(weights, pool)
-    options: dict[str, Any] = {"f": f, "delta": delta, "weights": shares, "seed": seed, "backend": backend}
+    options = {"f": f, "delta": delta, "weights": shares, "seed": seed, "backend": backend}
     point = None if centre is None else np.zeros(1, dtype=np.float32)
     _check(plan, n, options | {"centre": point})
     started = time.perf_counter()

@@ -9,16 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustkern.distributed.checkpoints import aggregate_checkpoints
     from robustkern.distributed.ddp import DDPState, ddp_hook
     from robustkern.distributed.fsdp import RobustFSDP, robust_fsdp
     from robustkern.distributed.ranks import aggregate, aggregate_gradients, aggregate_rows
 
-__all__ = ["DDPState", "RobustFSDP", "aggregate", "aggregate_gradients", "aggregate_rows", "ddp_hook", "robust_fsdp"]
+__all__ = [
+    "DDPState",
+    "RobustFSDP",
+    "aggregate",
+    "aggregate_checkpoints",
+    "aggregate_gradients",
+    "aggregate_rows",
+    "ddp_hook",
+    "robust_fsdp",
+]
 
 _WHERE = {
     "DDPState": "ddp",
     "RobustFSDP": "fsdp",
     "aggregate": "ranks",
+    "aggregate_checkpoints": "checkpoints",
     "aggregate_gradients": "ranks",
     "aggregate_rows": "ranks",
     "ddp_hook": "ddp",

@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from robustkern.contract.rows import Source
-from robustkern.distributed.together import Part, Together, digest_of, require_alike
+from robustkern.distributed.together import Part, Ranks, Together, digest_of, require_alike
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
 from robustkern.rules.base import Aggregator, as_aggregator
 
-__all__ = ["Group", "aggregate", "aggregate_gradients", "aggregate_rows", "call"]
+__all__ = ["Group", "aggregate", "aggregate_gradients", "aggregate_rows", "asked_of", "call"]
 
 #: Bytes of a message that are sent at once with how many there are; what is longer takes a second step.
 FIRST = 4096
@@ -97,10 +97,22 @@ class Group:
         return self._gathered(mine).reshape(-1)[: x.size].reshape(x.shape)
 
 
-def call(group: Group, work: Callable[[Together], Any]) -> Any:
+def call(ranks: Ranks, work: Callable[[Together], Any]) -> Any:
     """Do something that all ranks do, so that an error of one is an error of all."""
-    with Together(group) as together:
+    with Together(ranks) as together:
         return work(together)
+
+
+def asked_of(plan: Aggregator, f: Any, delta: Any, weights: Any, seed: Any, nonfinite: Any) -> dict[str, str]:
+    """Return what all ranks must ask for alike."""
+    return {
+        "rule": str(plan),
+        "f": str(f),
+        "delta": str(delta),
+        "weights": digest_of(weights),
+        "seed": str(seed),
+        "nonfinite": str(nonfinite),
+    }
 
 
 def aggregate(
@@ -172,15 +184,7 @@ def aggregate(
     plan = as_aggregator(rule)
 
     def work(together: Together) -> Any:
-        asked = {
-            "rule": str(plan),
-            "f": str(f),
-            "delta": str(delta),
-            "weights": digest_of(weights),
-            "seed": str(seed),
-            "scope": str(scope),
-            "nonfinite": str(nonfinite),
-        }
+        asked = asked_of(plan, f, delta, weights, seed, nonfinite) | {"scope": str(scope)}
         through = functools.partial(Part.of, together, asked=asked)
         return aggregated(
             local_columns, plan, f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend,
@@ -329,12 +333,7 @@ def _rows(
         "the number of leaves": str(len(layout)),
         "the number of values": str(sum(math.prod(shape) for shape, _ in layout)),
         "the structure": hashlib.sha256(pickle.dumps((str(structure), layout))).hexdigest()[:8],
-        "rule": str(plan),
-        "f": str(f),
-        "delta": str(delta),
-        "weights": digest_of(weights),
-        "seed": str(seed),
-        "nonfinite": str(nonfinite),
+        **asked_of(plan, f, delta, weights, seed, nonfinite),
     }
     require_alike(together.exchange(asked))
     pieces = _pieces(tensors, ranks)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import robustkern as rk
@@ -435,6 +439,61 @@ def trained(simulation: Simulation, settings: Settings, data: Any, rank: int) ->
         yield task.evaluate(task.start())[1]
 
 
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def states() -> list[dict[str, torch.Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"wide": (301, 7), "deep": (5, 3, 4), "b": (2,), "scalar": (), "half": (9, 11)}
+    made = [{name: torch.randn(shape, generator=g) for name, shape in shapes.items()} for _ in range(6)]
+    for k, state in enumerate(made):
+        state["half"] = state["half"].to(torch.bfloat16)
+        state["count"] = torch.tensor([k, 2 * k, 3])
+    made[2]["wide"] *= 1e6
+    made[4]["scalar"].fill_(torch.nan)
+    return made
+
+
+def checkpoints(rank: int, size: int) -> None:
+    """Checkpoints that four ranks wrote or one, read by four ranks or one."""
+    folder = Path(os.environ["RANKS_FOLDER"])
+    mesh = init_device_mesh("cpu", (size,))
+    for k, state in enumerate(states()):
+        if k % 2:
+            if rank == 0:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    dcp.save(state, checkpoint_id=folder / f"c{k}", no_dist=True)
+        else:
+            sharded = {name: distribute_tensor(x, mesh, [Shard(0)]) if x.ndim else x for name, x in state.items()}
+            dcp.save(sharded, checkpoint_id=folder / f"c{k}")
+    dist.barrier()
+    folders = [folder / f"c{k}" for k in range(6)]
+    alone = dist.new_group([0])
+    for turn, (rule, memory) in enumerate(
+        (("median", 1), ("krum", 1 << 30), ("ctma(median)", 1 << 12), ("mean", 5000))
+    ):
+        options: dict[str, Any] = {"f": 2} if rule != "mean" else {"exclude": "scalar"}
+        rows = [{name: x for name, x in state.items() if rule != "mean" or name != "scalar"} for state in states()]
+        want, told = rk.aggregate(rows, rule, f=options.get("f"), return_info=True)
+        out = folder / f"out{turn}"
+        info = rd.aggregate_checkpoints(folders, rule, out=out, memory=memory, **options)
+        assert (info.d, info.order, info.nonfinite_rows) == (told.d, told.order, told.nonfinite_rows)
+        if rank == 0:
+            rd.aggregate_checkpoints(folders, rule, out=folder / f"alone{turn}", group=alone, **options)
+        dist.barrier()
+        for place in (out, folder / f"alone{turn}"):
+            found = {name: torch.empty_like(x) for name, x in want.items()}
+            dcp.load(found, checkpoint_id=place, no_dist=True)
+            for name, x in want.items():
+                assert torch.equal(found[name], x), (rule, name, place)
+    with pytest.raises(FileExistsError, match="out0: is there already"):
+        rd.aggregate_checkpoints(folders, "median", out=folder / "out0")
+    with pytest.raises(ValueError, match="is no checkpoint of torch.distributed"):
+        rd.aggregate_checkpoints(folders if rank != 2 else [folder], "median", out=folder / "never")
+    assert not (folder / "never").exists()
+
+
 # ---- ranks that die ----------------------------------------------------------------------------------------------
 
 
@@ -461,6 +520,7 @@ def everything_sharded(rank: int, size: int) -> None:
     columns(rank, size)
     pieces_of_everything(rank, size)
     rows(rank, size)
+    checkpoints(rank, size)
     errors(rank, size)
 
 

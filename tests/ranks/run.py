@@ -30,6 +30,7 @@ try:
         world_size=size,
         timeout=timedelta(seconds=seconds),
     )
+    os.environ["RANKS_FOLDER"] = str(folder)
     import checks
 
     found["value"] = getattr(checks, check)(rank, size)
