@@ -16,6 +16,7 @@ from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
 from robustkern.measure import scaling as measured
 from robustkern.measure.devices import DEVICES, Device, open_devices
+from robustkern.measure.ranks import RankPoint
 from robustkern.measure.roofline import MODELS
 from robustkern.measure.scaling import Plan, Point
 
@@ -37,6 +38,10 @@ def scaling(
         list[str] | None,
         typer.Option(help=f"{', '.join(MODELS)}: what they could do at best, as a line that nobody measured."),
     ] = None,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead: processes of torch.distributed on this machine, a row of --d numbers each: 2,4."),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Time for each point; one measurement is always made.")] = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -49,6 +54,10 @@ def scaling(
     """
     plan = plan_of(devices, n, d, dtype, rules, model, seconds)
     folder_to_write(out, "scaling")
+    if ranks is not None:
+        chosen = tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in listed(rules))) if rules else None
+        _over_ranks(numbers(ranks, "ranks", 1, 64), plan, chosen, out, as_json)
+        return
     there, missing = open_devices(list(plan.devices))
     for name, reason in missing.items():
         note(f"{name} is not here: {reason}")
@@ -70,6 +79,40 @@ def scaling(
     wrong = [point for point in points if point.checked == "wrong"]
     if wrong:
         fail(f"{len(wrong)} results are wrong, see results.csv; the first: {wrong[0].reason}", CANNOT)
+
+
+def _over_ranks(sizes: Sequence[int], plan: Plan, rules: Sequence[str] | None, out: Path, as_json: bool) -> None:
+    """Measure ranks beside torch's own collectives."""
+    import torch.distributed as dist
+
+    from robustkern.measure import ranks as over
+
+    if not dist.is_available():
+        fail("torch has no distributed here", CANNOT)
+    points: list[RankPoint] = []
+    for point in over.study_ranks(sizes, plan.d, rules or over.RULES, plan.seconds):
+        points.append(point)
+    saved = over.save_ranks(points, out)
+    files = [out / "ranks.csv", out / "ranks.json"]
+    try:
+        files += over.draw_ranks(points, out)
+    except ModuleNotFoundError as error:
+        note(f"no pictures: {error} (run: pip install 'robustkern[plot]')")
+    if as_json:
+        print_json(saved)
+        return
+    print_table(
+        "one row a rank; times over those of all_to_all and all_gather (fsdp: of reduce_scatter), and of all_reduce",
+        ("how", "rule", "ranks", "d", "seconds", "over parts", "over all_reduce", "MB sent"),
+        [_line(point) for point in points],
+        numbers=("ranks", "d", "seconds", "over parts", "over all_reduce", "MB sent"),
+    )
+    print(f"{out}: {', '.join(path.name for path in files)}")
+
+
+def _line(p: RankPoint) -> tuple[str, ...]:
+    ratios = f"{p.over_parts:.2f}", f"{p.over_all_reduce:.2f}"
+    return p.how, p.rule, str(p.ranks), f"{p.d:,}", f"{p.seconds:.3g}", *ratios, f"{p.sent / 1e6:.3g}"
 
 
 def plan_of(

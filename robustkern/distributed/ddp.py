@@ -44,13 +44,15 @@ class DDPState:
         Whether the rule judges each bucket by itself, as soon as all ranks have it, instead of the whole gradient after
         the last one. The guarantee is the same; a rank is judged by each bucket alone, and which parameters share one
         is DDP's to say, and changes after the first step.
+    return_info : bool
+        Whether to keep an `Info` of each gradient, at the cost of one more message.
     group : ProcessGroup, optional
         DDP's; by default all ranks.
 
     Attributes
     ----------
     info : Info or None
-        What was found out about the last gradient, or bucket; the same on all ranks.
+        With `return_info` what was found out about the last gradient, or bucket; the same on all ranks.
     """
 
     def __init__(
@@ -63,12 +65,13 @@ class DDPState:
         weights: ArrayLike | None = None,
         seed: int | None = None,
         per_bucket: bool = False,
+        return_info: bool = False,
         group: Any = None,
     ) -> None:
         self.rule = as_aggregator(rule)
         if per_bucket and "centre" in self.rule.points:
             raise ValueError(f"DDPState: {self.rule} measures from a centre, which buckets lack (per_bucket=False)")
-        self.options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
+        self.options = {"f": f, "delta": delta, "weights": weights, "seed": seed, "return_info": return_info}
         self.per_bucket = per_bucket
         self.ranks = Group(group)
         self.info: Info | None = None

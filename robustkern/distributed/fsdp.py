@@ -27,7 +27,7 @@ class RobustFSDP(ReduceScatter):
     Attributes
     ----------
     info : Info or None
-        What was found out about the last gradient, or module's; the same on all ranks.
+        With `return_info` what was found out about the last gradient, or module's; the same on all ranks.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class RobustFSDP(ReduceScatter):
         output_tensor.copy_(self._combined(ranks, [rows], [rows.numel()])[0])
 
     def _combined(self, ranks: Group, shards: list[Tensor], columns: list[int]) -> list[Tensor]:
-        found: tuple[list[Tensor], Info] = call(
+        found: tuple[list[Tensor], Info | None] = call(
             ranks, lambda together: combine_shards(together, ranks, shards, columns, self.rule, self.options)
         )
         self.info = found[1]
@@ -77,13 +77,13 @@ class RobustFSDP(ReduceScatter):
         bring_together(mine, full, ranks)
         shard.copy_(full[: shard.numel()].view_as(shard))
 
-    def finish(self) -> Info:
+    def finish(self) -> Info | None:
         """Combine the whole gradient, after ``backward`` and before the optimizer's step.
 
         Returns
         -------
-        Info
-            What was found out.
+        Info or None
+            With `return_info` what was found out.
 
         Raises
         ------
@@ -107,7 +107,6 @@ class RobustFSDP(ReduceScatter):
         results = self._combined(Group(self._group), [rows for _, rows in kept], [rows.numel() for _, rows in kept])
         for (output, _), result in zip(kept, results, strict=True):
             output.copy_(result)
-        assert self.info is not None
         return self.info
 
 
@@ -125,6 +124,7 @@ def robust_fsdp(
     weights: ArrayLike | None = None,
     seed: int | None = None,
     whole: bool = False,
+    return_info: bool = False,
     replicas: Any = None,
 ) -> RobustFSDP:
     """Have a model under ``fully_shard`` combine its gradients by a rule, instead of averaging them.
@@ -139,6 +139,8 @@ def robust_fsdp(
         Whether the rule judges the whole gradient: then ``finish()`` of what is returned must be called after each
         backward pass. By default it judges each module's by itself, as it comes: the same guarantee, and half of the
         bytes of an all_reduce.
+    return_info : bool
+        Whether to keep an `Info` of each gradient, at the cost of one more message.
     replicas : ProcessGroup, optional
         Of the ranks that hold the same shard, one of each replica of the model, where ``fully_shard`` was given only
         the mesh dimension within a replica: a replica, such as a node, is then one row, within which gradients are
@@ -162,7 +164,7 @@ def robust_fsdp(
         raise TypeError("robust_fsdp: no module of the model is sharded (call fully_shard first)")
     if whole and replicas is not None:
         raise ValueError("robust_fsdp: over replicas each module is judged by itself (drop whole=True)")
-    options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
+    options = {"f": f, "delta": delta, "weights": weights, "seed": seed, "return_info": return_info}
     group = replicas if replicas is not None else _group_of(modules[-1])
     reduce = RobustFSDP(model, plan, options, whole, group)
     for module in modules:

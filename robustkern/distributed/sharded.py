@@ -25,7 +25,7 @@ def combine_shards(
     rule: Aggregator,
     options: Mapping[str, Any],
     centre: Sequence[Tensor] | None = None,
-) -> tuple[list[Tensor], Info]:
+) -> tuple[list[Tensor], Info | None]:
     """Combine columns, of which each rank has some in each shard.
 
     Parameters
@@ -39,14 +39,14 @@ def combine_shards(
     columns : sequence of int
         How many columns of each shard are values, over all ranks.
     rule, options
-        As for `robustkern.aggregate`, the same on all ranks: f, delta, weights, seed.
+        As for `robustkern.aggregate`, the same on all ranks: f, delta, weights, seed, return_info.
     centre : sequence of (width,) tensors, optional
         This rank's columns of it.
 
     Returns
     -------
-    list of (width,) tensors, Info
-        The results, with zeros where there are no columns.
+    list of (width,) tensors, Info or None
+        The results, with zeros where there are no columns; and with `return_info` what was found out.
     """
     counts = [max(min(x.shape[1], d - ranks.rank * x.shape[1]), 0) for x, d in zip(shards, columns, strict=True)]
     results = [x.new_zeros(x.shape[1]) for x in shards]
@@ -62,8 +62,9 @@ def combine_shards(
     def through(source: Source) -> Source:
         return Part(together, source, sum(columns), source.dtypes)
 
-    _, info = aggregated(
+    wants_info = options["return_info"]
+    found = aggregated(
         rows, rule, options["f"], options["delta"], options["weights"], point, options["seed"], None, None, "update",
-        None, "error", out, "auto", True, through,
+        None, "error", out, "auto", wants_info, through,
     )  # fmt: skip
-    return results, info
+    return results, found[1] if wants_info else None
