@@ -67,6 +67,7 @@ from robustkern.rules import (
     register,
 )
 from robustkern.server import Server
+from robustkern.stream import Stream
 
 if TYPE_CHECKING:
     from robustkern.files import FileError, aggregate_files
@@ -110,6 +111,7 @@ __all__ = [
     "Server",
     "Solution",
     "Spectral",
+    "Stream",
     "TrimmedMean",
     "View",
     "__version__",

@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "engine": {"contract", "errors", "backends", "rules"},
     "functions": {"contract", "engine", "inputs", "rules", "untraced"},
     "server": {"engine", "functions", "inputs", "rules"},
+    "stream": {"engine", "errors", "functions", "inputs", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "products": {"contract", "backends", "engine", "rules"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
@@ -40,7 +41,18 @@ LAYERS |= {
     "measure": _PUBLIC,
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "adapters", "distributed", "measure", "training"},
-    "__init__": {"kernels", "backends", "engine", "errors", "files", "functions", "products", "rules", "server"},
+    "__init__": {
+        "kernels",
+        "backends",
+        "engine",
+        "errors",
+        "files",
+        "functions",
+        "products",
+        "rules",
+        "server",
+        "stream",
+    },
     "__main__": {"cli"},
 }
 

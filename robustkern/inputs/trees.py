@@ -34,7 +34,7 @@ from robustkern.inputs.devices import DeviceArray
 from robustkern.inputs.leaves import EVERYTHING, Choice, computed
 from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint, plain_leaf
 
-__all__ = ["adapt", "jax_array"]
+__all__ = ["adapt", "in_the_order_of", "jax_array"]
 
 #: Leaves that are no arrays: an update may carry settings, epochs, names.
 PLAIN = (bool, int, float, complex, str, bytes)
@@ -314,13 +314,13 @@ def _adapt_trees(
     for i, update in enumerate(updates[1:], start=1):
         row, row_spec = optree.tree_flatten(update, is_leaf)
         if row_spec != spec:  # mappings are matched by their keys, whatever their kind and order
-            row, row_spec = optree.tree_flatten(_in_the_order_of(updates[0], update), is_leaf)
+            row, row_spec = optree.tree_flatten(in_the_order_of(updates[0], update), is_leaf)
         if row_spec != spec:
             raise ValueError(f"{_name_of_row(i, n)} {_difference(paths, update)}")
         rows.append(row)
     targets: list[Any] = [None] * len(leaves)
     if out is not None:
-        targets, out_spec = optree.tree_flatten(_in_the_order_of(updates[0], out), is_leaf)
+        targets, out_spec = optree.tree_flatten(in_the_order_of(updates[0], out), is_leaf)
         if out_spec != spec:
             raise ValueError(f"out {_difference(paths, out)}")
     made, settings, results, places = [], [], [], []
@@ -479,16 +479,16 @@ def _pruned(tree: Any, choice: Choice, path: tuple[Any, ...], left_out: list[Any
     return _NOTHING
 
 
-def _in_the_order_of(first: Any, other: Any) -> Any:
+def in_the_order_of(first: Any, other: Any) -> Any:
     """Return a tree with mappings of the kind and the order of keys that another tree has, where the keys are equal."""
     if isinstance(first, Mapping) and isinstance(other, Mapping):
         if first.keys() != other.keys() or type(first) not in MAPPINGS or type(other) not in MAPPINGS:
             return other
-        items = ((key, _in_the_order_of(first[key], other[key])) for key in first)
+        items = ((key, in_the_order_of(first[key], other[key])) for key in first)
         kind: Any = type(first)
         return kind(first.default_factory, items) if isinstance(first, defaultdict) else kind(items)
     if type(first) is type(other) and type(other) in (list, tuple) and len(first) == len(other):
-        return type(other)(_in_the_order_of(*pair) for pair in zip(first, other, strict=True))
+        return type(other)(in_the_order_of(*pair) for pair in zip(first, other, strict=True))
     return other
 
 
