@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar, cast, overload
 
@@ -220,7 +220,14 @@ def _aggregate(*asked: Any) -> Any:
     return untraced(aggregated)(*asked) if DYNAMO in sys.modules else aggregated(*asked)
 
 
-def _as_it_is(source: MemorySource) -> Source:
+class Through(Protocol):
+    """What makes of the rows that are here, or of one leaf of them, what is aggregated."""
+
+    def __call__(self, source: MemorySource, leaf: str = ..., /) -> Source:
+        """Return the source."""
+
+
+def _as_it_is(source: MemorySource, leaf: str = "", /) -> Source:
     return source
 
 
@@ -240,7 +247,7 @@ def aggregated(
     out: Any,
     backend: str,
     return_info: bool,
-    through: Callable[[MemorySource], Source] = _as_it_is,
+    through: Through = _as_it_is,
 ) -> Any:
     """Aggregate what `through` makes of the rows that are here: all, or some columns of rows held by several."""
     if not isinstance(backend, str):
@@ -273,7 +280,7 @@ def _leaf_by_leaf(
     plan: Aggregator,
     source: MemorySource,
     scope: str,
-    through: Callable[[MemorySource], Source],
+    through: Through,
     options: tuple[Any, ...],
 ) -> Info:
     if scope != "leaf":
@@ -285,7 +292,7 @@ def _leaf_by_leaf(
         return cast(Info, run(plan, through(source), f, delta, weights, seed, nonfinite, backend))
     infos: dict[str, Info] = {}
     for name, part in source.parts.items():
-        infos[name] = cast(Info, run(plan, through(part), f, delta, weights, seed, nonfinite, backend))
+        infos[name] = cast(Info, run(plan, through(part, name), f, delta, weights, seed, nonfinite, backend))
         seed = infos[name].seed if seed is None else seed  # of the first that drew: all draw the same
     if source.integers:  # which nobody is judged by: all rows vote
         rest = MemorySource.of(source.n, source.integers)

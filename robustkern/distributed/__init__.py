@@ -1,7 +1,4 @@
-"""Rows and columns that lie with several: the ranks of torch.distributed, or a pool of Dask workers over files.
-
-Nothing is imported before it is used: ranks need torch, pools dask and distributed.
-"""
+"""Rows and columns that lie with the ranks of torch.distributed; nothing is imported before it is used."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from robustkern.contract.rows import Block, PlainLeaf, Undivided
-from robustkern.distributed.ranks import Group, asked_of, call
+from robustkern.distributed.ranks import Asked, Group, call
 from robustkern.distributed.together import Part, Ranks, Together
 from robustkern.engine import Info, run
 from robustkern.errors import plain, shown
@@ -106,11 +106,11 @@ def aggregate_checkpoints(
     --------
     >>> aggregate_checkpoints(["a", "b", "c"], "median", out="merged")  # doctest: +SKIP
     """
-    plan = as_aggregator(rule)
     target = Path(out)
     ranks: Ranks = Group(group) if dist.is_available() and dist.is_initialized() else _Alone()
 
     def work(together: Together) -> Info:
+        plan = as_aggregator(rule)
         if os.path.lexists(target):
             raise FileExistsError(f"{plain(str(target), 200)}: is there already (name a folder that is not)")
         choice = Choice.of(only, exclude, None)
@@ -122,10 +122,8 @@ def aggregate_checkpoints(
         names = [name for name in indexes[0].tensors if choice.takes(name)]
         with ExitStack() as files:
             source = _Checkpoints(indexes, names, ranks, memory, files)
-            asked = asked_of(plan, f, delta, weights, seed, nonfinite) | {
-                "out": str(target),
-                "tensors": str(len(names)),
-            }
+            asked = Asked(plan, f, delta, weights, seed, nonfinite).told()
+            asked |= {"out": str(target), "the number of tensors": str(len(names))}
             info = run(plan, Part.of(together, source, asked), f, delta, weights, seed, nonfinite, backend)
         together.settle()
         _save(source, indexes[0], target, ranks)

@@ -12,8 +12,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from robustkern.distributed.ranks import Group, bring_together, call, padded, share_out
-from robustkern.distributed.sharded import combine_shards
+from robustkern.distributed.ranks import Asked, Group, bring_together, call, padded, share_out
+from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.engine import Info
 from robustkern.rules.base import Aggregator, as_aggregator
 
@@ -32,7 +32,7 @@ class _Sent(NamedTuple):
 
 
 class DDPState:
-    """What `ddp_hook` needs, and keeps between buckets.
+    """What `ddp_hook` needs, and keeps between buckets; to be made on all ranks, which compare what it asks for.
 
     Parameters
     ----------
@@ -71,9 +71,10 @@ class DDPState:
         self.rule = as_aggregator(rule)
         if per_bucket and "centre" in self.rule.points:
             raise ValueError(f"DDPState: {self.rule} measures from a centre, which buckets lack (per_bucket=False)")
-        self.options = {"f": f, "delta": delta, "weights": weights, "seed": seed, "return_info": return_info}
+        self.asked = Asked(self.rule, f, delta, weights, seed, return_info=return_info)
         self.per_bucket = per_bucket
         self.ranks = Group(group)
+        agreed(self.ranks, self.asked, {"per_bucket": str(per_bucket)})
         self.info: Info | None = None
         self._sent: list[_Sent] = []
         self._measures = "centre" in self.rule.points
@@ -82,13 +83,23 @@ class DDPState:
     def take(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Send one bucket's columns on their way; with the last one, combine what has come."""
         buffer = bucket.buffer()
+        if bucket.index() == 0:
+            self._sent = []  # of a backward pass that did not end
         flat = padded([buffer], self.ranks.size)
-        rows, work = share_out(flat, self.ranks, asynchronous=True)
+        received = torch.empty_like(flat)
+        work = share_out(flat, received, self.ranks, asynchronous=True)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
-        self._sent.append(_Sent(future, work, rows, flat, buffer.numel(), bucket.parameters()))
+        self._sent.append(
+            _Sent(future, work, received.view(self.ranks.size, -1), flat, buffer.numel(), bucket.parameters())
+        )
         if bucket.is_last() or self.per_bucket:
             sent, self._sent = self._sent, []
-            self._combine(sent)
+            try:
+                self._combine(sent)
+            except Exception as error:
+                raise_after_backward(error, [each.rows for each in sent])
+                for each in sent:
+                    each.future.set_result(each.rows.view(-1)[: each.d])
         return future
 
     def _combine(self, sent: list[_Sent]) -> None:
@@ -100,7 +111,7 @@ class DDPState:
         centre = [self._centre_of(each) for each in sent] if self._measures else None
         results, self.info = call(
             self.ranks,
-            lambda together: combine_shards(together, self.ranks, shards, columns, self.rule, self.options, centre),
+            lambda together: combine_shards(together, self.ranks, shards, columns, self.asked, centre),
         )
         collected = []
         for each, mine in zip(sent, results, strict=True):
@@ -143,6 +154,7 @@ def ddp_hook(state: DDPState, bucket: GradBucket) -> torch.futures.Future[Tensor
     Raises
     ------
     NonFiniteError, TypeError, ValueError
-        As `robustkern.aggregate`, on all ranks.
+        As `robustkern.aggregate`, on all ranks, when the backward pass has ended: gradients are NaN then, and the next
+        step works.
     """
     return state.take(bucket)

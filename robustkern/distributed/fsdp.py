@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from robustkern.distributed.ranks import Group, bring_together, call, padded, share_out
-from robustkern.distributed.sharded import combine_shards
+from robustkern.distributed.ranks import Asked, Group, bring_together, call, padded, share_out
+from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.engine import Info
 from robustkern.rules.base import Aggregator, as_aggregator
 
@@ -27,13 +27,12 @@ class RobustFSDP(ReduceScatter):
     Attributes
     ----------
     info : Info or None
-        With `return_info` what was found out about the last gradient, or module's; the same on all ranks.
+        With `return_info` what was found out about the last gradient, or module's; the same on all ranks. Its d counts
+        the zeros with which FSDP fills up shards.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, rule: Aggregator, options: dict[str, Any], whole: bool, group: Any
-    ) -> None:
-        self.rule, self.options, self.whole = rule, options, whole
+    def __init__(self, model: torch.nn.Module, asked: Asked, whole: bool, group: Any) -> None:
+        self.asked, self.whole = asked, whole
         self.info: Info | None = None
         self._model, self._group = model, group
         self._kept: list[tuple[Tensor, Tensor]] = []
@@ -59,11 +58,14 @@ class RobustFSDP(ReduceScatter):
             output_tensor.zero_()
             self._kept.append((output_tensor, rows))
             return
-        output_tensor.copy_(self._combined(ranks, [rows], [rows.numel()])[0])
+        try:
+            output_tensor.copy_(self._combined(ranks, [rows], [rows.numel()])[0])
+        except Exception as error:
+            raise_after_backward(error, [output_tensor])
 
     def _combined(self, ranks: Group, shards: list[Tensor], columns: list[int]) -> list[Tensor]:
         found: tuple[list[Tensor], Info | None] = call(
-            ranks, lambda together: combine_shards(together, ranks, shards, columns, self.rule, self.options)
+            ranks, lambda together: combine_shards(together, ranks, shards, columns, self.asked)
         )
         self.info = found[1]
         return found[0]
@@ -71,11 +73,16 @@ class RobustFSDP(ReduceScatter):
     def over_replicas(self, shard: Tensor) -> None:
         """Combine a shard over replicas of the model, in place: FSDP's hook after its reduce-scatter."""
         ranks = Group(self._group)
-        rows, _ = share_out(padded([shard], ranks.size), ranks)
-        (mine,) = self._combined(ranks, [rows], [shard.numel()])
-        full = rows.view(-1)
-        bring_together(mine, full, ranks)
-        shard.copy_(full[: shard.numel()].view_as(shard))
+        flat = padded([shard], ranks.size)
+        received = torch.empty_like(flat)
+        share_out(flat, received, ranks)
+        try:
+            (mine,) = self._combined(ranks, [received.view(ranks.size, -1)], [shard.numel()])
+        except Exception as error:
+            raise_after_backward(error, [shard])
+            return
+        bring_together(mine, received, ranks)
+        shard.copy_(received[: shard.numel()].view_as(shard))
 
     def finish(self) -> Info | None:
         """Combine the whole gradient, after ``backward`` and before the optimizer's step.
@@ -93,6 +100,8 @@ class RobustFSDP(ReduceScatter):
             As `robustkern.aggregate`, on all ranks.
         """
         kept, self._kept = self._kept, []
+        if not kept and Group(self._group).size == 1:  # FSDP hands over nothing
+            return None
         if not kept:
             raise RuntimeError("robust_fsdp: there is no gradient to combine (call finish once after each backward)")
         gradients = {
@@ -101,8 +110,9 @@ class RobustFSDP(ReduceScatter):
         if any(output.untyped_storage().data_ptr() not in gradients for output, _ in kept):
             raise RuntimeError(
                 "robust_fsdp: gradients were converted, added to others, or moved since they were reduced (with "
-                "whole=True call finish after each backward pass, accumulate under set_requires_gradient_sync(False), "
-                "and let MixedPrecisionPolicy's reduce_dtype be that of the parameters)"
+                "whole=True call finish after each backward pass and zero_grad(set_to_none=True) before it, accumulate "
+                "under set_requires_gradient_sync(False), and let MixedPrecisionPolicy's reduce_dtype be that of the "
+                "parameters)"
             )
         results = self._combined(Group(self._group), [rows for _, rows in kept], [rows.numel() for _, rows in kept])
         for (output, _), result in zip(kept, results, strict=True):
@@ -127,7 +137,7 @@ def robust_fsdp(
     return_info: bool = False,
     replicas: Any = None,
 ) -> RobustFSDP:
-    """Have a model under ``fully_shard`` combine its gradients by a rule, instead of averaging them.
+    """Have a model under ``fully_shard`` combine its gradients by a rule, instead of averaging them; on all ranks.
 
     Parameters
     ----------
@@ -164,9 +174,10 @@ def robust_fsdp(
         raise TypeError("robust_fsdp: no module of the model is sharded (call fully_shard first)")
     if whole and replicas is not None:
         raise ValueError("robust_fsdp: over replicas each module is judged by itself (drop whole=True)")
-    options = {"f": f, "delta": delta, "weights": weights, "seed": seed, "return_info": return_info}
+    asked = Asked(plan, f, delta, weights, seed, return_info=return_info)
     group = replicas if replicas is not None else _group_of(modules[-1])
-    reduce = RobustFSDP(model, plan, options, whole, group)
+    agreed(Group(group), asked, {"whole": str(whole)})
+    reduce = RobustFSDP(model, asked, whole, group)
     for module in modules:
         if replicas is not None:
             module.set_all_reduce_hook(reduce.over_replicas)
@@ -180,4 +191,9 @@ def robust_fsdp(
 def _group_of(module: torch.nn.Module) -> Any:
     """Return the ranks over which a module's parameters are sharded."""
     sharded = [p for p in module.parameters() if isinstance(p, DTensor)]
+    if sharded and sharded[0].device_mesh.ndim > 1:
+        raise ValueError(
+            "robust_fsdp: the model is sharded over a mesh of several dimensions (give fully_shard the one within a "
+            "replica, mesh['shard'], and pass replicas=mesh.get_group('replicate') here)"
+        )
     return sharded[0].device_mesh.get_group() if sharded else None

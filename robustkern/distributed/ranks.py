@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import math
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from robustkern.contract.rows import Source
 from robustkern.distributed.together import Part, Ranks, Together, digest_of, require_alike
+from robustkern.errors import brief, plain
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
+from robustkern.inputs.arrays import name_of
+from robustkern.inputs.memory import MemorySource
 from robustkern.rules.base import Aggregator, as_aggregator
 
-__all__ = ["Group", "aggregate", "aggregate_gradients", "aggregate_rows", "asked_of", "call"]
+__all__ = ["Asked", "Group", "aggregate", "aggregate_gradients", "aggregate_rows", "call"]
 
 #: Bytes of a message that are sent at once with how many there are; what is longer takes a second step.
 FIRST = 4096
@@ -103,16 +106,20 @@ def call(ranks: Ranks, work: Callable[[Together], Any]) -> Any:
         return work(together)
 
 
-def asked_of(plan: Aggregator, f: Any, delta: Any, weights: Any, seed: Any, nonfinite: Any) -> dict[str, str]:
-    """Return what all ranks must ask for alike."""
-    return {
-        "rule": str(plan),
-        "f": str(f),
-        "delta": str(delta),
-        "weights": digest_of(weights),
-        "seed": str(seed),
-        "nonfinite": str(nonfinite),
-    }
+class Asked(NamedTuple):
+    """What a call asks for, alike on all ranks; see `robustkern.aggregate`."""
+
+    rule: Aggregator
+    f: int | None
+    delta: float | None
+    weights: Any
+    seed: int | None
+    nonfinite: NonFinite = "error"
+    return_info: bool = False
+
+    def told(self) -> dict[str, str]:
+        """Return what the ranks compare."""
+        return {name: digest_of(value) if name == "weights" else str(value) for name, value in self._asdict().items()}
 
 
 def aggregate(
@@ -147,8 +154,10 @@ def aggregate(
         leaves.
     centre, out
         As for `robustkern.aggregate`, this rank's columns of them.
-    backend, return_info
-        As for `robustkern.aggregate`; ranks may differ in the backend.
+    return_info : bool
+        As for `robustkern.aggregate`, the same on all ranks.
+    backend : str
+        As for `robustkern.aggregate`; ranks may differ.
     group : ProcessGroup, optional
         By default all ranks.
 
@@ -168,9 +177,9 @@ def aggregate(
     -----
     The reads of `robustkern.aggregate`, of a rank's own columns. Between ranks go a Gram for each pass that takes one
     (n x n float64, from 64 KB on once there and once back instead of to all) and a few messages of 4 KB. What follows
-    from them is solved on rank 0, and its solution is every rank's: bits do not depend on processors. Results are those
-    of one process, to the last bit where the rule selects rows or columns, and within a rounding where weights follow
-    from the Gram.
+    from them is solved on every rank, and rank 0's solution counts, or its error: bits do not depend on processors.
+    Results are those of one process, to the last bit where the rule selects rows or columns, and within a rounding or
+    two where weights follow from the Gram.
 
     Hostile inputs on honest ranks are survived; a rank that lies about the columns it owns is not, see
     docs/distributed.md.
@@ -181,15 +190,24 @@ def aggregate(
     >>> dist.init_process_group("gloo")  # doctest: +SKIP
     >>> mine = aggregate(shard_of_all_rows, "ctma(geometric_median)", f=2)  # doctest: +SKIP
     """
-    plan = as_aggregator(rule)
 
     def work(together: Together) -> Any:
-        asked = asked_of(plan, f, delta, weights, seed, nonfinite) | {"scope": str(scope)}
-        through = functools.partial(Part.of, together, asked=asked)
-        return aggregated(
-            local_columns, plan, f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out, backend,
-            return_info, through,
+        asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
+        told = asked.told() | {"scope": str(scope), "only": str(only), "exclude": str(exclude), "dtype": str(dtype)}
+        integers = 0
+
+        def through(source: MemorySource, leaf: str = "") -> Source:
+            nonlocal integers
+            integers += len(source.integers)
+            return Part.of(together, source, told | {"leaf": brief(leaf)})
+
+        found = aggregated(
+            local_columns, asked.rule, f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out,
+            backend, return_info, through,
         )  # fmt: skip
+        everywhere = together.exchange("the end", integers)
+        together.settled = True
+        return (found[0], replace(found[1], integers=sum(everywhere))) if return_info else found
 
     return call(Group(group), work)
 
@@ -221,25 +239,37 @@ class _Piece(NamedTuple):
         """Return how many columns a rank has."""
         return max(min(self.width, self.d - rank * self.width), 0)
 
+    def name(self, row: _Row) -> str:
+        """Return how an error should call these columns."""
+        more = f" and {len(self.leaves) - 1} more" if len(self.leaves) > 1 else ""
+        return f"{row.names[self.leaves[0]]}{more}"
 
-def share_out(flat: Tensor, ranks: Group, *, asynchronous: bool = False) -> tuple[Tensor, Any]:
-    """Send each rank its columns of this row; return this rank's columns of all rows, (ranks, width), and work.
+    def parts(self, row: _Row, full: Tensor) -> dict[str, Tensor]:
+        """Return the leaves of a whole row that lies end to end, by name, in the same memory."""
+        found, at = {}, 0
+        for k in self.leaves:
+            shape = row.tensors[k].shape
+            found[row.names[k]] = full[at : at + shape.numel()].view(shape)
+            at += shape.numel()
+        return found
+
+
+def share_out(flat: Tensor, received: Tensor, ranks: Group, *, asynchronous: bool = False) -> Any:
+    """Send each rank its columns of this row; `received` becomes this rank's columns of all rows.
 
     Parameters
     ----------
-    flat : (ranks * width,) tensor
-        This rank's row.
+    flat, received : (ranks * width,) tensor
+        This rank's row; and a row of each rank's `width` columns after the other.
     ranks : Group
     asynchronous : bool
-        Whether the tensor is filled when the work is done.
+        Whether `received` is filled only when the work that is returned is done.
     """
-    got = torch.empty_like(flat)
-    work = dist.all_to_all_single(got, flat, group=ranks.group, async_op=asynchronous)
-    return got.view(ranks.size, -1), work
+    return dist.all_to_all_single(received, flat, group=ranks.group, async_op=asynchronous)
 
 
 def padded(parts: Sequence[Tensor], ranks: int) -> Tensor:
-    """Return tensors end to end, with zeros up to a multiple of the number of ranks."""
+    """Return tensors end to end, then zeros up to a multiple of the number of ranks; one that fits, as it is."""
     count = sum(part.numel() for part in parts)
     width = -(-count // ranks)
     if len(parts) == 1 and count == width * ranks:
@@ -278,14 +308,15 @@ def aggregate_rows(
     Parameters
     ----------
     my_row : array, or pytree of arrays
-        This rank's update: NumPy or torch, of the same structure, shapes and dtypes on all ranks.
+        This rank's update: NumPy or torch, of the same structure, shapes and dtypes on all ranks. A tensor that is
+        there under two names counts twice.
     rule, f, delta, seed, nonfinite
         As for `robustkern.aggregate`, the same on all ranks; n is the number of ranks.
     weights : array_like of shape (ranks,), optional
         Of all rows, the same on all ranks: a rank that said its own weight could say any.
     centre : like one update, optional
         For rules that measure from one, the same on all ranks.
-    backend, return_info, group
+    return_info, backend, group
         As for `aggregate`.
 
     Returns
@@ -304,91 +335,172 @@ def aggregate_rows(
     collect the result (all_gather): the bytes of a ring all_reduce, besides those of `aggregate`. Extra memory: two
     rows and a result.
     """
-    plan = as_aggregator(rule)
     ranks = Group(group)
-    return call(ranks, lambda together: _rows(together, ranks, my_row, plan, f, delta, weights, centre, seed, nonfinite,
-                                              backend, return_info))  # fmt: skip
+
+    def work(together: Together) -> Any:
+        asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
+        return _rows(together, ranks, my_row, asked, centre, backend)
+
+    return call(ranks, work)
 
 
-def _rows(
-    together: Together,
-    ranks: Group,
-    my_row: Any,
-    plan: Aggregator,
-    f: int | None,
-    delta: float | None,
-    weights: ArrayLike | None,
-    centre: Any,
-    seed: int | None,
-    nonfinite: NonFinite,
-    backend: str,
-    return_info: bool,
-) -> Any:
-    import optree
-
-    leaves, structure = optree.tree_flatten(my_row)
-    tensors = [_tensor(leaf, ranks) for leaf in leaves]
-    layout = [(tuple(x.shape), str(x.dtype)) for x in tensors]
-    asked = {
-        "the number of leaves": str(len(layout)),
-        "the number of values": str(sum(math.prod(shape) for shape, _ in layout)),
-        "the structure": hashlib.sha256(pickle.dumps((str(structure), layout))).hexdigest()[:8],
-        **asked_of(plan, f, delta, weights, seed, nonfinite),
-    }
-    require_alike(together.exchange(asked))
-    pieces = _pieces(tensors, ranks)
-    columns: dict[str, Tensor] = {}
-    received = [share_out(piece.flat, ranks)[0] for piece in pieces]
+def _rows(together: Together, ranks: Group, my_row: Any, asked: Asked, centre: Any, backend: str) -> Any:
+    row = _Row.of(my_row, ranks)
+    point = None if centre is None else _Row.of(centre, ranks)
+    if point is not None:
+        point.require_like(row)
+    # All memory first: nothing may fail between what the ranks have agreed on and the messages that follow.
+    pieces = row.pieces(ranks)
+    received = [torch.empty_like(piece.flat) for piece in pieces]
     results = [piece.flat.new_zeros(piece.width) for piece in pieces]
-    for k, piece in enumerate(pieces):
-        columns[f"piece {k}"] = received[k][:, : piece.count(ranks.rank)]
-    integers = {f"leaf {k}": x for k, x in enumerate(tensors) if not x.is_floating_point()}
+    row.require_everywhere(together, asked)
+    for piece, target in zip(pieces, received, strict=True):
+        share_out(piece.flat, target, ranks)
+    mine = [(results[k], piece.count(ranks.rank)) for k, piece in enumerate(pieces)]
+    columns = {
+        pieces[k].name(row): target.view(ranks.size, -1)[:, : pieces[k].count(ranks.rank)]
+        for k, target in enumerate(received)
+    }
+    out = {pieces[k].name(row): result[:count] for k, (result, count) in enumerate(mine)}
+    integers = {row.names[k]: x for k, x in enumerate(row.tensors) if not x.is_floating_point()}
     for name, x in integers.items():
-        others = together.exchange(x.cpu().numpy())
+        others = together.exchange("a counter", x.cpu().numpy())
         columns[name] = torch.stack([torch.from_numpy(part) for part in others]).to(x.device)
+        out[name] = torch.empty_like(x)
+    done = {name: out[name] for name in integers}
+    for piece, full in zip(pieces, received, strict=True):  # whose columns are not needed in the end
+        done |= piece.parts(row, full)
+    elsewhere = any(x.device != ranks.device for x in row.leaves if is_torch_array(x))
+    made = None if elsewhere else row.like(done)  # views of what the ranks' messages fill
     own = [{name: rows[i] for name, rows in columns.items()} for i in range(ranks.size)]
-    out = {f"piece {k}": results[k][: piece.count(ranks.rank)] for k, piece in enumerate(pieces)}
-    out |= {name: torch.empty_like(x) for name, x in integers.items()}
-    point = None if centre is None else _columns_of(centre, structure, ranks, integers)
     d = sum(piece.d for piece in pieces)
 
-    def through(source: Source) -> Source:
+    def through(source: MemorySource, leaf: str = "") -> Source:
         return Part(together, source, d, source.dtypes)
 
+    centre = None if point is None else point.columns(ranks)
     found = aggregated(
-        own, plan, f, delta, weights, point, seed, None, None, "update", None, nonfinite, out, backend, return_info,
-        through,
+        own, asked.rule, asked.f, asked.delta, asked.weights, centre, asked.seed, None, None, "update", None,
+        asked.nonfinite, out, backend, asked.return_info, through,
     )  # fmt: skip
     together.settle()
-    done: list[Any] = [None] * len(leaves)
-    for k, piece in enumerate(pieces):
-        full = received[k].view(-1)  # whose columns are not needed any more
-        bring_together(results[k], full, ranks)
-        at = 0
-        for leaf in piece.leaves:
-            count = tensors[leaf].numel()
-            done[leaf] = full[at : at + count].reshape(tensors[leaf].shape)
-            at += count
-    for name in integers:
-        done[int(name.split()[1])] = out[name]
-    made = optree.tree_unflatten(structure, [_like(x, leaf) for x, leaf in zip(done, leaves, strict=True)])
-    return (made, found[1]) if return_info else made
+    for full, (result, _) in zip(received, mine, strict=True):
+        bring_together(result, full, ranks)
+    if elsewhere:
+        together.settled = False
+        made = row.like(done)
+    return (made, found[1]) if asked.return_info else made
 
 
-def _tensor(leaf: Any, ranks: Group) -> Tensor:
+class _Row(NamedTuple):
+    """One update, leaf by leaf.
+
+    Attributes
+    ----------
+    leaves, tensors : list
+        As they came; and as tensors where the ranks' messages go.
+    names : list of str
+        Of the leaves.
+    structure : optree structure
+    """
+
+    leaves: list[Any]
+    tensors: list[Tensor]
+    names: list[str]
+    structure: Any
+
+    @classmethod
+    def of(cls, update: Any, ranks: Group) -> _Row:
+        """Return an update's leaves; raise where some are no arrays."""
+        import optree
+
+        paths, leaves, structure = optree.tree_flatten_with_path(update)
+        names = [name_of(path) if path else "the update" for path in paths]
+        tensors = [_tensor(leaf, plain(name, 60), ranks) for leaf, name in zip(leaves, names, strict=True)]
+        return cls(leaves, tensors, names, structure)
+
+    @property
+    def layout(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Name, shape and dtype of each leaf."""
+        return [(name, tuple(x.shape), str(x.dtype)) for name, x in zip(self.names, self.tensors, strict=True)]
+
+    def require_like(self, row: _Row) -> None:
+        """Raise where a centre is not like a row."""
+        difference = _first_difference(self.layout, row.layout)
+        if difference:
+            raise ValueError(f"aggregate_rows: the centre is not like the row: {difference}")
+
+    def require_everywhere(self, together: Together, asked: Asked) -> None:
+        """Raise where the ranks ask for different things, or their rows are not alike."""
+        digest = hashlib.sha256(pickle.dumps(self.layout)).hexdigest()
+        calls = together.exchange("a row", (digest, asked.told()))
+        if any(theirs != calls[0][0] for theirs, _ in calls):
+            layouts = together.exchange("the leaves", self.layout)
+            rank = next(k for k, (theirs, _) in enumerate(calls) if theirs != calls[0][0])
+            difference = _first_difference(layouts[rank], layouts[0])
+            raise ValueError(f"aggregate_rows: the rows of ranks {rank} and 0 are not alike: {difference}")
+        require_alike([told for _, told in calls])
+
+    def pieces(self, ranks: Group) -> list[_Piece]:
+        """Return the floating-point leaves by dtype."""
+        kinds: dict[torch.dtype, list[int]] = {}
+        for k, x in enumerate(self.tensors):
+            if x.is_floating_point():
+                kinds.setdefault(x.dtype, []).append(k)
+        made = []
+        for leaves in kinds.values():
+            flat = padded([self.tensors[k] for k in leaves], ranks.size)
+            count = sum(self.tensors[k].numel() for k in leaves)
+            made.append(_Piece(leaves, flat, flat.numel() // ranks.size, count))
+        return made
+
+    def columns(self, ranks: Group) -> dict[str, Tensor]:
+        """Return this rank's columns of a point that every rank has."""
+        found = {}
+        for piece in self.pieces(ranks):
+            first = ranks.rank * piece.width
+            found[piece.name(self)] = piece.flat[first : first + piece.count(ranks.rank)]
+        return found | {self.names[k]: x for k, x in enumerate(self.tensors) if not x.is_floating_point()}
+
+    def like(self, done: dict[str, Tensor]) -> Any:
+        """Return results by the names of their leaves as an update like this one."""
+        import optree
+
+        made = [_like(done[name], leaf) for name, leaf in zip(self.names, self.leaves, strict=True)]
+        return optree.tree_unflatten(self.structure, made)
+
+
+def _first_difference(
+    ours: list[tuple[str, tuple[int, ...], str]], theirs: list[tuple[str, tuple[int, ...], str]]
+) -> str:
+    for mine, other in itertools.zip_longest(ours, theirs):
+        if mine != other:
+            return " against ".join(
+                "no further leaf" if one is None else f"leaf {plain(one[0], 60)} of {one[1]} {one[2]}"
+                for one in (mine, other)
+            )
+    return ""
+
+
+def _tensor(leaf: Any, name: str, ranks: Group) -> Tensor:
     """Return a leaf as a tensor where the ranks' messages go."""
     if is_torch_array(leaf):
+        if leaf.layout != torch.strided:
+            raise TypeError(f"aggregate_rows: leaf {name} is a tensor of layout {leaf.layout} (pass x.to_dense())")
         x: Tensor = leaf.detach()
     elif isinstance(leaf, (np.ndarray, np.generic)):
-        array = np.asarray(leaf)
-        if array.dtype.name == "bfloat16":
-            x = torch.from_numpy(np.ascontiguousarray(array).view(np.int16)).view(torch.bfloat16)
-        else:
-            x = torch.from_numpy(np.array(array, order="C"))
+        array = np.array(leaf, order="C")
+        x = (
+            torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            if array.dtype.name == "bfloat16"
+            else (torch.from_numpy(array))
+        )
     else:
-        raise TypeError(f"aggregate_rows: leaves must be NumPy or torch arrays; got {type(leaf).__name__}")
+        raise TypeError(
+            f"aggregate_rows: leaf {name} is {type(leaf).__name__}; expected a NumPy array or a torch tensor"
+        )
     if x.is_complex():
-        raise TypeError("aggregate_rows: complex leaves are not taken (pass torch.view_as_real of them)")
+        raise TypeError(f"aggregate_rows: leaf {name} is complex (pass its real and its imaginary part as two leaves)")
     return x.to(ranks.device).contiguous()
 
 
@@ -401,35 +513,6 @@ def _like(x: Tensor, leaf: Any) -> Any:
     return x.cpu().numpy()
 
 
-def _pieces(tensors: list[Tensor], ranks: Group) -> list[_Piece]:
-    """Return the floating-point leaves by dtype."""
-    kinds: dict[torch.dtype, list[int]] = {}
-    for k, x in enumerate(tensors):
-        if x.is_floating_point():
-            kinds.setdefault(x.dtype, []).append(k)
-    pieces = []
-    for leaves in kinds.values():
-        flat = padded([tensors[k] for k in leaves], ranks.size)
-        count = sum(tensors[k].numel() for k in leaves)
-        pieces.append(_Piece(leaves, flat, flat.numel() // ranks.size, count))
-    return pieces
-
-
-def _columns_of(centre: Any, structure: Any, ranks: Group, integers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this rank's columns of a centre that every rank has."""
-    import optree
-
-    leaves, found = optree.tree_flatten(centre)
-    if found != structure:
-        raise ValueError("aggregate_rows: centre must have the structure of the rows")
-    tensors = [_tensor(leaf, ranks) for leaf in leaves]
-    columns = {}
-    for k, piece in enumerate(_pieces(tensors, ranks)):
-        first = ranks.rank * piece.width
-        columns[f"piece {k}"] = piece.flat[first : first + piece.count(ranks.rank)]
-    return columns | integers
-
-
 def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /, **options: Any) -> Any:
     """Replace each rank's gradients by what the rule makes of all ranks': for training with estimates of one's own.
 
@@ -439,7 +522,7 @@ def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /,
     Parameters
     ----------
     parameters : iterable of tensor
-        The model's; a parameter without a gradient counts as one of zeros.
+        The model's; of those that train, one without a gradient counts as one of zeros.
     rule, **options
         As for `aggregate_rows`.
 
@@ -453,7 +536,7 @@ def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /,
     TypeError, ValueError, NonFiniteError, RuntimeError
         As `aggregate_rows`.
     """
-    held = list(parameters)
+    held = [p for p in parameters if p.requires_grad]
     own = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
     found = aggregate_rows(own, rule, **options)
     info = None

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robustkern.contract.rows import Source
-from robustkern.distributed.ranks import Group
-from robustkern.distributed.together import Part, Together
+from robustkern.distributed.ranks import Asked, Group, call
+from robustkern.distributed.together import Part, Together, require_alike
 from robustkern.engine import Info
 from robustkern.functions import aggregated
-from robustkern.rules.base import Aggregator
+from robustkern.inputs.memory import MemorySource
 
-__all__ = ["combine_shards"]
+__all__ = ["agreed", "combine_shards", "raise_after_backward"]
 
 
 def combine_shards(
@@ -22,8 +23,7 @@ def combine_shards(
     ranks: Group,
     shards: Sequence[Tensor],
     columns: Sequence[int],
-    rule: Aggregator,
-    options: Mapping[str, Any],
+    asked: Asked,
     centre: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Info | None]:
     """Combine columns, of which each rank has some in each shard.
@@ -38,8 +38,8 @@ def combine_shards(
         All rows' columns that are this rank's; zeros where the last ranks have fewer.
     columns : sequence of int
         How many columns of each shard are values, over all ranks.
-    rule, options
-        As for `robustkern.aggregate`, the same on all ranks: f, delta, weights, seed, return_info.
+    asked : Asked
+        The rule, and with what.
     centre : sequence of (width,) tensors, optional
         This rank's columns of it.
 
@@ -59,12 +59,34 @@ def combine_shards(
     if centre is not None:
         point = {str(k): x[:count] for k, (x, count) in enumerate(zip(centre, counts, strict=True))}
 
-    def through(source: Source) -> Source:
+    def through(source: MemorySource, leaf: str = "") -> Source:
         return Part(together, source, sum(columns), source.dtypes)
 
-    wants_info = options["return_info"]
     found = aggregated(
-        rows, rule, options["f"], options["delta"], options["weights"], point, options["seed"], None, None, "update",
-        None, "error", out, "auto", wants_info, through,
+        rows, asked.rule, asked.f, asked.delta, asked.weights, point, asked.seed, None, None, "update", None,
+        asked.nonfinite, out, "auto", asked.return_info, through,
     )  # fmt: skip
-    return results, found[1] if wants_info else None
+    return results, found[1] if asked.return_info else None
+
+
+def agreed(ranks: Group, asked: Asked, what: dict[str, str]) -> None:
+    """Raise on all ranks where they were not all made alike, such as a hook with another rule."""
+    call(ranks, lambda together: require_alike(together.exchange("a hook", asked.told() | what)))
+
+
+def raise_after_backward(error: Exception, tensors: Iterable[Tensor]) -> None:
+    """Have a backward pass come to its end, with NaN for gradients, and then raise: earlier it leaves torch broken.
+
+    Raises
+    ------
+    Exception
+        The error, at once where no backward pass is going on.
+    """
+    for x in tensors:
+        x.fill_(torch.nan)
+    engine: Any = torch.autograd.Variable._execution_engine
+
+    def raising() -> None:
+        raise error
+
+    engine.queue_callback(lambda: engine.queue_callback(raising))  # after what DDP and FSDP do in the end

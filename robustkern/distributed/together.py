@@ -1,7 +1,8 @@
 """What several processes do together on columns of which each holds some; how they hand things on is somebody else's.
 
 There is one kind of step, an exchange, to which every process brings something or an error. So an error of one is an
-error of all, and nobody waits for who has left.
+error of all, and nobody waits for who has left; and each says in which step it is, so that different calls on different
+processes are an error too.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ class Ranks(Protocol):
 
 
 class Together:
-    """A call that all ranks make: its context ends on all of them, with a result or with the same error."""
+    """A call that all ranks make: its context ends on all of them, with a result or with the same error.
+
+    Attributes
+    ----------
+    settled : bool
+        Whether all know that nothing has gone wrong, nor can any more; else the end of the context is one more
+        exchange.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.settled = False  # whether all know that nothing has gone wrong so far
-        self._known: BaseException | None = None
+        self.settled = False
+        self._known: BaseException | None = None  # an error that all have
 
     def __enter__(self) -> Together:
         return self
@@ -64,51 +72,51 @@ class Together:
     def settle(self) -> None:
         """Raise where anything has gone wrong with any rank so far."""
         if not self.settled:
-            self.exchange(None)
+            self.exchange("the end", None)
+        self.settled = True
 
-    def exchange(self, value: Any) -> list[Any]:
-        """Return what each rank brings; raise where any of them brings an error."""
-        return self._exchange(None, value)
+    def exchange(self, step: str, value: Any) -> list[Any]:
+        """Return what each rank brings to a step; raise where any of them brings an error, or is in another step."""
+        parts = self._exchanged(step, None, value)
+        for rank, (_, error, _) in enumerate(parts):
+            if error is not None:
+                self._known = error
+                raise error from (None if rank == self.ranks.rank else RuntimeError(f"on rank {rank}"))
+        for rank, (theirs, _, _) in enumerate(parts):
+            if theirs != parts[0][0]:
+                self._known = ValueError(
+                    f"the ranks call different functions, or with different leaves: rank 0 is at {parts[0][0]}, rank "
+                    f"{rank} at {theirs} (make the same calls in the same order on all ranks)"
+                )
+                raise self._known
+        return [part for _, _, part in parts]
 
     def _tell(self, error: Exception) -> None:
         """Bring an error to the exchange that the others are in; raise where a rank before this one brings another."""
-        told: Exception = error
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            told = RuntimeError(f"{type(error).__name__}: {error}")
-        try:
-            self._exchange(told, None)
-        except Exception as first:
-            if first.args != told.args or type(first) is not type(told):
-                raise
         self._known = error
+        parts = self._exchanged("an error", _sendable(error), None)
+        rank = next(k for k, (_, found, _) in enumerate(parts) if found is not None)
+        if rank != self.ranks.rank:
+            first = parts[rank][1]
+            assert first is not None
+            self._known = first
+            raise first from RuntimeError(f"on rank {rank}")
 
-    def _exchange(self, error: Exception | None, value: Any) -> list[Any]:
+    def _exchanged(self, step: str, error: Exception | None, value: Any) -> list[tuple[str, Exception | None, Any]]:
         if self.ranks.size == 1:
-            if error is not None:
-                self._known = error
-                raise error
-            return [value]
-        payload = pickle.dumps((error, value))
+            return [(step, error, value)]
         try:
-            parts = [pickle.loads(part) for part in self.ranks.exchange(payload)]
-        except BaseException as broken:
+            return [pickle.loads(part) for part in self.ranks.exchange(pickle.dumps((step, error, value)))]
+        except BaseException as broken:  # a rank has gone
             self._known = broken
             raise
-        for rank, (found, _) in enumerate(parts):
-            if found is not None:
-                self._known = found
-                raise found from (None if rank == self.ranks.rank else RuntimeError(f"on rank {rank}"))
-        self.settled = True
-        return [part for _, part in parts]
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum over all ranks, in their order."""
         if self._is_large(x):
-            self.exchange(None)
+            self.exchange("a sum", None)
             return self.ranks.total(x)
-        parts = self.exchange(x)
+        parts = self.exchange("a sum", x)
         return sum(parts[1:], start=np.asarray(parts[0]))
 
     def _is_large(self, x: NDArray[np.float64]) -> bool:
@@ -125,14 +133,14 @@ class Together:
         mine = self._made(passes, name, arguments)
         large = add and self._is_large(mine)
         brought = ("pass", asked, None if large else mine)
-        parts = self.exchange(brought)
+        parts = self.exchange("a pass", brought)
         what, wanted, _ = parts[0]
         if what == "done":
             raise _Decided(wanted)
         if wanted != asked:
             raise _Diverged(wanted)
         if any(part[:2] != parts[0][:2] for part in parts):
-            parts = self.exchange(brought)  # the others have made it by now
+            parts = self.exchange("a pass", brought)  # the others have made it by now
         return [self.ranks.total(mine)] if large else [part for _, _, part in parts]
 
     def _made(self, passes: Any, name: str, arguments: tuple[Any, ...]) -> NDArray[np.float64]:
@@ -144,45 +152,52 @@ class Together:
         return found
 
     def once(self, work: Callable[[], T], passes: Any) -> T:
-        """Return what the work gives on rank 0, see `robustkern.contract.rows.Source.once`."""
+        """Return what the work gives on rank 0, see `robustkern.contract.rows.Source.once`.
+
+        An error in it counts if it is rank 0's.
+        """
         outcome: Any
         try:
             outcome = (work(), None)
         except _Decided as decided:
-            outcome = decided.outcome
-            return _given(outcome)  # type: ignore[no-any-return]
+            return self._given(decided.outcome)  # type: ignore[no-any-return]
         except _Diverged as diverged:
-            outcome = self._serve(passes, diverged.wanted)
-            return _given(outcome)  # type: ignore[no-any-return]
+            return self._given(self._serve(passes, diverged.wanted))  # type: ignore[no-any-return]
         except Exception as error:
             if error is self._known:
                 raise
-            outcome = (None, error)
-        what, word, _ = self.exchange(("done", outcome if self.ranks.rank == 0 else None, None))[0]
-        if self.ranks.rank != 0:
-            outcome = word if what == "done" else self._serve(passes, word)
-        return _given(outcome)  # type: ignore[no-any-return]
+            outcome = (None, _sendable(error))
+        what, word, _ = self.exchange("a pass", ("done", outcome if self.ranks.rank == 0 else None, None))[0]
+        return self._given(word if what == "done" else self._serve(passes, word))  # type: ignore[no-any-return]
 
-    def _serve(self, passes: Any, wanted: bytes) -> tuple[Any, Exception | None]:
+    def _serve(self, passes: Any, wanted: bytes) -> Any:
         """Make the passes that rank 0 asks for, until it is done."""
         while True:
             name, arguments, add = pickle.loads(wanted)
             mine = self._made(passes, name, arguments)
             large = add and self._is_large(mine)
-            self.exchange(("pass", wanted, None if large else mine))
+            self.exchange("a pass", ("pass", wanted, None if large else mine))
             if large:
                 self.ranks.total(mine)
-            what, wanted, _ = self.exchange(("done", None, None))[0]
+            what, wanted, _ = self.exchange("a pass", ("done", None, None))[0]
             if what == "done":
-                outcome: Any = wanted
-                return outcome  # type: ignore[no-any-return]
+                return wanted
+
+    def _given(self, outcome: tuple[Any, Exception | None]) -> Any:
+        result, error = outcome
+        if error is not None:
+            self._known = error
+            raise error
+        return result
 
 
-def _given(outcome: tuple[Any, Exception | None]) -> Any:
-    result, error = outcome
-    if error is not None:
-        raise error
-    return result
+def _sendable(error: Exception) -> Exception:
+    """Return an error, or one that says the same where it cannot go to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class _Decided(BaseException):
@@ -217,13 +232,13 @@ class Part:
         self.n, self.device, self.has_centre, self.plain = inner.n, inner.device, inner.has_centre, inner.plain
         self.d, self.dtypes = d, dtypes
         self.divided = together.ranks.size > 1
-        self.total, self.passed, self.once = together.total, together.passed, together.once
+        self.passed, self.once = together.passed, together.once
 
     @classmethod
     def of(cls, together: Together, inner: Source, asked: dict[str, str]) -> Part:
         """Return the part, given what all ranks must ask for alike; raise ValueError where they do not."""
-        mine = {"rows": str(inner.n), "centre": str(inner.has_centre), **asked}
-        calls = together.exchange((mine, inner.d, inner.dtypes))
+        mine = {"the number of rows": str(inner.n), "centre": str(inner.has_centre), **asked}
+        calls = together.exchange("a call", (mine, inner.d, inner.dtypes))
         require_alike([call for call, _, _ in calls])
         dtypes: set[np.dtype[Any]] = set().union(*(dtypes for _, _, dtypes in calls))
         return cls(together, inner, sum(d for _, d, _ in calls), dtypes)
@@ -250,6 +265,12 @@ class Part:
         """Return how an error should call a row."""
         return self._inner.row_name(row)
 
+    def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the sum over all ranks; after it nothing has gone wrong with what was written."""
+        found = self._together.total(x)
+        self._together.settled = True
+        return found
+
 
 def require_alike(calls: list[dict[str, str]]) -> None:
     """Raise where the ranks ask for different things."""
@@ -263,10 +284,11 @@ def require_alike(calls: list[dict[str, str]]) -> None:
 
 
 def digest_of(values: Any) -> str:
-    """Return a text that tells arrays of numbers apart, however many there are."""
+    """Return a text that tells arrays of numbers apart, however many there are; what is none is checked later."""
     if values is None:
         return "None"
     try:
-        return hashlib.sha256(np.asarray(values, dtype=np.float64).tobytes()).hexdigest()[:16]
-    except (TypeError, ValueError):
-        return repr(type(values))
+        numbers = np.asarray(values, dtype=np.float64)
+    except Exception:
+        return type(values).__name__
+    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16] if numbers.size > 8 else str(numbers.tolist())

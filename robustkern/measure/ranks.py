@@ -198,7 +198,7 @@ def _points_of(d: int, rules: Sequence[str], seconds: float, size: int, rank: in
     import torch.distributed as dist
 
     from robustkern.distributed.fsdp import RobustFSDP
-    from robustkern.distributed.ranks import _all_gather, aggregate_rows
+    from robustkern.distributed.ranks import Asked, _all_gather, aggregate_rows
     from robustkern.rules import parse_rule
 
     f = 1 if size > 2 else 0
@@ -216,13 +216,7 @@ def _points_of(d: int, rules: Sequence[str], seconds: float, size: int, rank: in
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
     def fsdp(rule: str) -> Callable[[], Any]:
-        combine = RobustFSDP(
-            torch.nn.Identity(),
-            parse_rule(rule),
-            dict.fromkeys(("delta", "weights", "seed", "return_info")) | {"f": f},
-            False,
-            None,
-        )
+        combine = RobustFSDP(torch.nn.Identity(), Asked(parse_rule(rule), f, None, None, None), False, None)
         return lambda: combine(torch.empty(width), padded, world, None)
 
     calls: dict[tuple[str, str], Callable[[], Any]] = {

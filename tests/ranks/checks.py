@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -167,13 +169,21 @@ def rows(rank: int, size: int) -> None:
     seeds = everywhere(rd.aggregate_rows(np.ones(5) * rank, "bucketing(size=2) | mean", f=1, return_info=True)[1].seed)
     assert len(set(seeds)) == 1  # drawn once
     for dtype in ("float16", "float64", "bfloat16"):
-        import ml_dtypes
-
         kind = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
         stacked = np.random.default_rng(0).standard_normal((size, 11)).astype(kind)
         got = rd.aggregate_rows(stacked[rank], "median")
         assert got.dtype == kind
         assert got.tobytes() == rk.median(stacked).tobytes()
+    zero = np.asarray(np.float64(rank), dtype=ml_dtypes.bfloat16)
+    got = rd.aggregate_rows({"x": zero}, "median")["x"]
+    assert (got.shape, got.dtype) == ((), zero.dtype)
+    frozen, trained = torch.ones(2), torch.ones(2, requires_grad=True)
+    trained.grad = torch.full((2,), float(rank))
+    rd.aggregate_gradients([frozen, trained], "median", f=1)
+    assert frozen.grad is None
+    assert trained.grad.tolist() == [1.5, 1.5]
+    counted = [{"x": np.ones(2) * k, **({"n": np.array([k])} if rank == 0 else {})} for k in range(5)]
+    assert rd.aggregate(counted, "median", return_info=True)[1].integers == 1  # on every rank
     pair = dist.new_group([0, 1])
     if rank < 2:
         assert rd.aggregate_rows(np.array([float(rank)]), "mean", group=pair).tolist() == [0.5]
@@ -185,20 +195,66 @@ def rows(rank: int, size: int) -> None:
 def errors(rank: int, size: int) -> None:
     """An error of one is an error of all, and the next call works."""
     x = np.ones(5)
+
+    class Local(Exception):
+        """Does not pickle."""
+
+    class Failing(rk.Aggregator):
+        name = "failing"
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def solve(self, view: Any) -> Any:
+            raise self.error
+
+    def out_of_memory(*_: Any) -> None:
+        raise MemoryError("none is left")
+
+    def patched(where: str, work: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(f"robustkern.distributed.ranks.{where}", out_of_memory)
+            return work()
+
+    alike = (
+        "the rows of ranks 2 and 0 are not alike: leaf the update of (6,) torch.float64 against leaf the update of (5,)"
+    )
+    tree = {"a": np.ones((5, 2)), "b": np.ones((5, 3))}
+    trees = [{name: v[i] for name, v in tree.items()} for i in range(5)]
+    shorter = [{"a": row["a"]} for row in trees]
+    renamed = [{"a": row["a"], "c": row["b"]} for row in trees]
     cases: list[tuple[type[Exception], str, Callable[[], Any]]] = [
-        (ValueError, "the number of values is 5 on rank 0, and 6 on rank 2", lambda: rd.aggregate_rows(x if rank != 2 else np.ones(6), "median", f=1)),
+        (ValueError, re.escape(alike), lambda: rd.aggregate_rows(x if rank != 2 else np.ones(6), "median", f=1)),
+        (ValueError, r"leaf \['b'\] of .* against leaf \['a'\] of", lambda: rd.aggregate_rows({"a" if rank < 3 else "b": x}, "median", f=1)),
         (ValueError, "f is 1 on rank 0, and 0 on rank 3", lambda: rd.aggregate_rows(x, "median", f=int(rank < 3))),
+        (ValueError, "return_info is True on rank 0, and False on rank 1", lambda: rd.aggregate_rows(x, "krum", f=1, return_info=rank == 0)),
+        (ValueError, "return_info is True on rank 0, and False on rank 1", lambda: rd.aggregate(np.ones((5, 2)), "krum", f=1, return_info=rank == 0)),
         (ValueError, "rule is median on rank 0, and mean on rank 1", lambda: rd.aggregate(np.ones((5, 2)), "mean" if rank == 1 else "median", f=1)),
-        (ValueError, "rows is 5 on rank 0, and 6 on rank 1", lambda: rd.aggregate(np.ones((5 + (rank == 1), 2)), "median", f=1)),
-        (TypeError, "must be NumPy or torch arrays; got str", lambda: rd.aggregate_rows(x if rank != 3 else "text", "median", f=1)),
-        (TypeError, "complex leaves are not taken", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
+        (ValueError, "weights is \\[1.0, 1.0, 1.0, 2.0\\] on rank 0", lambda: rd.aggregate_rows(x, "mean", weights=[1, 1, 1, 2 + (rank == 3)])),
+        (ValueError, "'means' is not known", lambda: rd.aggregate_rows(x, "means" if rank == 1 else "mean")),
+        (ValueError, "'means' is not known", lambda: rd.aggregate(np.ones((5, 2)), "means" if rank == 1 else "mean")),
+        (ValueError, "the number of rows is 5 on rank 0, and 6 on rank 1", lambda: rd.aggregate(np.ones((5 + (rank == 1), 2)), "median", f=1)),
+        (ValueError, "only is a on rank 0, and b on rank 3", lambda: rd.aggregate(trees, "median", only="b" if rank == 3 else "a")),
+        (ValueError, "dtype is None on rank 0, and float32 on rank 3", lambda: rd.aggregate(trees, "median", dtype="float32" if rank == 3 else None)),
+        (ValueError, "rank 0 is at the end, rank 1 at a call|rank 0 is at a call, rank 1 at the end", lambda: rd.aggregate(shorter if rank == 0 else trees, "median", scope="leaf")),
+        (ValueError, "leaf is .*b.* on rank 0, and .*c.* on rank 2", lambda: rd.aggregate(renamed if rank == 2 else trees, "median", scope="leaf")),
+        (ValueError, "rank 0 is at a row, rank 2 at a call", lambda: rd.aggregate(np.ones((5, 2)), "median") if rank == 2 else rd.aggregate_rows(x, "median")),
+        (TypeError, "leaf the update is str; expected a NumPy array", lambda: rd.aggregate_rows(x if rank != 3 else "text", "median", f=1)),
+        (TypeError, "leaf the update is complex", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
+        (TypeError, r"is a tensor of layout torch.sparse_coo \(pass x.to_dense\(\)\)", lambda: rd.aggregate_rows(torch.ones(5).to_sparse() if rank == 1 else torch.ones(5), "median", f=1)),
         (rk.NonFiniteError, r"krum: 2 rows hold NaN or Inf \(rows 2, 3\)", lambda: rd.aggregate_rows(x * (np.nan if rank > 1 else 1), "krum", f=1)),
         (rk.NonFiniteError, r"median: 3 rows hold NaN or Inf \(rows 0, 1, 2\)", lambda: rd.aggregate(np.array([[np.nan if rank == 2 and i < 3 else 1.0] for i in range(5)]), "median", f=2)),
         (ValueError, "2\\*f must be below n", lambda: rd.aggregate_rows(x, "median", f=2)),
-        (ValueError, "centre must have the structure of the rows", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=[x, x] if rank == 1 else x)),
+        (ValueError, r"the centre is not like the row: leaf \[0\] of .* against leaf the update", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=[x, x] if rank == 1 else x)),
+        (ValueError, "the centre is not like the row", lambda: rd.aggregate_rows([np.ones(3), np.ones(2)], "ctma(centre)", f=1, centre=[np.ones(2), np.ones(3)])),
         (ValueError, "centre is required", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1)),
         (ValueError, "centre holds NaN or Inf", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=x * np.nan)),
-        (ValueError, "2 rows differ|the rows|smea", lambda: rd.aggregate_rows(x, "smea", f=2)),
+        (ValueError, "failing here", lambda: rd.aggregate_rows(x, Failing(ValueError("failing here", np.ones(3))))),
+        (RuntimeError, "Local: failing there", lambda: rd.aggregate_rows(x, Failing(Local("failing there")))),
+        (MemoryError, "none is left", lambda: patched("padded", lambda: rd.aggregate_rows(x, "median"))),
+        (MemoryError, "none is left", lambda: patched("_like", lambda: rd.aggregate_rows(x, "median"))),
+        (MemoryError, "none is left", lambda: patched("aggregated", lambda: rd.aggregate(np.ones((5, 2)), "krum", f=1))),
     ]  # fmt: skip
     for kind, message, work in cases:
         with pytest.raises(kind, match=message):
@@ -272,6 +328,28 @@ def data_parallel(rank: int, size: int) -> None:
     loss_of(m, rank, 1, size - 1).backward()
     both = rows_of(rank, size, 0) + rows_of(rank, size, 1)
     torch.testing.assert_close(gradients(m), rk.median(both), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="rule is median on rank 0, and mean on rank 1"):
+        rd.DDPState("mean" if rank == 1 else "median")
+    for per_bucket in (
+        False,
+        True,
+    ):  # an error of the rule comes when the backward pass has ended, and the next step works
+        m = DDP(model(), bucket_cap_mb=0.05)
+        m.register_comm_hook(rd.DDPState("krum", f=1, per_bucket=per_bucket), rd.ddp_hook)
+        for step in range(4):
+            m.zero_grad()
+            loss = loss_of(m, rank, step, size - 1)
+            if step == 1:
+                with pytest.raises(rk.NonFiniteError, match="2 rows hold NaN or Inf"):
+                    (loss * (torch.nan if rank > 1 else 1)).backward()
+                assert gradients(m).isnan().any()
+                continue
+            loss.backward()
+            if not per_bucket:
+                torch.testing.assert_close(
+                    gradients(m), rk.aggregate(rows_of(rank, size, step), "krum", f=1), rtol=1e-6, atol=0
+                )
+            require_same_bits(gradients(m))
     with pytest.raises(ValueError, match=r"DDPState: ctma\(centre\) measures from a centre, which buckets lack"):
         rd.DDPState("ctma(centre)", f=1, per_bucket=True)
 
@@ -304,6 +382,21 @@ def fully_sharded(rank: int, size: int) -> None:
             parts = [x] if whole else [part.contiguous() for part in x.split(sizes, dim=1)]
             want = torch.cat([rk.aggregate(part, rule, f=1) for part in parts])
             torch.testing.assert_close(gradients(m), want, rtol=1e-6, atol=1e-12)
+    m2 = sharded_model(mesh)
+    rd.robust_fsdp(m2, "krum", f=1)
+    for step in range(4):
+        m2.zero_grad()
+        loss = loss_of(m2, rank, step, size - 1)
+        if step in (1, 2):
+            with pytest.raises(rk.NonFiniteError, match="2 rows hold NaN or Inf"):
+                (loss * (torch.nan if rank > 1 else 1)).backward()
+            continue
+        loss.backward()
+        x = rows_of(rank, size, step)
+        want = torch.cat([rk.aggregate(part.contiguous(), "krum", f=1) for part in x.split(sizes, dim=1)])
+        torch.testing.assert_close(gradients(m2), want, rtol=1e-6, atol=1e-12)
+    with pytest.raises(ValueError, match="f is 1 on rank 0, and 0 on rank 1"):
+        rd.robust_fsdp(m2, "krum", f=int(rank != 1))
     with pytest.raises(RuntimeError, match="there is no gradient to combine"):
         combining.finish()
     loss_of(m, rank, 0, size - 1).backward()  # without zero_grad: added to the last one
@@ -336,6 +429,8 @@ def replicas(rank: int, size: int) -> None:
         found.append(gradients(alone))
     x = torch.stack(found).reshape(2, size // 2, -1).mean(dim=1)
     torch.testing.assert_close(gradients(m), rk.mean(x), rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="sharded over a mesh of several dimensions"):
+        rd.robust_fsdp(sharded_model(mesh), "median")
     with pytest.raises(ValueError, match="over replicas each module is judged by itself"):
         rd.robust_fsdp(m, "median", f=0, whole=True, replicas=mesh.get_group("replicate"))
 
