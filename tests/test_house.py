@@ -38,7 +38,7 @@ _PUBLIC = {"", *LAYERS}
 LAYERS |= {
     "adapters": _PUBLIC,  # of other frameworks
     "distributed": _PUBLIC,  # columns and rows on ranks
-    "measure": _PUBLIC,
+    "measure": {*_PUBLIC, "distributed"},
     "training": {*_PUBLIC, "measure"},
     "cli": {*_PUBLIC, "adapters", "distributed", "measure", "training"},
     "__init__": {
