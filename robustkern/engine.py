@@ -18,17 +18,28 @@ from robustkern.backends.registry import choose
 from robustkern.contract.counters import Combine, lower_median, rounded_mean
 from robustkern.contract.filtered import SharedInfinities, SomeRows
 from robustkern.contract.primitives import Kernels, Window
-from robustkern.contract.rows import Block, Rows, Source, Vector
+from robustkern.contract.rows import Matrix, Rows, Source, Vector
 from robustkern.errors import ConvergenceWarning, NonFiniteError, brief, warn
 from robustkern.rules.base import Aggregator, Chain, mixed_by
 from robustkern.rules.coordinate import Median
-from robustkern.rules.geometry import DROP_HINT, CentreError, Given, Mixture, TooCloseError, tolerated
+from robustkern.rules.geometry import (
+    DROP_HINT,
+    CentreError,
+    Given,
+    Mask,
+    Mixture,
+    Selection,
+    TooCloseError,
+    sum_of,
+    tolerated,
+)
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
 
 __all__ = [
     "Info",
     "Limits",
+    "Passes",
     "check_rest",
     "combining",
     "count_of_share",
@@ -335,7 +346,7 @@ def _solved(
     rule: Aggregator, source: Source, kernels: Kernels, within: Limits, seed: int | None, wants_info: bool
 ) -> Info | None:
     differing = _differing(rule, source, within.tolerates) if source.plain else {}
-    given = Given(source, kernels, source.n, within.f, within.weights, within.share, "origin" in rule.points, seed)
+    given = Passes(source, kernels, source.n, within.f, within.weights, within.share, "origin" in rule.points, seed)
     view = View(given, source.n, within.f, within.weights, within.share)
 
     def solve() -> Solution:
@@ -557,7 +568,7 @@ def check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: A
 
 
 def _write(
-    rule: Aggregator, given: Given, solution: Solution, wants_info: bool
+    rule: Aggregator, given: Passes, solution: Solution, wants_info: bool
 ) -> tuple[NDArray[np.bool_], Vector | None]:
     """Make the last pass over the data; return which rows are not finite, and distances where it measured any.
 
@@ -566,51 +577,82 @@ def _write(
     NonFiniteError
         If they broke the result.
     """
-    source, n = given.source, given.n
-    nonfinite, poisoned = np.zeros(n, dtype=np.bool_), False
-    squares = np.zeros(n) if wants_info and solution.selection is not None and solution.sq_distances is None else None
-    weights, divisors = None, np.array([solution.divisor])
+    measures = wants_info and solution.selection is not None and solution.sq_distances is None
+    weights = None
     if solution.weights is not None:
         weights = solution.weights
-        if source.has_centre:
+        if given.source.has_centre:
             weights = np.append(weights, solution.centre_weight * solution.divisor)
         weights = np.ascontiguousarray(weights[None])
-    for block in source.results():
-        for rows, out in zip(block.rows, block.out, strict=True):
-            if weights is not None:
-                given.kernels.weighted_row_sum(rows, weights, out, divisors=divisors)
-            else:
-                assert solution.selection is not None
-                found = given.select(solution.selection, rows, out, distances=squares is not None)
-                if np.count_nonzero(found.nonfinite):
-                    nonfinite |= found.nonfinite
-                    poisoned |= not _is_finite(given.kernels, out)
-                if squares is not None and found.sq_distances is not None:
-                    squares += found.sq_distances
-        if weights is not None and wants_info and isinstance(rule, Mean):
-            nonfinite |= _nonfinite_rows(given.kernels, block, n)
-    if source.divided and (weights is None or isinstance(rule, Mean)):
-        found_out = source.total(np.append(nonfinite, poisoned).astype(np.float64)) > 0
-        nonfinite, poisoned = found_out[:-1], bool(found_out[-1])
-        squares = None if squares is None else source.total(squares)
+    looks = wants_info and isinstance(rule, Mean)
+    nonfinite, poisoned, squares = given.write(weights, solution.divisor, solution.selection, measures, looks)
     if poisoned:
         given.nonfinite = nonfinite
         raise given.nonfinite_error(str(rule), np.flatnonzero(nonfinite))
-    return nonfinite, squares
+    return nonfinite, squares if measures else None
 
 
-def _is_finite(kernels: Kernels, out: Rows) -> bool:
-    """Tell whether a result is; one that is has distance 0 to itself."""
-    return not kernels.row_sq_distances(out, out).any()
+class Passes(Given):
+    """All passes over the data: those that rules may ask for, and the one that writes the result."""
 
+    __slots__ = ()
 
-def _nonfinite_rows(kernels: Kernels, block: Block, n: int) -> NDArray[np.bool_]:
-    """Which rows hold a NaN or Inf; looked at only where the result of a mean does."""
-    flags = np.zeros(n, dtype=np.bool_)
-    for rows, out in zip(block.rows, block.out, strict=True):
-        if not _is_finite(kernels, out):
-            flags |= _broken_rows(kernels, rows, n)
-    return flags
+    def write(
+        self, weights: Matrix | None, divisor: float, selection: Selection | None, measures: bool, looks: bool
+    ) -> tuple[Mask, bool, Vector]:
+        """Write the result: a combination of the rows (and the centre), or a selection.
+
+        Parameters
+        ----------
+        weights, divisor : (1, n + has_centre) float64 or None, float
+            Of the combination.
+        selection : Selection or None
+            Instead of it.
+        measures : bool
+            Whether to measure the rows from a selection.
+        looks : bool
+            Whether to look for rows that hold NaN or Inf where a combination does.
+
+        Returns
+        -------
+        (n,) bool, bool, (n,) float64
+            Rows that hold NaN or Inf, as far as they were met; whether they broke a selection; squared distances.
+        """
+        asked = weights, divisor, selection, measures, looks
+        if not self.source.divided:
+            return self._written(*asked)
+        found = sum_of(self.source.passed(self, "write_pass", asked, True))
+        return found[: self.n] > 0, bool(found[self.n]), found[self.n + 1 :]
+
+    def write_pass(self, *asked: Any) -> Vector:
+        """Write the columns that are here; return what `write` does, end to end."""
+        nonfinite, poisoned, squares = self._written(*asked)
+        return np.concatenate([nonfinite, [poisoned], squares])
+
+    def _written(
+        self, weights: Matrix | None, divisor: float, selection: Selection | None, measures: bool, looks: bool
+    ) -> tuple[Mask, bool, Vector]:
+        nonfinite, poisoned, squares = np.zeros(self.n, dtype=np.bool_), False, np.zeros(self.n)
+        divisors = np.array([divisor])
+        for block in self.source.results():
+            for rows, out in zip(block.rows, block.out, strict=True):
+                if weights is not None:
+                    self.kernels.weighted_row_sum(rows, weights, out, divisors=divisors)
+                    if looks and not self._is_finite(out):
+                        nonfinite |= self.kernels.select_columns(self.without_centre(rows), Window(0, 1)).nonfinite
+                    continue
+                assert selection is not None
+                found = self.select(selection, rows, out, distances=measures)
+                if np.count_nonzero(found.nonfinite):
+                    nonfinite |= found.nonfinite
+                    poisoned |= not self._is_finite(out)
+                if found.sq_distances is not None:
+                    squares += found.sq_distances
+        return nonfinite, poisoned, squares
+
+    def _is_finite(self, out: Rows) -> bool:
+        """Tell whether a result is; one that is has distance 0 to itself."""
+        return not self.kernels.row_sq_distances(out, out).any()
 
 
 def _broken_rows(kernels: Kernels, rows: Rows, n: int) -> NDArray[np.bool_]:

@@ -97,7 +97,7 @@ def test_frameworks_are_imported_by_their_own_layers_only() -> None:
             for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
         }
         if layer not in ("adapters", "distributed", "training"):
-            assert not names & {"torch", "jax", "cupy", "flwr", "dask", "ray"}, path
+            assert not names & {"torch", "jax", "cupy", "flwr", "dask", "distributed", "fsspec", "ray"}, path
 
 
 def test_nothing_reaches_through_the_view() -> None:

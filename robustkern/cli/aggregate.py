@@ -14,11 +14,11 @@ import numpy as np
 import typer
 
 import robustkern
-from robustkern.cli.checkpoints import combine_folders, folders_of
 from robustkern.cli.console import Wrong, bar, command, print_json, said
 from robustkern.cli.options import Json, TolerateOption, file_to_write, listed, rule_of
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.rules import Import
+from robustkern.cli.several import combine_folders, combine_in_pool, folders_of
 from robustkern.errors import ConvergenceWarning, NonFiniteError
 from robustkern.files import (
     WRITTEN,
@@ -107,6 +107,10 @@ def aggregate(
     shard_size: Annotated[
         str | None, typer.Option(help="Write shards of at most so much, and their index: 5GB.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Read by so many processes of Dask, a block of all files at a time.")
+    ] = None,
+    dask: Annotated[str | None, typer.Option(help="Or by the workers of a Dask cluster: tcp://host:8786.")] = None,
     backend: Annotated[str, typer.Option(help="auto, cpp, numba or reference.")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -116,11 +120,24 @@ def aggregate(
     output appears complete or not at all.
     """
     plan = rule_of(rule)
+    options: dict[str, Any]
+    others: dict[str, Any]
     with said("memory"):
         most = memory_of(memory)
+    if processes is not None or dask is not None:
+        others = {"weights-from": weights_from, "cap-weights": cap_weights, "centre": centre, "base": base}
+        others |= {"scope": scope is Scope.leaf, "dtype": dtype, "bad-files": bad_files is BadFiles.count}
+        others |= {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
+        options = {"f": f, "delta": delta, "seed": seed, "backend": backend}
+        options |= {"only": listed(only) or None, "exclude": listed(exclude) or None}
+        pool = find_workers(updates, out)
+        options |= {"weights": _weights(weights, pool), "processes": processes}
+        file_to_write(out, "out", (".safetensors", ".npy"))
+        combine_in_pool(pool, plan, out, dask, options, others, as_json)
+        return
     folders = folders_of(updates)
     if folders is not None:
-        options: dict[str, Any] = {
+        options = {
             "f": f,
             "delta": delta,
             "seed": seed,
@@ -129,7 +146,7 @@ def aggregate(
         }
         options |= {"only": listed(only) or None, "exclude": listed(exclude) or None, "memory": most}
         options["weights"] = _weights(weights, Pool(tuple(Worker(path.name, path) for path in folders), False))
-        others: dict[str, Any] = {
+        others = {
             "weights-from": weights_from,
             "cap-weights": cap_weights,
             "centre": centre,

@@ -1,4 +1,7 @@
-"""Rows and columns that lie with the ranks of torch.distributed; nothing is imported before it is used."""
+"""Rows and columns that lie with the ranks of torch.distributed, or with a pool of Dask workers.
+
+Nothing is imported before it is used: ranks need torch, pools dask and fsspec.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ if TYPE_CHECKING:
     from robustkern.distributed.checkpoints import aggregate_checkpoints
     from robustkern.distributed.ddp import DDPState, ddp_hook
     from robustkern.distributed.fsdp import RobustFSDP, robust_fsdp
+    from robustkern.distributed.pool import dask_aggregate
     from robustkern.distributed.ranks import aggregate, aggregate_gradients, aggregate_rows
 
 __all__ = [
@@ -18,6 +22,7 @@ __all__ = [
     "aggregate_checkpoints",
     "aggregate_gradients",
     "aggregate_rows",
+    "dask_aggregate",
     "ddp_hook",
     "robust_fsdp",
 ]
@@ -29,6 +34,7 @@ _WHERE = {
     "aggregate_checkpoints": "checkpoints",
     "aggregate_gradients": "ranks",
     "aggregate_rows": "ranks",
+    "dask_aggregate": "pool",
     "ddp_hook": "ddp",
     "robust_fsdp": "fsdp",
 }

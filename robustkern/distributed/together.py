@@ -160,15 +160,15 @@ class Together:
         try:
             outcome = (work(), None)
         except _Decided as decided:
-            return self._given(decided.outcome)  # type: ignore[no-any-return]
+            return self._outcome(decided.outcome)  # type: ignore[no-any-return]
         except _Diverged as diverged:
-            return self._given(self._serve(passes, diverged.wanted))  # type: ignore[no-any-return]
+            return self._outcome(self._serve(passes, diverged.wanted))  # type: ignore[no-any-return]
         except Exception as error:
             if error is self._known:
                 raise
             outcome = (None, _sendable(error))
         what, word, _ = self.exchange("a pass", ("done", outcome if self.ranks.rank == 0 else None, None))[0]
-        return self._given(word if what == "done" else self._serve(passes, word))  # type: ignore[no-any-return]
+        return self._outcome(word if what == "done" else self._serve(passes, word))  # type: ignore[no-any-return]
 
     def _serve(self, passes: Any, wanted: bytes) -> Any:
         """Make the passes that rank 0 asks for, until it is done."""
@@ -183,7 +183,7 @@ class Together:
             if what == "done":
                 return wanted
 
-    def _given(self, outcome: tuple[Any, Exception | None]) -> Any:
+    def _outcome(self, outcome: tuple[Any, Exception | None]) -> Any:
         result, error = outcome
         if error is not None:
             self._known = error
@@ -232,7 +232,7 @@ class Part:
         self.n, self.device, self.has_centre, self.plain = inner.n, inner.device, inner.has_centre, inner.plain
         self.d, self.dtypes = d, dtypes
         self.divided = together.ranks.size > 1
-        self.passed, self.once = together.passed, together.once
+        self.once, self.total = together.once, together.total
 
     @classmethod
     def of(cls, together: Together, inner: Source, asked: dict[str, str]) -> Part:
@@ -265,10 +265,10 @@ class Part:
         """Return how an error should call a row."""
         return self._inner.row_name(row)
 
-    def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the sum over all ranks; after it nothing has gone wrong with what was written."""
-        found = self._together.total(x)
-        self._together.settled = True
+    def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Make a pass with all ranks; after the last one nothing has gone wrong with what was written."""
+        found = self._together.passed(passes, name, arguments, add)
+        self._together.settled = name == "write_pass"
         return found
 
 

@@ -663,6 +663,12 @@ def open_reader(path: Path, hold: bool = True, kind: str | None = None) -> Reade
         raise
 
 
+def reader_of(held: Any, kind: str) -> Reader:
+    """Look at what a file holds that is not of this machine: an object with `Held`'s path, size and reads."""
+    with naming(held.path):
+        return _READERS[kind](held)
+
+
 def is_output(path: Path) -> bool:
     """Tell whether this package wrote a file, and nobody changed it since, as far as the file itself says it."""
     if kind_of(path) not in (".safetensors", ".npz"):

@@ -31,6 +31,7 @@ __all__ = [
     "TooCloseError",
     "as_cells",
     "share_of_origin",
+    "sum_of",
     "unscaled",
 ]
 
@@ -362,7 +363,7 @@ class Given:
 
     def _gram(self, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products, and whether float32 ones may be among them, as they may where `single`."""
-        found = _sum(self._passed("gram_pass", (scale, single), True))
+        found = sum_of(self._passed("gram_pass", (scale, single), True))
         return found[:-1], bool(found[-1, 0])
 
     def gram_pass(self, scale: float, single: bool) -> Matrix:
@@ -397,7 +398,7 @@ class Given:
         return result, scale
 
     def _selection_distances(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
-        found = _sum(self._passed("selection_pass", (selection, measured, scale), True))
+        found = sum_of(self._passed("selection_pass", (selection, measured, scale), True))
         self.nonfinite = found[: self.n] > 0
         return np.fmin(found[self.n :], np.inf)  # NaN is as far as it gets
 
@@ -460,7 +461,7 @@ class Given:
 
     def holding_nonfinite(self) -> Mask:
         """Return which rows hold a NaN or Inf, unlike those that are only too far away; one read of the data."""
-        return _sum(self._passed("nonfinite_pass", (), True)) > 0
+        return sum_of(self._passed("nonfinite_pass", (), True)) > 0
 
     def nonfinite_pass(self) -> Vector:
         """1 for each row that holds a NaN or Inf."""
@@ -495,7 +496,7 @@ class Given:
 
     def _point_distances(self, point: Point, scale: float) -> Vector:
         """Squared distances of the rows, and of the centre where it is the point: 0, or it is none."""
-        found = _sum(self._passed("point_pass", (point, scale), True))
+        found = sum_of(self._passed("point_pass", (point, scale), True))
         return np.fmin(found, np.inf)  # NaN is as far as it gets
 
     def point_pass(self, point: Point, scale: float) -> Vector:
@@ -634,7 +635,7 @@ def _rounding(d: int) -> float:
     return EPSILON * (256 + d / 2**15)
 
 
-def _sum(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+def sum_of(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Return the sum of what each who holds columns found, in their order."""
     total = parts[0]
     for part in parts[1:]:

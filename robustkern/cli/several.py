@@ -1,0 +1,114 @@
+"""What ``robustkern aggregate`` leaves to several processes: checkpoint folders (torchrun), and files (Dask)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from robustkern.cli.console import Wrong, bar, print_json
+from robustkern.cli.report import facts, print_workers
+from robustkern.cli.supervisor import launched_rank
+from robustkern.engine import Info
+from robustkern.files import Pool, Weights
+from robustkern.files.workers import Worker, natural
+from robustkern.rules import Aggregator
+
+__all__ = ["combine_folders", "combine_in_pool", "folders_of"]
+
+
+def _is_one(path: Path) -> bool:
+    return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
+
+
+def folders_of(updates: Sequence[Path]) -> list[Path] | None:
+    """Return the checkpoint folders that paths are, or that a single folder holds; None where they are none."""
+    if len(updates) == 1 and updates[0].is_dir() and not _is_one(updates[0]):
+        inside = [path for path in updates[0].iterdir() if not path.name.startswith(".")]
+        updates = sorted((path for path in inside), key=lambda path: natural(path.name))
+        if not updates:
+            return None
+    return list(updates) if len(updates) > 1 and all(map(_is_one, updates)) else None
+
+
+def combine_folders(
+    folders: list[Path], plan: Aggregator, out: Path, options: dict[str, Any], others: dict[str, Any], as_json: bool
+) -> None:
+    """Combine checkpoints, each rank of torchrun its part; rank 0 says what came of it.
+
+    Parameters
+    ----------
+    folders : list of Path
+        One a worker.
+    plan, out, options
+        As for `robustkern.distributed.aggregate_checkpoints`.
+    others : dict
+        Options of the command that go with files only, and whether they were given.
+    as_json : bool
+        Whether machines read it.
+    """
+    _refuse(others, "checkpoint folders of torch.distributed (drop it, or convert them to safetensors)")
+    import torch.distributed as dist
+
+    from robustkern.distributed import aggregate_checkpoints
+
+    rank = launched_rank()
+    if rank is not None:
+        dist.init_process_group("gloo")
+    started = time.perf_counter()
+    info = aggregate_checkpoints(folders, plan, out=out, **options)
+    seconds = time.perf_counter() - started
+    if rank:
+        return
+    _tell(info, Pool(tuple(Worker(folder.name, folder) for folder in folders), False), out, seconds, as_json)
+
+
+def combine_in_pool(
+    pool: Pool, plan: Aggregator, out: Path, address: str | None, options: dict[str, Any], others: dict[str, Any],
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Combine files on a Dask cluster.
+
+    Parameters
+    ----------
+    pool, plan, out, options
+        As for `robustkern.distributed.dask_aggregate`; one file a worker.
+    address : str or None
+        Of the cluster; None: one of processes on this machine.
+    others, as_json
+        As for `combine_folders`.
+    """
+    _refuse(others, "--processes and --dask (drop it, or them)")
+    several = next((worker for worker in pool.workers if len(worker.files) != 1), None)
+    if several is not None:
+        raise Wrong(f"{several.name}: has {len(several.files)} files; with --processes and --dask a worker is one file")
+    from distributed import Client
+
+    from robustkern.distributed import dask_aggregate
+
+    paths = [str(worker.files[0]) for worker in pool.workers]
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack, bar("reading", 1) as shown:
+        client = None
+        if address is not None:
+            client = stack.enter_context(Client(address, timeout=30))  # type: ignore[no-untyped-call]
+        info = dask_aggregate(
+            paths, plan, out=str(out), client=client, progress=lambda name, done, total: shown.show(done, name, total),
+            **options,
+        )  # fmt: skip
+    _tell(info, pool, out, time.perf_counter() - started, as_json)
+
+
+def _refuse(others: dict[str, Any], what: str) -> None:
+    given = ", ".join(f"--{name}" for name, was in others.items() if was)
+    if given:
+        raise Wrong(f"{given}: not with {what}")
+
+
+def _tell(info: Info, pool: Pool, out: Path, seconds: float, as_json: bool) -> None:
+    if as_json:
+        print_json(facts(info, pool, Weights(), out, seconds))
+    else:
+        print_workers(info, pool, Weights(), out, seconds)

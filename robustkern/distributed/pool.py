@@ -1,0 +1,333 @@
+"""Pools of files on Dask: blocks of columns are tasks, of which each reads its part of every file.
+
+The grid of blocks depends on the files alone, so results have the same bits on any pool; tasks write nothing, so that
+one that is lost is done again elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from distributed import Client, LocalCluster
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from numpy.typing import ArrayLike, NDArray
+
+from robustkern.backends.floats import usual_floats
+from robustkern.backends.registry import choose
+from robustkern.contract.rows import Block, PlainLeaf, T, Undivided
+from robustkern.engine import Info, Limits, Passes, combining, limits, run
+from robustkern.errors import plain, shown
+from robustkern.files.formats import FileError, Reader, Tensor, reader_of
+from robustkern.files.output import Output, Target, in_order
+from robustkern.functions import Patterns
+from robustkern.inputs.leaves import Choice, computed
+from robustkern.inputs.trees import adapt
+from robustkern.rules.base import Aggregator, as_aggregator
+
+__all__ = ["dask_aggregate"]
+
+Progress = Callable[[str, int, int], None]
+#: Which facts of a file tell that it was written to, whoever keeps it.
+STAMPS = ("mtime", "LastModified", "last_modified", "ETag", "etag", "updated", "created")
+
+
+def dask_aggregate(
+    paths: Sequence[str],
+    rule: Aggregator | str,
+    /,
+    *,
+    out: str,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    seed: int | None = None,
+    only: Patterns = None,
+    exclude: Patterns = None,
+    client: Client | None = None,
+    processes: int | None = None,
+    block: int = 1 << 26,
+    backend: str = "auto",
+    progress: Progress | None = None,
+) -> Info:
+    """Combine update files into one, on the workers of a Dask cluster.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        One a worker: safetensors or npy files, as paths or as URLs that fsspec knows, which all of Dask's workers can
+        read.
+    rule, f, delta, weights, seed, backend
+        As for `robustkern.aggregate`.
+    out : str
+        Path or URL of the result, a safetensors or npy file, written by this process when all of it is there.
+    only, exclude
+        As for `robustkern.aggregate`: patterns of tensor names.
+    client : distributed.Client, optional
+        Of the cluster; by default one of `processes` processes on this machine, which ends with the call.
+    processes : int, optional
+        How many, 2 by default.
+    block : int
+        Bytes of all files that a task reads at a time, but for at least one value of each: what it takes in memory.
+    progress : callable, optional
+        Takes the name of a pass, how many of its tasks are done, and how many there are.
+
+    Returns
+    -------
+    Info
+
+    Raises
+    ------
+    FileError
+        If a file cannot be used, has other tensors than most, or changes between two passes; the message names it.
+    TypeError, ValueError, NonFiniteError
+        As `robustkern.aggregate`; infinities that rows share are not looked for.
+
+    Notes
+    -----
+    Each task is done up to three times where its worker is lost. Dask's own protocol is not for untrusted networks.
+    """
+    plan = as_aggregator(rule)
+    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths) or not paths:
+        raise TypeError("dask_aggregate: paths must be a list of texts, one a worker (pass [str(path), ...])")
+    if len(set(paths)) < len(paths):
+        raise ValueError(
+            f"dask_aggregate: {shown(Counter(paths).most_common(1)[0][0])} is there twice (one path a worker)"
+        )
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {block!r:.60}")
+    choice = Choice.of(only, exclude, None)
+    files = [_File.of(path) for path in paths]
+    readers = [_reader(file) for file in files]
+    _require_alike(files, readers)
+    choice.check(readers[0].tensors)
+    tensors = {name: readers[0].tensors[name] for name in in_order(readers[0].tensors) if choice.takes(name)}
+    within = limits(plan, len(files), str, f, delta, weights)
+    with contextlib.ExitStack() as stack:
+        if client is None:
+            options = {"n_workers": processes or 2, "threads_per_worker": 1, "dashboard_address": None}
+            cluster = stack.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
+            client = stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
+        local = _local(out, stack)
+        target = stack.enter_context(Target(Output(local, tensors, {}, [])))
+        source = _Pool(files, tensors, _Rule(plan, within, backend), block, client, target, progress)
+        info = run(plan, source, f, delta, weights, seed, "error", backend)
+    assert info is not None
+    return info
+
+
+def _local(out: str, stack: contextlib.ExitStack) -> Path:
+    """Return where the result is written, from where it goes to its place in the end if that is elsewhere."""
+    system, path = url_to_fs(out)
+    if isinstance(system, LocalFileSystem):
+        return Path(path)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="robustkern-pool-")))
+    local = folder / PurePosixPath(path).name
+    stack.callback(lambda: system.put_file(str(local), path) if local.exists() else None)
+    return local
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+class _File(NamedTuple):
+    """A file, and what it was when the call began."""
+
+    url: str
+    size: int
+    stamp: str
+
+    @classmethod
+    def of(cls, url: str) -> _File:
+        """Look at a file."""
+        try:
+            system, path = url_to_fs(url)
+            facts = system.info(path)
+        except Exception as error:  # each file system has its own
+            raise FileError(f"{url}: cannot be read ({error})") from None
+        if facts.get("type") != "file" or not isinstance(facts.get("size"), int):
+            raise FileError(f"{url}: is no file of a known size")
+        return cls(url, facts["size"], "|".join(str(facts[name]) for name in STAMPS if facts.get(name) is not None))
+
+
+class _Remote:
+    """A file as readers want it, see `robustkern.files.formats.Held`."""
+
+    def __init__(self, file: _File) -> None:
+        self.file, self.path, self.size = file, Path(file.url), file.size
+        self._system, self._at = url_to_fs(file.url)
+
+    def check(self) -> None:
+        """Raise where the file was written to since the call began."""
+        if _File.of(self.file.url) != self.file:
+            raise FileError(f"{self.file.url}: changed while it was being read (updates must stay until the end)")
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return some bytes."""
+        try:
+            data: bytes = self._system.cat_file(self._at, start=offset, end=offset + count)
+        except Exception as error:
+            raise FileError(f"{self.file.url}: cannot be read ({error})") from None
+        if len(data) != count:
+            raise FileError(f"{self.file.url}: truncated while it was being read (updates must stay until the end)")
+        return data
+
+    def read_into(self, data: NDArray[np.uint8], offset: int) -> None:
+        """Fill an array from a position on."""
+        data[:] = np.frombuffer(self.read(offset, len(data)), dtype=np.uint8)
+
+
+@functools.lru_cache(maxsize=1024)
+def _reader(file: _File) -> Reader:
+    suffix = PurePosixPath(file.url).suffix.lower()
+    if suffix not in (".safetensors", ".npy"):
+        raise FileError(f"{file.url}: unknown kind of file; expected .safetensors or .npy (convert it)")
+    return reader_of(_Remote(file), suffix)
+
+
+def _require_alike(files: list[_File], readers: list[Reader]) -> None:
+    """Raise where a file has other tensors than most."""
+    forms = [repr(sorted(reader.tensors.items())) for reader in readers]
+    usual = Counter(forms).most_common(1)[0][0]
+    for file, reader, form in zip(files, readers, forms, strict=True):
+        if form != usual:
+            like = readers[forms.index(usual)].tensors
+            names = [name for name in {**like, **reader.tensors} if like.get(name) != reader.tensors.get(name)]
+            raise FileError(f"{file.url}: tensor {shown(names[0])} is not what it is in most files")
+
+
+# ---- blocks ----------------------------------------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    """What tasks must know of the call."""
+
+    rule: Aggregator
+    within: Limits
+    backend: str
+
+
+class _Range(NamedTuple):
+    """Values [low, high) of a tensor, end to end."""
+
+    name: str
+    low: int
+    high: int
+
+
+def _grid(tensors: dict[str, Tensor], most: int) -> list[list[_Range]]:
+    """Return blocks of at most so many bytes of each file; small tensors share one."""
+    blocks: list[list[_Range]] = [[]]
+    held = 0
+    for name, tensor in tensors.items():
+        step = max(most // tensor.dtype.itemsize, 1)
+        for low in range(0, tensor.size, step) if tensor.size else [0]:
+            high = min(low + step, tensor.size)
+            nbytes = (high - low) * tensor.dtype.itemsize
+            if held and held + nbytes > most:
+                blocks.append([])
+                held = 0
+            blocks[-1].append(_Range(name, low, high))
+            held += nbytes
+    return blocks
+
+
+def _rows(files: Sequence[_File], block: Sequence[_Range]) -> list[dict[str, NDArray[Any]]]:
+    rows = []
+    for file in files:
+        reader, row = _reader(file), {}
+        for part in block:
+            tensor = reader.tensors[part.name]
+            values = np.empty(part.high - part.low, dtype=tensor.dtype)
+            reader.read_into(values.view(np.uint8), part.name, part.low * tensor.dtype.itemsize)
+            row[part.name] = values
+        reader.held.check()
+        rows.append(row)
+    return rows
+
+
+def _task(
+    files: Sequence[_File], block: Sequence[_Range], asked: _Rule, given: dict[str, Any], name: str, arguments: Any
+) -> tuple[NDArray[np.float64], list[NDArray[Any]] | None]:
+    """Make a pass over a block: what it found, and where it writes the result, that."""
+    with np.errstate(all="ignore"), usual_floats():
+        source, result = adapt(_rows(files, block))
+        source.combine = combining(asked.rule, asked.within)
+        kernels = choose(asked.backend, source.dtypes, "cpu")
+        found: NDArray[np.float64] = getattr(Passes(source, kernels, **given), name)(*arguments)
+    if name != "write_pass":
+        return found, None
+    if source.finish is not None:
+        result = source.finish()
+    return found, [result[part.name] for part in block]
+
+
+class _Pool(Undivided):
+    """A source whose columns lie in blocks that workers of Dask read."""
+
+    divided = True
+
+    def __init__(
+        self, files: list[_File], tensors: dict[str, Tensor], asked: _Rule, block: int, client: Client,
+        target: Target, progress: Progress | None,
+    ) -> None:  # fmt: skip
+        self.n, self.device, self.has_centre = len(files), "cpu", False
+        self.plain: Sequence[PlainLeaf] = ()
+        self.combine: Any = None
+        forms = [(tensor, computed(tensor.dtype)) for tensor in tensors.values()]
+        self.d = sum(tensor.size * form.factor for tensor, form in forms if form is not None)
+        self.dtypes: set[np.dtype[Any]] = {form.dtype for _, form in forms if form is not None}
+        self._files, self._tensors, self._asked = files, tensors, asked
+        self._client: Any = client
+        self._blocks = _grid(tensors, max(block // len(files), 1))
+        self._target, self._progress = target, progress
+
+    def row_name(self, row: int) -> str:
+        """Return how an error should call a file."""
+        return plain(PurePosixPath(self._files[row].url).name, 100)
+
+    def blocks(self) -> Iterator[Block]:
+        """Return nothing: no column is here."""
+        return iter(())
+
+    results = blocks
+
+    def once(self, work: Callable[[], T], passes: Any) -> T:
+        """Return what `work` returns: this process decides."""
+        return work()
+
+    def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
+        """Have all blocks looked at; write what comes of it in the order of the file."""
+        given = {"n": self.n, "f": passes.f, "weights": passes.weights, "share": passes.share}
+        given["needs_origin"] = passes.needs_origin
+        shared = self._client.scatter((self._files, self._asked, given, name, arguments), broadcast=True, hash=False)
+        futures = [self._client.submit(_in_task, block, shared, pure=False, retries=2) for block in self._blocks]
+        found = []
+        for k, future in enumerate(futures):
+            part, results = future.result()
+            future.release()
+            found.append(part)
+            if results is not None:
+                self._write(self._blocks[k], results)
+            if self._progress is not None:
+                self._progress(name.removesuffix("_pass"), k + 1, len(futures))
+        return found
+
+    def _write(self, block: Sequence[_Range], results: list[NDArray[Any]]) -> None:
+        writer = self._target.writer()
+        for part, values in zip(block, results, strict=True):
+            if part.low == 0:
+                writer.start(part.name, self._tensors[part.name])
+            writer.put(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+
+def _in_task(block: Sequence[_Range], shared: Any) -> Any:
+    files, asked, given, name, arguments = shared
+    return _task(files, block, asked, given, name, arguments)

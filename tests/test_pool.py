@@ -1,0 +1,191 @@
+"""Pools of files on Dask: the bits of one process, whatever the grid and the pool, and workers that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("distributed")
+pytest.importorskip("fsspec")
+import fsspec
+from distributed import Client, LocalCluster
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+import robustkern as rk
+from robustkern.cli import app
+from robustkern.distributed import dask_aggregate
+from robustkern.files import FileError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Dask's own
+    pytest.mark.xdist_group("dask"),
+]
+
+
+@pytest.fixture(scope="module")
+def threads() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def updates(seed: int = 0) -> list[dict[str, Any]]:
+    g = np.random.default_rng(seed)
+    made = [
+        {
+            "w": g.standard_normal((30, 41)).astype(np.float32),
+            "b": g.standard_normal(7),
+            "n": np.array([k, 5]),
+            "none": np.zeros((0, 3), dtype=np.float32),
+        }
+        for k in range(7)
+    ]
+    made[1]["w"] *= 1e6
+    made[4]["b"][2] = np.nan
+    return made
+
+
+def saved(folder: Path, seed: int = 0) -> list[str]:
+    paths = []
+    for k, update in enumerate(updates(seed)):
+        save_file(update, folder / f"c{k}.safetensors")
+        paths.append(str(folder / f"c{k}.safetensors"))
+    return paths
+
+
+@pytest.mark.parametrize(
+    "rule", ["median", "trimmed_mean", "krum", "multi_krum", "ctma(median)", "nnm | trimmed_mean", "geometric_median"]
+)
+@pytest.mark.parametrize("block", [1, 3000, 1 << 26])
+def test_bits(rule: str, block: int, threads: Client, tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    if block == 1 and rule != "median":  # a task for each value
+        block = 500
+    info = dask_aggregate(paths, rule, f=2, out=out, client=threads, block=block, seed=1)
+    want, told = rk.aggregate(updates(), rule, f=2, return_info=True)
+    found = load_file(out)
+    for name, x in want.items():
+        if rule == "geometric_median" and x.dtype.kind == "f":
+            assert (np.abs(found[name] - x) <= np.spacing(np.abs(x).max(initial=0))).all()
+        else:
+            assert np.array_equal(found[name], x), name
+    assert (info.d, info.order, info.nonfinite_rows) == (told.d, told.order, told.nonfinite_rows)
+
+
+def test_urls_weights_and_progress(threads: Client) -> None:
+    system = fsspec.filesystem("memory")
+    x = np.random.default_rng(0).standard_normal((5, 1000)).astype(np.float32)
+    for k, row in enumerate(x):
+        with system.open(f"/pool/{k}.npy", "wb") as file:
+            np.save(file, row)
+    seen: list[tuple[str, int, int]] = []
+    paths, weights = [f"memory://pool/{k}.npy" for k in range(5)], [1.0, 2.0, 1.0, 1.0, 0.5]
+    out = "memory://pool/out.npy"
+    dask_aggregate(
+        paths,
+        "ctma(median)",
+        delta=0.3,
+        weights=weights,
+        out=out,
+        client=threads,
+        block=8000,
+        progress=lambda *now: seen.append(now),
+    )
+    with system.open("/pool/out.npy", "rb") as file:
+        assert np.array_equal(np.load(file), rk.aggregate(x, "ctma(median)", delta=0.3, weights=weights))
+    assert {name for name, _, _ in seen} == {"selection", "write"}
+    assert seen[-1][1] == seen[-1][2] == 3
+    with system.open("/pool/0.npy", "wb") as file:  # the same path, another update: nothing is remembered
+        np.save(file, x[0] + 1)
+    dask_aggregate(paths, "mean", out=out, client=threads)
+    with system.open("/pool/out.npy", "rb") as file:
+        assert np.array_equal(np.load(file), rk.mean(np.vstack([x[:1] + 1, x[1:]])))
+
+
+def test_a_worker_that_is_killed(tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    killed = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if not killed:
+            killed.append(next(iter(client.run(os.getpid).values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster) as client:
+        dask_aggregate(paths, "krum", f=2, out=out, client=client, block=2000, progress=progress)
+    want = rk.aggregate(updates(), "krum", f=2)
+    assert killed
+    assert all(np.array_equal(x, want[name]) for name, x in load_file(out).items())
+
+
+def test_a_cluster_of_its_own(tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    dask_aggregate(paths, "median", out=out, processes=1, only=["w", "n"])
+    want = rk.aggregate(updates(), "median", only=["w", "n"])
+    found = load_file(out)
+    assert found.keys() == want.keys()
+    assert all(np.array_equal(x, want[name]) for name, x in found.items())
+
+
+def test_the_command(tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    command = ["aggregate", *paths, "--rule", "krum", "--f", "2", "--processes", "1", "--out", out]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "c1.safetensors" in result.output
+    want = rk.aggregate(updates(), "krum", f=2)
+    assert all(np.array_equal(x, want[name]) for name, x in load_file(out).items())
+    refused = CliRunner().invoke(app, [*command, "--scope", "leaf"])
+    assert refused.exit_code != 0
+    assert "--scope: not with --processes and --dask" in refused.output
+
+
+def test_what_cannot_be_done(threads: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+
+    def attempt(
+        match: str, kind: type[Exception] = ValueError, files: Any = paths, rule: str = "median", **options: Any
+    ) -> None:
+        with pytest.raises(kind, match=match):
+            dask_aggregate(files, rule, **{"out": out, "client": threads, "f": 2} | options)
+        assert not Path(out).exists()
+
+    attempt("paths must be a list of texts", TypeError, paths[0])
+    attempt("is there twice", files=[*paths, paths[0]])
+    attempt("block must be a number of bytes", block=0)
+    attempt("cannot be read", FileError, [*paths, str(tmp_path / "nobody.npy")])
+    attempt("is no file", FileError, [*paths, str(tmp_path)])
+    (tmp_path / "out.txt").write_text("x")
+    attempt("unknown kind of file", FileError, [str(tmp_path / "out.txt"), *paths])
+    attempt("only: 'x' matches no leaf", only="x")
+    attempt(r"2\*f must be below n", f=4)
+    spoilt = load_file(tmp_path / "c5.safetensors")
+    spoilt["b"][0] = np.inf
+    save_file(spoilt, tmp_path / "c5.safetensors")
+    attempt("krum: 2 rows hold NaN or Inf", rk.NonFiniteError, rule="krum", f=1)
+    save_file({"w": np.ones(3)}, tmp_path / "c6.safetensors")
+    attempt("c6.safetensors: tensor .* is not what it is in most files", FileError)
+    data = (tmp_path / "c3.safetensors").read_bytes()
+    (tmp_path / "c3.safetensors").write_bytes(data[:-8])
+    attempt("truncated or too long", FileError)
+
+
+def test_a_file_that_changes_between_passes(threads: Client, tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), tmp_path / "out.safetensors"
+
+    def progress(name: str, done: int, total: int) -> None:
+        if (name, done) == ("gram", total):
+            save_file(updates(1)[2], paths[2])
+
+    with pytest.raises(FileError, match=r"c2.safetensors: changed while it was being read"):
+        dask_aggregate(paths, "krum", f=2, out=str(out), client=threads, progress=progress)
+    assert not out.exists()
