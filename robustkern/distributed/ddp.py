@@ -68,16 +68,18 @@ class DDPState:
         return_info: bool = False,
         group: Any = None,
     ) -> None:
-        self.rule = as_aggregator(rule)
-        if per_bucket and "centre" in self.rule.points:
-            raise ValueError(f"DDPState: {self.rule} measures from a centre, which buckets lack (per_bucket=False)")
-        self.asked = Asked(self.rule, f, delta, weights, seed, return_info=return_info)
-        self.per_bucket = per_bucket
+        def asked() -> Asked:
+            plan = as_aggregator(rule)
+            if per_bucket and "centre" in plan.points:
+                raise ValueError(f"DDPState: {plan} measures from a centre, which buckets lack (per_bucket=False)")
+            return Asked(plan, f, delta, weights, seed, return_info=return_info)
+
         self.ranks = Group(group)
-        agreed(self.ranks, self.asked, {"per_bucket": str(per_bucket)})
+        self.asked = agreed(self.ranks, asked, {"per_bucket": str(per_bucket)})
+        self.per_bucket = per_bucket
         self.info: Info | None = None
         self._sent: list[_Sent] = []
-        self._measures = "centre" in self.rule.points
+        self._measures = "centre" in self.asked.rule.points
         self._centre: dict[Tensor, Tensor] = {}  # by parameter: DDP makes other buckets after the first step
 
     def take(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -137,7 +139,7 @@ def ddp_hook(state: DDPState, bucket: GradBucket) -> torch.futures.Future[Tensor
     Columns are spread while the backward pass goes on (all_to_all); the rule runs when the last bucket has come, and
     the result is collected (all_gather): the bytes of DDP's own all_reduce. Under ``no_sync`` DDP calls no hook, and
     the rule sees the accumulated gradient. Beside it work DDP's wrappers that compress:
-    ``fp16_compress_wrapper(ddp_hook)``, ``bf16_compress_wrapper(ddp_hook)``.
+    ``fp16_compress_wrapper(ddp_hook)``, and where torch takes it (not on gloo) ``bf16_compress_wrapper(ddp_hook)``.
 
     Parameters
     ----------

@@ -166,17 +166,20 @@ def robust_fsdp(
     TypeError, ValueError
         If the model has no sharded module, or the rule measures from a centre, or the whole is asked of replicas.
     """
-    plan = as_aggregator(rule)
-    if "centre" in plan.points:
-        raise ValueError(f"robust_fsdp: {plan} measures from a centre, which shards have not (take another rule)")
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not modules:
         raise TypeError("robust_fsdp: no module of the model is sharded (call fully_shard first)")
-    if whole and replicas is not None:
-        raise ValueError("robust_fsdp: over replicas each module is judged by itself (drop whole=True)")
-    asked = Asked(plan, f, delta, weights, seed, return_info=return_info)
     group = replicas if replicas is not None else _group_of(modules[-1])
-    agreed(Group(group), asked, {"whole": str(whole)})
+
+    def made() -> Asked:
+        plan = as_aggregator(rule)
+        if "centre" in plan.points:
+            raise ValueError(f"robust_fsdp: {plan} measures from a centre, which shards have not (take another rule)")
+        if whole and replicas is not None:
+            raise ValueError("robust_fsdp: over replicas each module is judged by itself (drop whole=True)")
+        return Asked(plan, f, delta, weights, seed, return_info=return_info)
+
+    asked = agreed(Group(group), made, {"whole": str(whole)})
     reduce = RobustFSDP(model, asked, whole, group)
     for module in modules:
         if replicas is not None:

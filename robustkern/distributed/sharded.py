@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,18 +69,27 @@ def combine_shards(
     return results, found[1] if asked.return_info else None
 
 
-def agreed(ranks: Group, asked: Asked, what: dict[str, str]) -> None:
-    """Raise on all ranks where they were not all made alike, such as a hook with another rule."""
-    call(ranks, lambda together: require_alike(together.exchange("a hook", asked.told() | what)))
+def agreed(ranks: Group, made: Callable[[], Asked], what: dict[str, str]) -> Asked:
+    """Return what a hook asks for; raise on all ranks where they do not ask alike, or one cannot be made."""
+
+    def work(together: Together) -> Asked:
+        asked = made()
+        require_alike(together.exchange("a hook", asked.told() | what))
+        return asked
+
+    found: Asked = call(ranks, work)
+    return found
 
 
 def raise_after_backward(error: Exception, tensors: Iterable[Tensor]) -> None:
-    """Have a backward pass come to its end, with NaN for gradients, and then raise: earlier it leaves torch broken.
+    """Have a backward pass come to its end, with NaN for gradients, and raise then: earlier would leave torch broken.
 
-    Raises
-    ------
-    Exception
-        The error, at once where no backward pass is going on.
+    Parameters
+    ----------
+    error : Exception
+        What is raised when the pass that is going on has ended.
+    tensors : iterable of tensors
+        What becomes NaN.
     """
     for x in tensors:
         x.fill_(torch.nan)

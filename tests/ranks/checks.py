@@ -330,6 +330,8 @@ def data_parallel(rank: int, size: int) -> None:
     torch.testing.assert_close(gradients(m), rk.median(both), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match="rule is median on rank 0, and mean on rank 1"):
         rd.DDPState("mean" if rank == 1 else "median")
+    with pytest.raises(ValueError, match="'means' is not known"):
+        rd.DDPState("means" if rank == 1 else "median")
     for per_bucket in (
         False,
         True,
