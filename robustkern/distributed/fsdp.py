@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from robustkern.distributed.ranks import Asked, Group, bring_together, call, padded, share_out
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
+from robustkern.distributed.together import Together
 from robustkern.engine import Info
 from robustkern.rules.base import Aggregator, as_aggregator
 
@@ -63,10 +65,15 @@ class RobustFSDP(ReduceScatter):
         except Exception as error:
             raise_after_backward(error, [output_tensor])
 
-    def _combined(self, ranks: Group, shards: list[Tensor], columns: list[int]) -> list[Tensor]:
-        found: tuple[list[Tensor], Info | None] = call(
-            ranks, lambda together: combine_shards(together, ranks, shards, columns, self.asked)
-        )
+    def _combined(
+        self, ranks: Group, shards: list[Tensor], columns: list[int], check: Callable[[], None] | None = None
+    ) -> list[Tensor]:
+        def work(together: Together) -> tuple[list[Tensor], Info | None]:
+            if check is not None:
+                check()
+            return combine_shards(together, ranks, shards, columns, self.asked)
+
+        found: tuple[list[Tensor], Info | None] = call(ranks, work)
         self.info = found[1]
         return found[0]
 
@@ -104,20 +111,24 @@ class RobustFSDP(ReduceScatter):
             return None
         if not kept:
             raise RuntimeError("robust_fsdp: there is no gradient to combine (call finish once after each backward)")
-        gradients = {
-            _local(p.grad).untyped_storage().data_ptr() for p in self._model.parameters() if p.grad is not None
-        }
-        if any(output.untyped_storage().data_ptr() not in gradients for output, _ in kept):
+        rows = [each for _, each in kept]
+        check = functools.partial(self._require_views, [output for output, _ in kept])
+        results = self._combined(Group(self._group), rows, [x.numel() for x in rows], check)
+        for (output, _), result in zip(kept, results, strict=True):
+            output.copy_(result)
+        return self.info
+
+    def _require_views(self, outputs: list[Tensor]) -> None:
+        """Raise where FSDP's gradients are not in the memory that it handed over."""
+        held = [_local(p.grad) for p in self._model.parameters() if p.grad is not None]
+        places = {gradient.untyped_storage().data_ptr() for gradient in held}
+        if any(output.untyped_storage().data_ptr() not in places for output in outputs):
             raise RuntimeError(
                 "robust_fsdp: gradients were converted, added to others, or moved since they were reduced (with "
                 "whole=True call finish after each backward pass and zero_grad(set_to_none=True) before it, accumulate "
                 "under set_requires_gradient_sync(False), and let MixedPrecisionPolicy's reduce_dtype be that of the "
                 "parameters)"
             )
-        results = self._combined(Group(self._group), [rows for _, rows in kept], [rows.numel() for _, rows in kept])
-        for (output, _), result in zip(kept, results, strict=True):
-            output.copy_(result)
-        return self.info
 
 
 def _local(gradient: Tensor) -> Tensor:
