@@ -178,11 +178,10 @@ class Stream:
             self._sums = [_Mean.of(x, self._trims or 0) for x in floats if x is not None]
         self._spool.add([leaf for leaf, x in zip(leaves, floats, strict=True) if x is None])  # counters: few
         values = [x for x in floats if x is not None]
-        if not all(np.isfinite(x).all() for x in values):
-            self._bad.append(self.count)
         with np.errstate(all="ignore"):  # whatever the caller has asked NumPy to do
-            for total, x in zip(self._sums, values, strict=True):
-                total.add(x, weight)
+            finite = [total.add(x, weight) for total, x in zip(self._sums, values, strict=True)]
+        if not all(finite):
+            self._bad.append(self.count)
 
     def result(self, *, return_info: bool = False) -> Any:
         """Combine what has come so far; more may come afterwards.
@@ -360,14 +359,18 @@ class _Mean:
         kept = x.dtype if x.dtype in (np.float32, np.float64) else np.dtype(np.float32)
         return cls(x.size, kept, f)
 
-    def add(self, x: NDArray[Any], weight: float) -> None:
-        """Take one more value of each column."""
+    def add(self, x: NDArray[Any], weight: float) -> bool:
+        """Take one more value of each column; tell whether all are finite."""
+        finite = True
         for begin in range(0, x.size, BLOCK_VALUES):
             part = slice(begin, min(begin + BLOCK_VALUES, x.size))
-            rest = self._trimmed(x[part].astype(self.low.dtype), part)
+            values = x[part].astype(self.low.dtype)
+            finite &= bool(np.isfinite(values).all())
+            rest = self._trimmed(values, part)
             if rest is not None:
                 self._add(rest, part, weight)
         self.count += 1
+        return finite
 
     def _trimmed(self, x: NDArray[Any], part: slice) -> NDArray[Any] | None:
         """Keep what is among the smallest or largest so far; return what is neither any more. A NaN is the largest."""

@@ -20,6 +20,7 @@ pytest.importorskip("torch.distributed.checkpoint")
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import robustkern.distributed as rd
 
@@ -125,6 +126,12 @@ def places(**fields: Any) -> Callable[[Any], None]:
     return change
 
 
+def overlapping(index: Any) -> None:
+    """Two pieces of half of a tensor, both its first half: as many numbers as it has."""
+    chunks = index.state_dict_metadata["m.w"].chunks
+    chunks[:] = [ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([25, 3])) for _ in range(2)]
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "code": (lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Evil())), "it names posix.system, which torch does not write"),
     "code in the index": (rewritten(lambda index: setattr(index, "planner_data", Evil())), "it names posix.system"),
@@ -140,6 +147,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another key": (rewritten(lambda index: index.state_dict_metadata.pop("n")), r"tensor 'n' is none, where most checkpoints have \(\(2,\), 'torch.int64'\)"),
     "holes": (rewritten(lambda index: index.state_dict_metadata["m.w"].chunks.clear()), r"the pieces of a tensor of \(50, 3\) hold 0 of its numbers"),
     "outside": (rewritten(lambda index: setattr(index.state_dict_metadata["m.w"].chunks[0], "offsets", torch.Size([9, 0]))), "lies outside of a tensor"),
+    "overlap": (rewritten(overlapping), "its pieces overlap and leave numbers out"),
+    "no numbers": (rewritten(lambda index: setattr(index.state_dict_metadata["m.w"].chunks[0], "sizes", [50.0, 3])), "are no whole numbers"),
     "truncated": (lambda folder: (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:3000]), "cannot be read"),
     "no file": (lambda folder: (folder / "__0_0.distcp").unlink(), "cannot be read"),
     "a FIFO": (lambda folder: ((folder / "__0_0.distcp").unlink(), os.mkfifo(folder / "__0_0.distcp")), "cannot be read"),

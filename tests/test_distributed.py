@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-if not torch.distributed.is_available():
-    pytest.skip("torch has no distributed", allow_module_level=True)
+pytest.importorskip("torch.distributed.checkpoint")
 
 RUN = Path(__file__).parent / "ranks" / "run.py"
 

@@ -120,46 +120,38 @@ def aggregate(
     output appears complete or not at all.
     """
     plan = rule_of(rule)
-    options: dict[str, Any]
-    others: dict[str, Any]
     with said("memory"):
         most = memory_of(memory)
+    patterns: dict[str, Any] = {"only": listed(only) or None, "exclude": listed(exclude) or None}
+    options: dict[str, Any] = {"f": f, "delta": delta, "seed": seed, "backend": backend}
+    files_only = {
+        "weights-from": weights_from,
+        "cap-weights": cap_weights,
+        "centre": centre,
+        "base": base,
+        "scope": scope is Scope.leaf,
+        "dtype": dtype,
+        "bad-files": bad_files is BadFiles.count,
+        "shard-size": shard_size,
+    }
     if processes is not None or dask is not None:
-        others = {"weights-from": weights_from, "cap-weights": cap_weights, "centre": centre, "base": base}
-        others |= {"scope": scope is Scope.leaf, "dtype": dtype, "bad-files": bad_files is BadFiles.count}
-        others |= {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
-        options = {"f": f, "delta": delta, "seed": seed, "backend": backend}
-        options |= {"only": listed(only) or None, "exclude": listed(exclude) or None}
-        pool = find_workers(updates, out)
-        options |= {"weights": _weights(weights, pool), "processes": processes}
         file_to_write(out, "out", (".safetensors", ".npy"))
-        combine_in_pool(pool, plan, out, dask, options, others, as_json)
+        pool = find_workers(updates, out)
+        more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes}
+        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop}
+        combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
         return
     folders = folders_of(updates)
     if folders is not None:
-        options = {
-            "f": f,
-            "delta": delta,
-            "seed": seed,
-            "nonfinite": nonfinite.value,
-            "backend": backend,
-        }
-        options |= {"only": listed(only) or None, "exclude": listed(exclude) or None, "memory": most}
-        options["weights"] = _weights(weights, Pool(tuple(Worker(path.name, path) for path in folders), False))
-        others = {
-            "weights-from": weights_from,
-            "cap-weights": cap_weights,
-            "centre": centre,
-            "base": base,
-        }
-        others |= {"scope": scope is Scope.leaf, "dtype": dtype, "bad-files": bad_files is BadFiles.count}
-        combine_folders(folders, plan, out, options, others | {"shard-size": shard_size}, as_json)
+        pool = Pool(tuple(Worker(path.name, path) for path in folders), False)
+        more = {"weights": _weights(weights, pool), "memory": most, "nonfinite": nonfinite.value}
+        combine_folders(pool, plan, out, options | patterns | more, files_only, as_json)
         return
     file_to_write(out, "out", WRITTEN)
     with said("shard-size"):
         shard = None if shard_size is None else memory_of(shard_size)
     with said("dtype"):
-        choice = Choice.of(listed(only) or None, listed(exclude) or None, dtype)
+        choice = Choice.of(**patterns, dtype=dtype)
     pool = find_workers(updates, out, bad_files.value)
     n = len(pool.workers)
     try:
@@ -167,7 +159,7 @@ def aggregate(
     except FileError as error:
         raise Wrong(f"--out: {error}") from None
     shares = _weights(weights, pool)
-    options = {"f": f, "delta": delta, "weights": shares, "seed": seed, "backend": backend}
+    options["weights"] = shares
     point = None if centre is None else np.zeros(1, dtype=np.float32)
     _check(plan, n, options | {"centre": point})
     started = time.perf_counter()

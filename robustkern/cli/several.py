@@ -13,7 +13,7 @@ from robustkern.cli.report import facts, print_workers
 from robustkern.cli.supervisor import launched_rank
 from robustkern.engine import Info
 from robustkern.files import Pool, Weights
-from robustkern.files.workers import Worker, natural
+from robustkern.files.workers import natural
 from robustkern.rules import Aggregator
 
 __all__ = ["combine_folders", "combine_in_pool", "folders_of"]
@@ -34,14 +34,14 @@ def folders_of(updates: Sequence[Path]) -> list[Path] | None:
 
 
 def combine_folders(
-    folders: list[Path], plan: Aggregator, out: Path, options: dict[str, Any], others: dict[str, Any], as_json: bool
+    pool: Pool, plan: Aggregator, out: Path, options: dict[str, Any], others: dict[str, Any], as_json: bool
 ) -> None:
     """Combine checkpoints, each rank of torchrun its part; rank 0 says what came of it.
 
     Parameters
     ----------
-    folders : list of Path
-        One a worker.
+    pool : Pool
+        Of one folder a worker.
     plan, out, options
         As for `robustkern.distributed.aggregate_checkpoints`.
     others : dict
@@ -58,11 +58,11 @@ def combine_folders(
     if rank is not None:
         dist.init_process_group("gloo")
     started = time.perf_counter()
-    info = aggregate_checkpoints(folders, plan, out=out, **options)
+    info = aggregate_checkpoints([worker.path for worker in pool.workers], plan, out=out, **options)
     seconds = time.perf_counter() - started
     if rank:
         return
-    _tell(info, Pool(tuple(Worker(folder.name, folder) for folder in folders), False), out, seconds, as_json)
+    _tell(info, pool, out, seconds, as_json)
 
 
 def combine_in_pool(

@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from robustkern.contract.rows import Block, PlainLeaf, Undivided
 from robustkern.distributed.ranks import Asked, Group, call
-from robustkern.distributed.together import Part, Ranks, Together
+from robustkern.distributed.together import Part, Ranks, Together, odd_one
 from robustkern.engine import Info, run
 from robustkern.errors import plain, shown
 from robustkern.functions import NonFinite, Patterns
@@ -39,14 +38,9 @@ from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
 
-__all__ = ["aggregate_checkpoints", "is_checkpoint"]
+__all__ = ["aggregate_checkpoints"]
 
 INDEX, MAX_INDEX = ".metadata", 1 << 28
-
-
-def is_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Tell whether a folder is a checkpoint of torch.distributed."""
-    return (Path(folder) / INDEX).is_file()
 
 
 def aggregate_checkpoints(
@@ -234,9 +228,14 @@ class _Index:
 
 
 def _checked(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
-    """Return a tensor's description if it is one: pieces of whole numbers that fill it, each number once."""
+    """Return a tensor's description if it is one: pieces inside of it, of as many numbers as it has.
+
+    That they do not overlap is seen where they are read.
+    """
     size = tuple(tensor.size)
     covered = 0
+    if not all(type(number) is int for chunk in tensor.chunks for number in (*size, *chunk.offsets, *chunk.sizes)):
+        raise ValueError("sizes of a tensor are no whole numbers")
     for chunk in tensor.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == len(size) and all(
             a >= 0 and b >= 0 and a + b <= c for a, b, c in zip(chunk.offsets, chunk.sizes, size, strict=True)
@@ -253,24 +252,15 @@ def _checked(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
 
 def _require_alike(indexes: list[_Index]) -> None:
     """Raise where a folder has other tensors than most."""
-    forms = [
-        repr([(name, tuple(tensor.size), tensor.properties.dtype) for name, tensor in index.tensors.items()])
-        for index in indexes
-    ]
-    usual = Counter(forms).most_common(1)[0][0]
-    other = next((index for index, form in zip(indexes, forms, strict=True) if form != usual), None)
-    if other is None:
-        return
-    like = indexes[forms.index(usual)]
-    for name in [*like.tensors, *other.tensors]:
-        ours, theirs = (
-            (tuple(x.size), str(x.properties.dtype)) if x is not None else "none"
-            for x in (other.tensors.get(name), like.tensors.get(name))
+    odd = odd_one(
+        [{name: (tuple(x.size), str(x.properties.dtype)) for name, x in index.tensors.items()} for index in indexes]
+    )
+    if odd is not None:
+        k, name, ours, theirs = odd
+        raise ValueError(
+            f"{plain(str(indexes[k].folder), 200)}: tensor {shown(name)} is {ours}, where most checkpoints have "
+            f"{theirs} (leave this one out)"
         )
-        if ours != theirs:
-            raise ValueError(
-                f"{plain(str(other.folder), 200)}: tensor {shown(name)} is {ours}, where most checkpoints have {theirs}"
-            )
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -339,18 +329,38 @@ class _Checkpoints(Undivided):
         first = (low, *[0] * (len(tensor.size) - 1)) if len(tensor.size) else ()
         shape = (high - low, *tensor.size[1:]) if len(tensor.size) else ()
         part = torch.empty(shape if high > low or len(tensor.size) else (0,), dtype=tensor.properties.dtype)
+        if part.numel() == 0:
+            return part
+        # Whatever lies in memory would come out where no piece is.
+        overlapping = (
+            f"{plain(str(index.folder), 200)}: tensor {shown(name)}: its pieces overlap and leave numbers out (leave "
+            "this checkpoint out)"
+        )
+        boxes = []
         for chunk in tensor.chunks:
             begin = [max(a, b) for a, b in zip(chunk.offsets, first, strict=True)]
             end = [
                 min(a + size, b + length)
                 for a, size, b, length in zip(chunk.offsets, chunk.sizes, first, shape, strict=True)
             ]
-            if part.numel() == 0 or any(a >= b for a, b in zip(begin, end, strict=True)):
-                continue
+            if all(a < b for a, b in zip(begin, end, strict=True)):
+                boxes.append((chunk, begin, end))
+        theres = [
+            tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, first, strict=True)) for _, begin, end in boxes
+        ]
+        seen = torch.zeros(shape, dtype=torch.bool) if len(boxes) > 1 else None
+        filled = 0
+        for there in theres:
+            if seen is not None:
+                if seen[there].any():
+                    raise ValueError(overlapping)
+                seen[there] = True
+            filled += part[there].numel()
+        if filled != part.numel():
+            raise ValueError(overlapping)
+        for (chunk, begin, end), there in zip(boxes, theres, strict=True):
             piece = self._piece(index, name, tuple(chunk.offsets), tuple(chunk.sizes), tensor.properties.dtype)
-            within = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True))
-            there = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, first, strict=True))
-            part[there] = piece[within]
+            part[there] = piece[tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True))]
         return part
 
     def _piece(

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from robustkern.backends.floats import usual_floats
 from robustkern.backends.registry import choose
 from robustkern.contract.rows import Block, PlainLeaf, T, Undivided
+from robustkern.distributed.together import odd_one
 from robustkern.engine import Info, Limits, Passes, combining, limits, run
 from robustkern.errors import plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
@@ -194,13 +195,12 @@ def _reader(file: _File) -> Reader:
 
 def _require_alike(files: list[_File], readers: list[Reader]) -> None:
     """Raise where a file has other tensors than most."""
-    forms = [repr(sorted(reader.tensors.items())) for reader in readers]
-    usual = Counter(forms).most_common(1)[0][0]
-    for file, reader, form in zip(files, readers, forms, strict=True):
-        if form != usual:
-            like = readers[forms.index(usual)].tensors
-            names = [name for name in {**like, **reader.tensors} if like.get(name) != reader.tensors.get(name)]
-            raise FileError(f"{file.url}: tensor {shown(names[0])} is not what it is in most files")
+    odd = odd_one([{name: (x.shape, x.dtype.name) for name, x in reader.tensors.items()} for reader in readers])
+    if odd is not None:
+        k, name, ours, theirs = odd
+        raise FileError(
+            f"{files[k].url}: tensor {shown(name)} is {ours}, where most files have {theirs} (leave this one out)"
+        )
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
@@ -310,14 +310,17 @@ class _Pool(Undivided):
         shared = self._client.scatter((self._files, self._asked, given, name, arguments), broadcast=True, hash=False)
         futures = [self._client.submit(_in_task, block, shared, pure=False, retries=2) for block in self._blocks]
         found = []
-        for k, future in enumerate(futures):
-            part, results = future.result()
-            future.release()
-            found.append(part)
-            if results is not None:
-                self._write(self._blocks[k], results)
-            if self._progress is not None:
-                self._progress(name.removesuffix("_pass"), k + 1, len(futures))
+        try:
+            for k, future in enumerate(futures):
+                part, results = future.result()
+                future.release()
+                found.append(part)
+                if results is not None:
+                    self._write(self._blocks[k], results)
+                if self._progress is not None:
+                    self._progress(name.removesuffix("_pass"), k + 1, len(futures))
+        finally:
+            self._client.cancel(futures[len(found) :])  # nobody waits for them after an error
         return found
 
     def _write(self, block: Sequence[_Range], results: list[NDArray[Any]]) -> None:

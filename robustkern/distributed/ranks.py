@@ -489,7 +489,9 @@ def _tensor(leaf: Any, name: str, ranks: Group) -> Tensor:
             raise TypeError(f"aggregate_rows: leaf {name} is a tensor of layout {leaf.layout} (pass x.to_dense())")
         x: Tensor = leaf.detach()
     elif isinstance(leaf, (np.ndarray, np.generic)):
-        array = np.array(leaf, order="C")
+        array = np.asarray(leaf)
+        if not (array.flags.c_contiguous and array.flags.writeable):  # torch takes no others without a warning
+            array = np.array(leaf, order="C")
         x = (
             torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
             if array.dtype.name == "bfloat16"

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Source, T
 
-__all__ = ["Part", "Ranks", "Together", "digest_of", "require_alike"]
+__all__ = ["Part", "Ranks", "Together", "digest_of", "odd_one", "require_alike"]
 
 #: Sums of more bytes go piece by piece to whoever adds them up, instead of all to all.
 LARGE_SUM = 1 << 16
@@ -281,6 +282,17 @@ def require_alike(calls: list[dict[str, str]]) -> None:
                     f"the ranks call for different things: {name} is {calls[0].get(name)} on rank 0, and {value} on "
                     f"rank {rank} (pass the same on all)"
                 )
+
+
+def odd_one(tables: Sequence[Mapping[str, Hashable]]) -> tuple[int, str, Any, Any] | None:
+    """Return the first table that is not what most are: which, the first name that differs, and both its values."""
+    keys = [tuple(sorted(table.items())) for table in tables]
+    usual = keys.index(Counter(keys).most_common(1)[0][0])
+    for k, table in enumerate(tables):
+        for name in sorted({**tables[usual], **table}):
+            if table.get(name) != tables[usual].get(name):
+                return k, name, table.get(name, "none"), tables[usual].get(name, "none")
+    return None
 
 
 def digest_of(values: Any) -> str:
