@@ -196,7 +196,7 @@ def aggregate(
     >>> rk.aggregate(x, "ctma(median)", f=1)
     array([2., 2., 3.])
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         rule,
         f,
@@ -215,9 +215,9 @@ def aggregate(
     )
 
 
-def _aggregate(*asked: Any) -> Any:
-    """Aggregate; see `aggregated`."""
-    return untraced(aggregated)(*asked) if DYNAMO in sys.modules else aggregated(*asked)
+def aggregate_untraced(*what: Any) -> Any:
+    """Call `aggregated`, which torch's compiler must not look into."""
+    return untraced(aggregated)(*what) if DYNAMO in sys.modules else aggregated(*what)
 
 
 class Through(Protocol):
@@ -466,7 +466,7 @@ def mean(
     -----
     One read of the data; summed in float64.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         Mean(),
         f,
@@ -560,7 +560,7 @@ def median(
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         Median(even),
         f,
@@ -647,7 +647,7 @@ def trimmed_mean(
     ----------
     .. [1] Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML 2018.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         TrimmedMean(),
         f,
@@ -746,7 +746,7 @@ def mean_around_median(
     ----------
     .. [1] Xie, Koyejo & Gupta, "Generalized Byzantine-tolerant SGD", arXiv:1802.10116, 2018.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         MeanAroundMedian(count, even),
         f,
@@ -852,7 +852,7 @@ def geometric_median(
     .. [1] Pillutla, Kakade & Harchaoui, "Robust Aggregation for Federated Learning", IEEE TSP 2022.
     .. [2] Vardi & Zhang, "The multivariate L1-median and associated data depth", PNAS 2000.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         GeometricMedian(nu, max_iter, start, tol),
         f,
@@ -947,7 +947,7 @@ def krum(
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         Krum(neighbours, squared),
         f,
@@ -1044,7 +1044,7 @@ def multi_krum(
     ----------
     .. [1] Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         MultiKrum(m, neighbours, squared),
         f,
@@ -1139,7 +1139,7 @@ def ctma(
     .. [1] Dahan & Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     .. [2] Dahan & Levy, "Weight for Robustness", NeurIPS 2024 (the weighted form).
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         CTMA(anchor),
         f,
@@ -1234,7 +1234,7 @@ def nnm(
     ----------
     .. [1] Allouah et al., "Fixing by Mixing: A Recipe for Optimal Byzantine ML under Heterogeneity", AISTATS 2023.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         NNM(count) | as_aggregator(then),
         f,
@@ -1330,7 +1330,7 @@ def bucketing(
     ----------
     .. [1] Karimireddy, He & Jaggi, "Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing", ICLR 2022.
     """
-    return _aggregate(
+    return aggregate_untraced(
         updates,
         Bucketing(size, seed) | as_aggregator(then),
         f,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,7 @@ from robustkern.cli import app
 pytest.importorskip("torch.distributed.checkpoint")
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -187,8 +191,130 @@ def test_a_file_that_changes_between_passes(
         rd.aggregate_checkpoints(folders, "krum", f=1, out=tmp_path / "out")
 
 
+def as_shards(folder: Path, state: dict[str, Any]) -> Path:
+    folder.mkdir()
+    names = list(state)
+    files = {name: f"model-{1 + (k > 0)}.safetensors" for k, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: state[name] for name in names if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+def test_safetensors_of_one_process(folders: list[Path], tmp_path: Path) -> None:
+    """Shards, whole files and DCP folders are one checkpoint each, whatever the others are; and are written as asked."""
+    rows = [{**flat(state), "mask": torch.tensor([k < 4, False])} for k, state in enumerate(states())]
+    places = [as_shards(tmp_path / f"s{k}", row) for k, row in enumerate(rows)]
+    save_file(rows[1], tmp_path / "whole.safetensors")
+    saved(rows[2], tmp_path / "dcp")
+    paths = [
+        *places[:1],
+        tmp_path / "whole.safetensors",
+        tmp_path / "dcp",
+        places[3] / "model.safetensors.index.json",
+        places[4],
+    ]
+    out = tmp_path / "new.safetensors"
+    rd.aggregate_checkpoints(paths, "ctma(median)", f=1, out=out, memory=1)
+    want = rk.aggregate(rows, "ctma(median)", f=1)
+    found = load_file(out)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    rk.aggregate_files([*places[:4], tmp_path / "s4"], "ctma(median)", f=1, out=tmp_path / "other.safetensors")
+    assert out.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+    rd.aggregate_checkpoints(places, "median", f=1, out=out, only="n")  # an output is replaced, as the command does
+    assert load_file(out).keys() == {"n"}
+
+
+def test_bytes_of_booleans_are_read_as_such(tmp_path: Path) -> None:
+    for k in range(3):
+        save_file({"b": torch.tensor([k > 0, False])}, tmp_path / f"{k}.safetensors")
+    data = (tmp_path / "1.safetensors").read_bytes()
+    (tmp_path / "1.safetensors").write_bytes(data[:-2] + b"\x07\x00")
+    rd.aggregate_checkpoints(
+        [tmp_path / f"{k}.safetensors" for k in range(3)], "mean", out=tmp_path / "out.safetensors"
+    )
+    assert load_file(tmp_path / "out.safetensors")["b"].tolist() == [True, False]
+
+
+SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda folder: (folder / "model-2.safetensors").write_bytes((folder / "model-2.safetensors").read_bytes()[:-1]), "model-2.safetensors: corrupt, truncated"),
+    "a shard less": (lambda folder: (folder / "model-2.safetensors").unlink(), "no such file"),
+    "a stray": (lambda folder: (folder / "model-3.safetensors").write_bytes(b""), "files that its index does not name"),
+    "another index": (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"m.w": "../x.safetensors"}}'), "which is no update file beside it"),
+    "another kind": (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"m.w": "x.npy"}}'), "x.npy: no such file|files that its index does not name"),
+    "another shape": (lambda folder: save_file({"m.b": torch.zeros(2)}, folder / "model-1.safetensors"), r"tensor 'm.b' is \(\(2,\), 'torch.float32'\), where most checkpoints have \(\(\), 'torch.bfloat16'\)"),
+    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "is no checkpoint of torch.distributed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", list(SHARDS))
+def test_hostile_shards(damage: str, tmp_path: Path) -> None:
+    places = [as_shards(tmp_path / f"client-{k}", flat(state)) for k, state in enumerate(states())]
+    change, message = SHARDS[damage]
+    change(places[3])
+    with pytest.raises(ValueError, match=message) as caught:
+        rd.aggregate_checkpoints(places, "median", f=1, out=tmp_path / "out.safetensors")
+    assert "client-3" in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert not (tmp_path / "out.safetensors").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_where_safetensors_cannot_go(tmp_path: Path) -> None:
+    places = [as_shards(tmp_path / f"client-{k}", flat(state)) for k, state in enumerate(states())]
+    (tmp_path / "x.npy").write_bytes(b"")
+    for options, message in (
+        ({"out": places[0] / "x.safetensors"}, "is in the folder of a worker"),
+        ({"out": tmp_path / "no" / "x.safetensors"}, "does not exist"),
+        ({"out": tmp_path / "x", "shard_size": 5}, r"shard_size is for safetensors \(name out something.safetensors\)"),
+        ({"out": tmp_path / "x.safetensors", "shard_size": 0}, "shard_size must be None or a number of bytes, at least 1; got 0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            rd.aggregate_checkpoints(places, "median", **options)  # type: ignore[arg-type]
+
+
+def test_a_shard_that_changes_between_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = [as_shards(tmp_path / f"client-{k}", flat(state)) for k, state in enumerate(states())]
+    from robustkern.distributed.checkpoints import _Checkpoints
+
+    results = _Checkpoints.results
+
+    def changing(self: Any) -> Any:
+        file = places[3] / "model-2.safetensors"
+        file.write_bytes(file.read_bytes())
+        return results(self)
+
+    monkeypatch.setattr(_Checkpoints, "results", changing)
+    with pytest.raises(ValueError, match=r"model-2.safetensors: changed while it was being read"):
+        rd.aggregate_checkpoints(places, "krum", f=1, out=tmp_path / "out.safetensors")
+
+
+def test_the_command_on_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun starts it: then ranks read safetensors too, and write shards."""
+    inside = tmp_path / "pool"
+    inside.mkdir()
+    for k, state in enumerate(states()):
+        save_file(flat(state), inside / f"client-{k}.safetensors")
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "robustkern", "aggregate"]
+    command += [str(inside), "--rule", "krum", "--f", "1", "--shard-size", "500", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "client-1" in done.stdout
+    found = {name: x for file in sorted(tmp_path.glob("out-*.safetensors")) for name, x in load_file(file).items()}
+    want = rk.aggregate([flat(state) for state in states()], "krum", f=1)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "0")
+    refused = CliRunner().invoke(app, ["aggregate", str(inside), "--scope", "leaf", "--out", str(out)])
+    assert refused.exit_code == 2
+    assert "--scope: not with checkpoint folders" in refused.output
+
+
 def test_what_cannot_be_asked_for(folders: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there are no folders"):
+    with pytest.raises(ValueError, match="there are no checkpoints"):
         rd.aggregate_checkpoints([], "median", out=tmp_path / "out")
     with pytest.raises(ValueError, match="only: 'x' matches no leaf"):
         rd.aggregate_checkpoints(folders, "median", out=tmp_path / "out", only="x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from support import assert_close, make_rows
 from test_rules import slow_nearest
 
 import robustkern as rk
+from robustkern.kept import LEAST_ROWS, KeptProducts
 
 torch = pytest.importorskip("torch")
 Array = NDArray[Any]
@@ -296,3 +298,172 @@ def test_states_that_are_none() -> None:
         with pytest.raises(ValueError, match="a centre too many or too few, or rows of workers without a count"):
             fresh.load_state_dict({**state, **wrong})
     assert fresh.rounds == 0
+
+
+# ---- inner products that are kept ------------------------------------------------------------------------------------
+
+
+class Counted:
+    """How often products were taken, of all rows or of some, while a server worked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.all, self.some = 0, []  # type: tuple[int, list[int]]
+        take_all, take = KeptProducts._take_all, KeptProducts._take
+
+        def counting_all(products: KeptProducts, passes: Any) -> Any:
+            self.all += 1
+            return take_all(products, passes)
+
+        def counting(products: KeptProducts, passes: Any, changed: Array, into: Array) -> None:
+            self.some.append(len(changed))
+            take(products, passes, changed, into)
+
+        monkeypatch.setattr(KeptProducts, "_take_all", counting_all)
+        monkeypatch.setattr(KeptProducts, "_take", counting)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch)
+
+
+@pytest.mark.parametrize("n", [LEAST_ROWS - 1, LEAST_ROWS, LEAST_ROWS + 9])
+@pytest.mark.parametrize("rule", ["krum", "geometric_median", "ctma(geometric_median)", "nnm | median", "median"])
+def test_arrivals_are_combined_as_all_rows_are(rule: str, n: int, dtype: np.dtype[Any], backend: str, counted: Counted) -> None:  # fmt: skip
+    f, d = n // 4, 40
+    g = np.random.default_rng(n)
+    last = make_rows("normal", n, d, dtype, seed=n) + np.asarray(3, dtype=dtype)
+    server = rk.Server(rule, f=f, absent="stale", backend=backend)
+    server.aggregate(last)
+    for turn in range(8):
+        for worker in g.choice(n, 1 + turn % 3, replace=False):
+            row = (g.standard_normal(d) * (100 if turn % 3 == 1 else 1) + 3).astype(dtype)
+            row[0] = [row[0], np.nan, np.inf, row[0]][turn % 4]
+            row = last[(worker + 1) % n] if turn == 7 else row  # a copy
+            last[worker] = row
+            server.add(row[None], workers=[worker])
+        got, info = server.aggregate(return_info=True)
+        want, told = rk.aggregate(last, rule, f=f, backend=backend, return_info=True)
+        assert (info.nonfinite_rows, info.order, info.n) == (told.nonfinite_rows, told.order, n)
+        if "geometric" in rule and info.kept is None:
+            np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=2 * np.finfo(dtype).eps if dtype.kind == "f" else 1e-2)  # fmt: skip
+            np.testing.assert_allclose(info.weights, told.weights, atol=1e-9)
+        else:
+            assert np.array_equal(got, want)
+    assert (counted.all, counted.some) == ((0, []) if n < LEAST_ROWS or rule == "median" else (1, [1, 2, 3] * 2 + [1, 2]))  # fmt: skip
+
+
+def test_kept_products_are_as_good_as_all_of_them(backend: str) -> None:
+    """Against the exact products, from the centre that is kept: within the bound that rules count on."""
+    n, d = 2 * LEAST_ROWS, 333
+    rows = list(make_rows("normal", n, d, np.dtype(np.float64), seed=2) + 1e3)
+    server = rk.Server("krum", f=3, absent="stale", backend=backend)
+    server.aggregate(np.stack(rows))
+    centre = np.sort(rows, axis=0)[(n - 1) // 2].astype(np.longdouble)
+    for worker, far in ((3, 1.0), (n - 1, 1e7), (5, 1e-3), (3, 1e3), (7, 0.0)):
+        rows[worker] = rows[0] + far * make_rows("normal", 1, d, np.dtype(np.float64), seed=worker)[0]
+        server.aggregate(rows[worker][None], workers=[worker])
+    x = np.stack(rows).astype(np.longdouble) - centre
+    exact, lengths = x @ x.T, np.sqrt((x * x).sum(axis=1)).astype(np.float64)
+    errors = np.abs(server._products._products - exact).astype(np.float64)
+    assert (errors <= 2.0**-53 * 256 * lengths[:, None] * lengths).all()
+
+
+def test_rows_that_go_away_get_another_centre(counted: Counted) -> None:
+    n = LEAST_ROWS
+    server = rk.Server("geometric_median", f=9, absent="stale")
+    rows = make_rows("normal", n, 50, np.dtype(np.float64))
+    server.aggregate(rows)
+    for worker in range(n):
+        rows[worker] += 1e4
+        got = server.aggregate(rows[worker : worker + 1], workers=[worker])
+    assert counted.all == 2  # the first, and when half of them were away
+    np.testing.assert_allclose(got, rk.aggregate(rows, "geometric_median", f=9), rtol=1e-13)
+    server.aggregate(rows[: n // 2])  # more at once than are taken one by one
+    assert counted.all == 3
+    # Nobody who is far away makes products of all rows be taken.
+    for turn in range(6):
+        server.aggregate(rows[:1] * 10.0 ** (3 * turn), workers=[turn])
+    assert counted.all == 3
+
+
+def test_workers_who_join_and_other_orders_of_leaves(counted: Counted) -> None:
+    n = LEAST_ROWS + 6
+    x = make_rows("normal", n, 30, np.dtype(np.float32))
+    trees: list[Any] = [OrderedDict(b=row[:15], a=row[15:]) for row in x]
+    server = rk.Server("multi_krum(m=3)", f=4, absent="stale")
+    server.aggregate(trees[3 : n - 3], workers=range(3, n - 3))
+    server.add(trees[n - 3 :], workers=range(n - 3, n))
+    got = server.aggregate()
+    want = rk.aggregate(trees[3:], "multi_krum(m=3)", f=4)
+    assert (counted.all, counted.some) == (1, [3])
+    assert np.array_equal(got["a"], want["a"])
+    turned: Any = OrderedDict(a=x[0][15:], b=x[0][:15])  # row 0's order is the order of the columns
+    got = server.aggregate([turned, trees[1]], workers=[0, 1])
+    want = rk.aggregate([turned, trees[1], *trees[3:]], "multi_krum(m=3)", f=4)
+    assert counted.all == 2
+    assert list(got) == ["a", "b"]
+    assert np.array_equal(got["a"], want["a"])
+    assert np.array_equal(got["b"], want["b"])
+
+
+def test_what_is_judged_by_some_rows_or_columns_takes_products_of_these() -> None:
+    n = LEAST_ROWS
+    x = make_rows("normal", n + 9, 30, np.dtype(np.float32))
+    x[:, 4] = np.inf  # which all rows share
+    for options, rule in (({}, "krum"), ({"nonfinite": "drop"}, "krum"), ({"weights": "counts"}, "geometric_median"), ({"scope": "leaf"}, "krum"), ({}, "cge")):  # fmt: skip
+        server = rk.Server(rule, f=5, absent="stale", **options)  # type: ignore[arg-type]
+        rows = {k: x[k] for k in range(n)}
+        server.aggregate([{"w": row} for row in x[:n]])
+        for turn in range(9):
+            rows[turn] = x[n + turn]
+            if turn == 3:
+                rows[turn] = np.where(np.arange(30) == 7, np.nan, rows[turn])
+            got = server.aggregate([{"w": rows[turn]}], workers=[turn])
+        more: Any = {"weights": [2] * 9 + [1] * (n - 9)} if "weights" in options else options
+        want = rk.aggregate([{"w": row} for row in rows.values()], rule, f=5, **more)
+        np.testing.assert_allclose(got["w"], want["w"], rtol=1e-6)
+
+
+def test_a_call_that_ends_early_leaves_no_wrong_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = LEAST_ROWS
+    x = make_rows("normal", n, 30, np.dtype(np.float32))
+    server = rk.Server("krum", f=5, absent="stale")
+    server.aggregate(x)
+    for name in ("_take", "_take_all"):
+        with monkeypatch.context() as patch:
+            patch.setattr(KeptProducts, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            rows = -x[:1] if name == "_take" else -x[: n // 2]
+            with pytest.raises(KeyboardInterrupt):
+                server.aggregate(rows)
+        assert server.rounds == 1
+        assert np.array_equal(server.aggregate(), rk.aggregate(x, "krum", f=5))
+        server.rounds = 1
+
+
+def test_a_server_with_kept_products_goes_on_to_the_last_bit() -> None:
+    n = LEAST_ROWS
+    x = make_rows("normal", n + 4, 30, np.dtype(np.float64))
+    server = rk.Server("geometric_median", f=5, absent="stale")
+    server.aggregate(x[:n])
+    server.aggregate(x[n : n + 2] * 30, workers=[0, 9])
+    again = rk.Server("geometric_median", f=5, absent="stale")
+    again.load_state_dict(pickle.loads(pickle.dumps(server.state_dict())))
+    for turn in (2, 3):
+        row = x[n + turn : n + turn + 1]
+        assert np.array_equal(server.aggregate(row, workers=[turn]), again.aggregate(row, workers=[turn]))
+
+
+def test_add_is_for_servers_that_keep_rows() -> None:
+    server = rk.Server("median")
+    with pytest.raises(ValueError, match=r"add is for servers that keep rows \(pass absent='stale'"):
+        server.add(np.zeros((3, 2)))
+    server = rk.Server("median", f=0, absent="stale")
+    server.add(np.zeros((3, 2)))
+    with pytest.raises(TypeError, match="workers must be int as in earlier rounds"):
+        server.add(np.zeros((1, 2)), workers=["a"])
+    assert server.counts == {0: 1, 1: 1, 2: 1}
+    assert server.aggregate().tolist() == [0, 0]
+    assert server.aggregate(np.ones((2, 2)), delta=0.3).tolist() == [1, 1]
+    with pytest.raises(ValueError, match=r"0 <= delta < 0\.5"):
+        server.aggregate(delta=0.7)

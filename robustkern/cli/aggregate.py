@@ -18,7 +18,7 @@ from robustkern.cli.console import Wrong, bar, command, print_json, said
 from robustkern.cli.options import Json, TolerateOption, file_to_write, listed, rule_of
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.rules import Import
-from robustkern.cli.several import combine_folders, combine_in_pool, folders_of
+from robustkern.cli.several import combine_in_pool, combine_on_ranks, for_ranks
 from robustkern.errors import ConvergenceWarning, NonFiniteError
 from robustkern.files import (
     WRITTEN,
@@ -32,7 +32,6 @@ from robustkern.files import (
     read_weights,
     touched,
 )
-from robustkern.files.workers import Worker
 from robustkern.inputs.leaves import Choice
 from robustkern.rules import Aggregator, available_rules
 
@@ -67,7 +66,8 @@ def aggregate(
         typer.Argument(
             help="One path a worker: a safetensors, npz or npy file, a torch file, or a folder with one update file or "
             "with shards and their index. A single folder holds one worker an entry. Checkpoint folders of "
-            "torch.distributed are workers too: then --out is a new folder, and torchrun may run the command."
+            "torch.distributed are workers too; then --out is a new folder, or safetensors. torchrun may run the "
+            "command on these and on safetensors: each process reads its part."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Where the result goes; its suffix decides the kind.")],
@@ -132,24 +132,23 @@ def aggregate(
         "scope": scope is Scope.leaf,
         "dtype": dtype,
         "bad-files": bad_files is BadFiles.count,
-        "shard-size": shard_size,
     }
     if processes is not None or dask is not None:
         file_to_write(out, "out", (".safetensors", ".npy"))
         pool = find_workers(updates, out)
         more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes}
-        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop}
+        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
         combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
         return
-    folders = folders_of(updates)
-    if folders is not None:
-        pool = Pool(tuple(Worker(path.name, path) for path in folders), False)
-        more = {"weights": _weights(weights, pool), "memory": most, "nonfinite": nonfinite.value}
-        combine_folders(pool, plan, out, options | patterns | more, files_only, as_json)
-        return
-    file_to_write(out, "out", WRITTEN)
     with said("shard-size"):
         shard = None if shard_size is None else memory_of(shard_size)
+    on_ranks = for_ranks(updates, out)
+    if on_ranks is not None:
+        shares = _weights(weights, on_ranks)
+        more = {"weights": shares, "memory": most, "nonfinite": nonfinite.value, "shard_size": shard}
+        combine_on_ranks(on_ranks, plan, out, options | patterns | more, files_only, as_json)
+        return
+    file_to_write(out, "out", WRITTEN)
     with said("dtype"):
         choice = Choice.of(**patterns, dtype=dtype)
     pool = find_workers(updates, out, bad_files.value)

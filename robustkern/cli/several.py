@@ -12,19 +12,30 @@ from robustkern.cli.console import Wrong, bar, print_json
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.supervisor import launched_rank
 from robustkern.engine import Info
-from robustkern.files import Pool, Weights
-from robustkern.files.workers import natural
+from robustkern.files import Pool, Weights, find_workers
+from robustkern.files.workers import Worker, natural
 from robustkern.rules import Aggregator
 
-__all__ = ["combine_folders", "combine_in_pool", "folders_of"]
+__all__ = ["combine_in_pool", "combine_on_ranks", "for_ranks"]
 
 
 def _is_one(path: Path) -> bool:
     return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
 
 
-def folders_of(updates: Sequence[Path]) -> list[Path] | None:
-    """Return the checkpoint folders that paths are, or that a single folder holds; None where they are none."""
+def for_ranks(updates: Sequence[Path], out: Path) -> Pool | None:
+    """Return the workers that ranks of torch.distributed combine, None where this process does it.
+
+    Checkpoint folders of torch.distributed, which paths are, or which a single folder holds; and all else that several
+    processes of torchrun are asked for.
+    """
+    folders = _folders_of(updates)
+    if folders is not None:
+        return Pool(tuple(Worker(path.name, path) for path in folders), False)
+    return None if launched_rank() is None else find_workers(updates, out)
+
+
+def _folders_of(updates: Sequence[Path]) -> list[Path] | None:
     if len(updates) == 1 and updates[0].is_dir() and not _is_one(updates[0]):
         inside = [path for path in updates[0].iterdir() if not path.name.startswith(".")]
         updates = sorted((path for path in inside), key=lambda path: natural(path.name))
@@ -33,7 +44,7 @@ def folders_of(updates: Sequence[Path]) -> list[Path] | None:
     return list(updates) if len(updates) > 1 and all(map(_is_one, updates)) else None
 
 
-def combine_folders(
+def combine_on_ranks(
     pool: Pool, plan: Aggregator, out: Path, options: dict[str, Any], others: dict[str, Any], as_json: bool
 ) -> None:
     """Combine checkpoints, each rank of torchrun its part; rank 0 says what came of it.
@@ -41,7 +52,7 @@ def combine_folders(
     Parameters
     ----------
     pool : Pool
-        Of one folder a worker.
+        The workers.
     plan, out, options
         As for `robustkern.distributed.aggregate_checkpoints`.
     others : dict
@@ -49,7 +60,9 @@ def combine_folders(
     as_json : bool
         Whether machines read it.
     """
-    _refuse(others, "checkpoint folders of torch.distributed (drop it, or convert them to safetensors)")
+    _refuse(
+        others, "checkpoint folders of torch.distributed, or torchrun (drop it, or use one process and safetensors)"
+    )
     import torch.distributed as dist
 
     from robustkern.distributed import aggregate_checkpoints
@@ -78,7 +91,7 @@ def combine_in_pool(
     address : str or None
         Of the cluster; None: one of processes on this machine.
     others, as_json
-        As for `combine_folders`.
+        As for `combine_on_ranks`.
     """
     _refuse(others, "--processes and --dask (drop it, or them)")
     several = next((worker for worker in pool.workers if len(worker.files) != 1), None)

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from robustkern.contract.counters import Combine
 from robustkern.contract.rows import Block, Rows, Source, T
 
-__all__ = ["SharedInfinities", "SomeRows"]
+__all__ = ["Of", "SharedInfinities", "SomeRows"]
 
 BLOCK_BYTES = 1 << 22
 
 
-class _Of:
+class Of:
     """A source that leaves most to another one."""
 
     def __init__(self, source: Source) -> None:
@@ -55,7 +55,7 @@ class _Of:
         return self._source.once(work, passes)
 
 
-class SomeRows(_Of):
+class SomeRows(Of):
     """Some rows of a source; the others take no part in anything.
 
     Parameters
@@ -99,7 +99,7 @@ class SomeRows(_Of):
         return map(self._block, self._source.results())
 
 
-class SharedInfinities(_Of):
+class SharedInfinities(Of):
     """The rows without columns in which enough of them hold the same infinity, such as attention masks.
 
     Such a column is no evidence against anybody: it is 0 here in every row that has the infinity or a finite number,

@@ -154,13 +154,22 @@ class Rows:
             return whole.copy().view(self.dtype)
         return np.stack([self.array(segment, i) for i in range(self.n)])
 
+    def joined(self, others: Rows) -> Rows:
+        """Return these rows and others with the same segments behind them; no data is touched."""
+        addresses = np.concatenate([self.addresses, others.addresses], axis=1)
+        return Rows(addresses, self.offsets, self.dtype, (self.owner, others.owner), self.place)
+
     def scratch(self) -> Rows:
-        """Return new memory for one row of as many columns, in one segment, where these lie."""
+        """Return new memory for one row with the same segments, where these lie."""
+        memory: Any
         if self.place is None:
-            return Rows.of(np.empty((1, self.d), dtype=self.dtype))
-        memory = self.place.empty((self.d,), self.dtype)
-        addresses = np.array([[memory.address]], dtype=np.uint64)
-        return Rows(addresses, one_segment(self.d), self.dtype, memory, self.place)
+            memory = np.empty(self.d, dtype=self.dtype)
+            first = address_of(memory)
+        else:
+            memory = self.place.empty((self.d,), self.dtype)
+            first = memory.address
+        addresses = (first + self.offsets[:-1] * self.dtype.itemsize).astype(np.uint64)
+        return Rows(addresses[:, None], self.offsets, self.dtype, memory, self.place)
 
     def blocks(self, max_columns: int) -> Iterator[Rows]:
         """Cut the columns into consecutive blocks of at most `max_columns` within each segment."""

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from robustkern.contract.rows import Source
+from robustkern.distributed.dtensors import local_parts
 from robustkern.distributed.together import Part, Ranks, Together, digest_of, require_alike
 from robustkern.errors import brief, plain
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
@@ -148,7 +149,8 @@ def aggregate(
     ----------
     local_columns : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         As for `robustkern.aggregate`: what this rank holds of each row, which may be nothing (arrays of size 0). Every
-        column belongs to one rank; a leaf that several hold counts as often.
+        column belongs to one rank; a leaf that several hold counts as often. In a sequence leaves may be DTensors,
+        sharded over all of these ranks, alike in all rows.
     rule, f, delta, weights, seed, only, exclude, scope, dtype, nonfinite
         As for `robustkern.aggregate`, the same on all ranks. With ``scope="leaf"`` all ranks hold parts of the same
         leaves.
@@ -164,12 +166,14 @@ def aggregate(
     Returns
     -------
     one update
-        This rank's columns; with `return_info` a pair of them and an `Info`, the same on all ranks.
+        This rank's columns, DTensors where row 0's are; with `return_info` a pair of them and an `Info`, the same on
+        all ranks.
 
     Raises
     ------
     TypeError, ValueError, NonFiniteError, BackendUnavailable
-        As `robustkern.aggregate`; and where the ranks do not call for the same. An error on one rank is raised on all.
+        As `robustkern.aggregate`; and where the ranks do not call for the same, or a DTensor is not sharded over all of
+        them. An error on one rank is raised on all.
     RuntimeError
         If there is no process group, or a rank has left it: within the group's timeout.
 
@@ -195,6 +199,8 @@ def aggregate(
         asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
         told = asked.told() | {"scope": str(scope), "only": str(only), "exclude": str(exclude), "dtype": str(dtype)}
         integers = 0
+        rows, layouts = local_parts(local_columns, together.ranks)
+        point, target = (None if x is None else local_parts([x], together.ranks)[0][0] for x in (centre, out))
 
         def through(source: MemorySource, leaf: str = "") -> Source:
             nonlocal integers
@@ -202,12 +208,14 @@ def aggregate(
             return Part.of(together, source, told | {"leaf": brief(leaf)})
 
         found = aggregated(
-            local_columns, asked.rule, f, delta, weights, centre, seed, only, exclude, scope, dtype, nonfinite, out,
+            rows, asked.rule, f, delta, weights, point, seed, only, exclude, scope, dtype, nonfinite, target,
             backend, return_info, through,
         )  # fmt: skip
         everywhere = together.exchange("the end", integers)
         together.settled = True
-        return (found[0], replace(found[1], integers=sum(everywhere))) if return_info else found
+        result, info = found if return_info else (found, None)
+        result = layouts.spread(result) if out is None else out
+        return result if info is None else (result, replace(info, integers=sum(everywhere)))
 
     return call(Group(group), work)
 

@@ -84,6 +84,12 @@ class _SafetensorsWriter:
         self._sum = zlib.crc32(data.data, self._sum)
         self._file.write(data.data)
 
+    def read_back(self) -> None:
+        """Take the bytes behind the header as if they had been put."""
+        self._file.seek(8 + len(self._header))
+        while data := self._file.read(1 << 20):
+            self._sum = zlib.crc32(data, self._sum)
+
     def close(self) -> None:
         end = self._file.tell()
         self._file.seek(8 + self._header.index(mark_of(0), self._header.index(b'"__metadata__"')))
@@ -228,21 +234,52 @@ class Output:
                     parts.close()
                 raise
             parts.close()
-            for path, (part, tensors) in parts.made.items():
-                _look_at(path, part, tensors)
-            if self._index is not None:
-                text = json.dumps(
-                    {
-                        "metadata": {**self.metadata, "total_size": sum(t.nbytes for t in self.tensors.values())},
-                        "weight_map": {name: path.name for path, group in self._files.items() for name in group},
-                    },
-                    indent=2,
-                )
-                part = stack.enter_context(_part(self._index))
-                part.write(text.encode())
-                parts.made[self._index] = (part, {})
-            for path, (part, _) in parts.made.items():  # the index last
-                _replace(part, path)
+            self._finish(stack, parts.made)
+
+    @contextlib.contextmanager
+    def laid_out(self) -> Iterator[dict[str, tuple[Path, int]]]:
+        """Open safetensors files that others write to: yield in which file, and from where on, each tensor's bytes go.
+
+        Everything appears under its name at the end, or nothing does.
+        """
+        remove_leftovers(self.out.parent)
+        with contextlib.ExitStack() as stack:
+            made: dict[Path, tuple[IO[bytes], dict[str, Tensor]]] = {}
+            places: dict[str, tuple[Path, int]] = {}
+            writers = []
+            for path, tensors in self._files.items():
+                part = stack.enter_context(_part(path))
+                made[path] = (part, tensors)
+                writers.append(_SafetensorsWriter(part, tensors, self.metadata))
+                at = part.tell()
+                for name, tensor in tensors.items():
+                    places[name] = Path(part.name).absolute(), at
+                    at += tensor.nbytes
+                part.truncate(at)
+                part.flush()
+            yield places
+            for writer in writers:
+                writer.read_back()
+                writer.close()
+            self._finish(stack, made)
+
+    def _finish(self, stack: contextlib.ExitStack, made: dict[Path, tuple[IO[bytes], dict[str, Tensor]]]) -> None:
+        """Look at what was written, write an index of shards, and let all files appear."""
+        for path, (part, tensors) in made.items():
+            _look_at(path, part, tensors)
+        if self._index is not None:
+            text = json.dumps(
+                {
+                    "metadata": {**self.metadata, "total_size": sum(t.nbytes for t in self.tensors.values())},
+                    "weight_map": {name: path.name for path, group in self._files.items() for name in group},
+                },
+                indent=2,
+            )
+            part = stack.enter_context(_part(self._index))
+            part.write(text.encode())
+            made[self._index] = (part, {})
+        for path, (part, _) in made.items():  # the index last
+            _replace(part, path)
 
 
 class Target:

@@ -21,7 +21,17 @@ import numpy as np
 from robustkern.errors import shown
 from robustkern.files.formats import SUFFIXES, FileError, Held, is_output, kind_of, naming, read_json
 
-__all__ = ["Pool", "Worker", "below_half", "capped", "claimed", "find_workers", "named_weights", "read_weights"]
+__all__ = [
+    "Pool",
+    "Worker",
+    "below_half",
+    "capped",
+    "claimed",
+    "find_workers",
+    "named_weights",
+    "read_weights",
+    "worker_of",
+]
 
 INDEX = ".index.json"
 
@@ -98,7 +108,7 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
         return _pool(given[0], out, bad)
     if not given:
         raise FileError("no update files were given")
-    return Pool(_distinct([_worker(path) for path in given]), False)
+    return Pool(_distinct([worker_of(path) for path in given]), False)
 
 
 def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
@@ -123,7 +133,7 @@ def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
         elif path.is_file() and is_output(path):
             ignored.append(f"{shown(name)} (a result of an aggregation)")
         else:
-            entries.append(_worker(path))
+            entries.append(worker_of(path))
     if not entries:
         raise FileError(
             f"{folder}: the folder holds no worker: no {', '.join(SUFFIXES)} file, and no subdirectory with one"
@@ -146,7 +156,7 @@ def _is_of(path: Path, out: Path) -> bool:
     return path.name in (out.name, out.name + INDEX) or re.fullmatch(shard, path.name) is not None
 
 
-def _worker(path: Path) -> Worker:
+def worker_of(path: Path) -> Worker:
     """Return the worker of a path; what is wrong with it is told later, as it may be a bad row."""
     try:
         if path.is_dir():

@@ -1,4 +1,4 @@
-"""What counts besides read passes: dtypes, small calls, pytrees, memory, threads, Numba, momenta; figures beside goals.
+"""What counts besides read passes: dtypes, small calls, trees, memory, threads, arrivals, files, momenta, Numba; goals.
 
 A suite is a function that measures one case and the tuple of its cases. Every case compares what it timed with another
 result, and a ratio is the median over calls made in turn. Where something cannot be measured, its line says why.
@@ -30,6 +30,7 @@ from robustkern.kernels import update_momenta
 from robustkern.measure.peers import load
 from robustkern.measure.reads import VALUES, Array, Line, _dtype, _time, cases, job, machine, make_rows, read_pass
 from robustkern.rules import available_rules, parse_rule
+from robustkern.server import Server
 
 __all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
 
@@ -380,6 +381,32 @@ def momenta(kind: str, rounds: int, d: int | None) -> Iterator[Line]:
         yield Line("momenta", f"{what}, numba", _ratio(ours["numba"], ours["cpp"], rounds), "x the compiled time", 4.0)
 
 
+# ---- arrivals --------------------------------------------------------------------------------------------------
+
+
+def arrivals(rule: str, n: int, rounds: int, d: int | None) -> Iterator[Line]:
+    """Compare a server that one row arrives at, and combines it with the others' last ones, with a call on all rows."""
+    rows = make_rows(n, d or COMPARED // n)
+    plan, f = parse_rule(rule), n // 4
+    server = Server(plan, f=f, absent="stale")
+    server.aggregate(rows)
+    turns = itertools.cycle(range(n))
+
+    def arrive() -> Any:
+        worker = next(turns)
+        return server.aggregate(rows[worker : worker + 1], workers=[worker])
+
+    def call() -> Any:
+        return aggregate(rows, plan, f=f)
+
+    what = f"{rule}, n={n}, an arrival and its result"
+    check_close(what, arrive(), call(), atol=1e-5)
+    reading, whole, arrival = _times(read_pass(rows), call, arrive, rounds=rounds + 1)[1:].T
+    yield Line("arrivals", what, float(np.median(arrival / reading)), "reads of all rows", None)
+    goal = 0.5 if n >= 256 else 1.3  # below `LEAST_ROWS` of `robustkern.kept` it is a call, and a copy of the row
+    yield Line("arrivals", what, float(np.median(arrival / whole)), "x a call on all rows", goal)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +461,7 @@ SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ..
     "trees": (trees, (("median",), ("geometric_median",))),
     "memory": (memory, tuple(itertools.product(("mean", *cases()), (16, 128)))),
     "threads": (threads, (("speed-up",), ("two calls at once",), ("after other pools",), ("two threads a core",))),
+    "arrivals": (arrivals, tuple(itertools.product(("krum", "geometric_median"), (16, 64, 256)))),
     "files": (files, tuple((rule,) for rule in FILE_GOALS)),
     "momenta": (momenta, (("mu2sgd",), ("momentum",))),
     "numba": (numba, ((8,), (16,), (32,), (64,))),

@@ -8,15 +8,16 @@ Comprehensive Approach towards Optimal Fault-Tolerant Asynchronous ML", NeurIPS 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from robustkern.server import Server
 from robustkern.training.data import DataSet
 from robustkern.training.settings import Settings
-from robustkern.training.simulation import Simulation, Workers, byzantine_rows
+from robustkern.training.simulation import Simulation, Workers, byzantine_rows, share_of_attackers
 
 __all__ = ["AsynchronousSimulation", "simulate"]
 
@@ -48,6 +49,10 @@ class AsynchronousSimulation(Simulation):
         for worker in range(self.honest, n):
             self.sent[worker] = self._of_attacker(worker)
         assert self.sent.shape == (n, d)
+        weights: Literal["counts"] | None = "counts" if settings.weights == "updates" else None
+        f = None if weights else self.server.f
+        self.received = Server(settings.rule, f=f, absent="stale", weights=weights, seed=settings.seed)
+        self.received.add(self.sent)
 
     def turn(self, t: int) -> int:
         """Return whose turn t is."""
@@ -70,7 +75,13 @@ class AsynchronousSimulation(Simulation):
         started = time.perf_counter()
         self.sent[worker] = self.workers.momenta[worker] if worker < self.honest else self._of_attacker(worker)
         self.times.attack += time.perf_counter() - started
-        self.server.step(list(self.sent), self.t, self._weights())
+        started = time.perf_counter()
+        delta = (
+            None if self._weights() is None else share_of_attackers(self.settings, self.server.f, self.t, self.counts)
+        )
+        found = self.received.aggregate(self.sent[one], workers=[worker], delta=delta)
+        self.times.aggregation += time.perf_counter() - started
+        self.server.move(found)
         self.previous[worker] = self.at[worker]
         self.at[worker] = self.server.x.detach()
 
@@ -100,6 +111,9 @@ class AsynchronousSimulation(Simulation):
             np.ascontiguousarray(state[name]) for name in ("momenta", "sent", "counts")
         )
         self.at, self.previous = torch.from_numpy(state["at"]), torch.from_numpy(state["previous"])
+        counts = dict(enumerate(self.counts.tolist()))
+        rows = {"rounds": t, "counts": counts, "rows": {worker: self.sent[worker].copy() for worker in range(n)}}
+        self.received.load_state_dict(self.received.state_dict() | rows)
         self.t = t
 
 

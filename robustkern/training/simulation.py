@@ -258,8 +258,12 @@ def combined(
     seed = settings.seed * 1_000_003 + t  # fresh buckets in every round, the same when a run is resumed
     if weights is None:
         return aggregate(rows, settings.rule, f=f, seed=seed)
-    delta = settings.attackers_weight(f, t) / int(weights.sum())
-    return aggregate(rows, settings.rule, delta=delta, weights=weights, seed=seed)
+    return aggregate(rows, settings.rule, delta=share_of_attackers(settings, f, t, weights), weights=weights, seed=seed)
+
+
+def share_of_attackers(settings: Settings, f: int, t: int, weights: NDArray[np.int64]) -> float:
+    """Return which share of the weight f attackers may hold in turn t."""
+    return settings.attackers_weight(f, t) / int(weights.sum())
 
 
 class ModelServer:
@@ -293,12 +297,16 @@ class ModelServer:
                 f"tolerated ({lost})"
             )
 
-    def step(self, rows: Sequence[Floats], t: int, weights: NDArray[np.int64] | None = None) -> None:
+    def step(self, rows: Sequence[Floats], t: int) -> None:
         """Combine a vector from each worker, in their order, in round t, and take the server's step."""
         started = time.perf_counter()
-        found = combined(self.task.settings, rows, self.f, t, weights)
+        found = combined(self.task.settings, rows, self.f, t)
         self.times.aggregation += time.perf_counter() - started
-        self.x.grad = torch.from_numpy(np.ascontiguousarray(found, dtype=np.float32))
+        self.move(found)
+
+    def move(self, along: Floats) -> None:
+        """Take the server's step along what the rows were combined to."""
+        self.x.grad = torch.from_numpy(np.ascontiguousarray(along, dtype=np.float32))
         self.optimizer.step()
 
     def state(self) -> dict[str, NDArray[Any]]:

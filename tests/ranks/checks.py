@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -16,14 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import robustkern as rk
 import robustkern.distributed as rd
+from robustkern.distributed import shards
+from robustkern.files.formats import is_output
 from robustkern.training import Mu2Server, Mu2Worker, Settings, Simulation, load_data
 
 Losses = list[float]
@@ -591,6 +595,112 @@ def checkpoints(rank: int, size: int) -> None:
     assert not (folder / "never").exists()
 
 
+def safetensors(rank: int, size: int) -> None:
+    """Safetensors in shards and whole, and DCP folders among them, read and written by four ranks or one."""
+    folder = Path(os.environ["RANKS_FOLDER"]) / "safetensors"
+    paths = [folder / f"c{k}" for k in range(5)]
+    if rank == 0:
+        folder.mkdir()
+        for path, state in zip(paths, states(), strict=False):
+            path.mkdir()
+            groups = [list(state)[:2], list(state)[2:]]
+            files = [f"model-{k + 1}.safetensors" for k in range(2)]
+            for file, names in zip(files, groups, strict=True):
+                save_file({name: state[name] for name in names}, path / file)
+            places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
+            (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+        paths[3].joinpath("model.safetensors.index.json").rename(folder / "x")  # one file instead of shards
+        for file in paths[3].iterdir():
+            file.unlink()
+        (folder / "x").unlink()
+        save_file(states()[3], paths[3] / "all.safetensors")
+    paths[3] = paths[3] / "all.safetensors"
+    paths.append(Path(os.environ["RANKS_FOLDER"]) / "c5")  # a DCP folder
+    dist.barrier()
+    alone = dist.new_group([0])
+    want = rk.aggregate(states(), "ctma(median)", f=2)
+    for k, (shard_size, memory) in enumerate(((None, 1 << 30), (500, 1))):
+        out = folder / f"out{k}.safetensors"
+        info = rd.aggregate_checkpoints(paths, "ctma(median)", f=2, out=out, shard_size=shard_size, memory=memory)
+        assert info.nonfinite_rows == (4,)
+        if rank == 0:
+            options: dict[str, Any] = {"shard_size": shard_size, "group": alone}
+            rd.aggregate_checkpoints(paths, "ctma(median)", f=2, out=folder / f"alone{k}.safetensors", **options)
+        dist.barrier()
+        for name in (f"out{k}", f"alone{k}"):
+            files = sorted(folder.glob(f"{name}*.safetensors"))
+            assert len(files) == (1 if shard_size is None else 3), files
+            found = {key: x for file in files for key, x in load_file(file).items()}
+            assert found.keys() == want.keys()
+            assert all(torch.equal(found[key], x) for key, x in want.items())
+            assert all(is_output(file) for file in files)
+        index = folder / f"out{k}.safetensors.index.json"
+        assert index.exists() == (shard_size is not None)
+    assert not list(folder.glob(".*"))
+    dcp_out = folder / "as dcp"
+    rd.aggregate_checkpoints(paths, "ctma(median)", f=2, out=dcp_out)
+    found = {name: torch.empty_like(x) for name, x in want.items()}
+    dcp.load(found, checkpoint_id=dcp_out, no_dist=True)
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    with pytest.raises(ValueError, match="is in the folder of a worker"):
+        rd.aggregate_checkpoints(paths, "median", out=paths[0] / "x.safetensors")
+    with pytest.raises(ValueError, match="the ranks call for different things: shard_size"):
+        rd.aggregate_checkpoints(paths, "median", out=folder / "y.safetensors", shard_size=rank + 1)
+    with pytest.raises(ValueError, match="does not exist"):  # of one rank, as if it had another disk
+        rd.aggregate_checkpoints(paths, "median", out=folder / ("z.safetensors" if rank else "no/z.safetensors"))
+    if rank == 2:
+        broken = shards._put
+        shards._put = lambda *_: (_ for _ in ()).throw(ValueError("no space"))
+    with pytest.raises(ValueError, match="no space"):
+        rd.aggregate_checkpoints(paths, "median", out=folder / "full.safetensors")
+    if rank == 2:
+        shards._put = broken
+    dist.barrier()
+    assert not (folder / "full.safetensors").exists()
+    assert not list(folder.glob(".*"))
+
+
+def dtensors(rank: int, size: int) -> None:
+    """DTensors in and out, in one axis and in two, uneven and with empty parts."""
+    g = torch.Generator().manual_seed(3)
+    line = init_device_mesh("cpu", (size,))
+    square = init_device_mesh("cpu", (2, 2))
+    rows = [{"a": torch.randn(7, 6, generator=g), "b": [torch.randn(5, generator=g)]} for _ in range(7)]
+    rows[2]["a"] *= 1e8
+
+    def spread(row: Any, what: Any = line, how: Any = None) -> Any:
+        how = how or [Shard(0)]
+        return {"a": distribute_tensor(row["a"], what, how), "b": [distribute_tensor(row["b"][0], line, [Shard(0)])]}
+
+    for rule in ("median", "krum", "nnm | ctma(geometric_median)"):
+        want = rk.aggregate(rows, rule, f=2)
+        for what, how in ((line, [Shard(0)]), (line, [Shard(1)]), (square, [Shard(0), Shard(1)])):
+            found, info = rd.aggregate([spread(row, what, how) for row in rows], rule, f=2, return_info=True)
+            assert info.d == 47
+            assert tuple(found["a"].placements) == tuple(how)
+            torch.testing.assert_close(found["a"].full_tensor(), want["a"], rtol=2e-7, atol=0)
+            torch.testing.assert_close(found["b"][0].full_tensor(), want["b"][0], rtol=2e-7, atol=0)
+    out = spread(rows[0])
+    assert rd.aggregate([spread(row) for row in rows], "median", out=out) is out
+    assert torch.equal(out["a"].full_tensor(), rk.aggregate(rows, "median")["a"])
+    centre = spread(rows[0])
+    found = rd.aggregate([spread(row) for row in rows], "centered_clipping(tau=1.0)", centre=centre)
+    plain = rk.aggregate(rows, "centered_clipping(tau=1.0)", centre=rows[0])
+    torch.testing.assert_close(found["a"].full_tensor(), plain["a"], rtol=2e-7, atol=0)
+    with pytest.raises(ValueError, match=r"leaf \['a'\] is a DTensor with placements \(Replicate\(\),\); each column"):
+        rd.aggregate([spread(row, line, [Replicate()]) for row in rows], "median")
+    with pytest.raises(ValueError, match=r"leaf \['a'\] of row 1 is spread over the ranks in another way than row 0's"):
+        rd.aggregate([spread(row, line, [Shard(k % 2)]) for k, row in enumerate(rows)], "median")
+    with pytest.raises(ValueError, match=r"leaf \['a'\] of row 1 is .*no DTensor and"):
+        rd.aggregate([spread(rows[0]), rows[1]], "median")
+    with pytest.raises(TypeError, match=r"local_columns is one DTensor \(pass a list of n of them"):
+        rd.aggregate(distribute_tensor(rows[0]["a"], line, [Shard(0)]), "median")
+    part, whole = dist.new_group([0, 1]), [spread(row) for row in rows]
+    if rank < 2:
+        with pytest.raises(ValueError, match="is a DTensor on 4 ranks; expected the 2 of the group"):
+            rd.aggregate(whole, "median", group=part)
+
+
 # ---- ranks that die ----------------------------------------------------------------------------------------------
 
 
@@ -618,6 +728,8 @@ def everything_sharded(rank: int, size: int) -> None:
     pieces_of_everything(rank, size)
     rows(rank, size)
     checkpoints(rank, size)
+    safetensors(rank, size)
+    dtensors(rank, size)
     errors(rank, size)
 
 
