@@ -24,6 +24,7 @@ from robustkern.rules.base import Aggregator, Chain, mixed_by
 from robustkern.rules.coordinate import Median
 from robustkern.rules.geometry import (
     DROP_HINT,
+    EPSILON,
     CentreError,
     Given,
     Mask,
@@ -580,7 +581,7 @@ def _write(
     measures = wants_info and solution.selection is not None and solution.sq_distances is None
     weights = None
     if solution.weights is not None:
-        weights = solution.weights
+        weights = _adding_up_to(solution.divisor, solution.weights)
         if given.source.has_centre:
             weights = np.append(weights, solution.centre_weight * solution.divisor)
         weights = np.ascontiguousarray(weights[None])
@@ -590,6 +591,19 @@ def _write(
         given.nonfinite = nonfinite
         raise given.nonfinite_error(str(rule), np.flatnonzero(nonfinite))
     return nonfinite, squares if measures else None
+
+
+def _adding_up_to(divisor: float, weights: Vector) -> Vector:
+    """Return weights whose sum, rounded, is the divisor as some whose sum it is to a few more digits.
+
+    So float64 averages are rounded once: by a divisor that is itself rounded they would be a whole unit off.
+    """
+    rest = math.fsum((*weights, -divisor))
+    if rest == 0 or abs(rest) > EPSILON * divisor:
+        return weights
+    weights, largest = weights.copy(), int(weights.argmax())
+    weights[largest] -= rest
+    return weights
 
 
 class Passes(Given):
