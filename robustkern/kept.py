@@ -20,7 +20,7 @@ from robustkern.rules.geometry import Given, as_cells
 __all__ = ["KeptProducts"]
 
 #: Rows whose products are taken together, those that changed among them; a row's new products are one read of all rows
-#: then. On two cores with AVX2, whose memory is faster than sums in float64, they take the time of 3 to 4 reads, with 8
+#: then. On two cores of an EPYC with AVX-512, whose memory is fast, they take the time of 3 to 4 reads, with 8
 #: rows as long, with 32 twice as long; a call on all rows takes 3 to 4 up to 32 rows, 6 at 96, 17 at 256.
 GROUP = 16
 #: Below so many rows all products cost no more: an arrival and its geometric median took 1.5 times a call on all rows

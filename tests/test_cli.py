@@ -337,7 +337,10 @@ def test_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
             done = without(*arguments)
             assert done.returncode == 2
             assert done.stdout == ""
-            assert "all commands but `robustkern info` need: pip install 'robustkern[cli]'" in done.stderr
+            assert (
+                "all commands but `robustkern info` and `robustkern doctor` need: pip install 'robustkern[cli]'"
+                in done.stderr
+            )
             assert "Traceback" not in done.stderr
 
 

@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "stream": {"engine", "errors", "functions", "inputs", "rules"},
     "kernels": {"contract", "errors", "backends", "inputs"},
     "products": {"contract", "backends", "engine", "rules"},
+    "doctor": {"", "backends", "contract", "errors"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
 }
 _PUBLIC = {"", *LAYERS}

@@ -1,4 +1,4 @@
-"""The command line: ``robustkern`` with aggregate, train, reproduce, bench, scaling, rules, demo and info.
+"""The command line: ``robustkern`` with aggregate, train, reproduce, bench, scaling, rules, demo, info and doctor.
 
 Exit codes: 0 done; 1 it cannot be done (corrupt or unlike files, too many rows with NaN); 2 the command was not
 understood, or an optional package is missing; 130 after Ctrl-C.

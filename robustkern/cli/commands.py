@@ -10,6 +10,7 @@ from robustkern import __version__
 from robustkern.cli.aggregate import aggregate
 from robustkern.cli.bench import bench
 from robustkern.cli.demo import demo
+from robustkern.cli.doctor import doctor
 from robustkern.cli.info import info
 from robustkern.cli.lora import lora
 from robustkern.cli.reproduce import reproduce
@@ -45,5 +46,5 @@ def _robustkern(
     """
 
 
-for _command in (aggregate, lora, demo, bench, scaling, train, reproduce, rules, info):
+for _command in (aggregate, lora, demo, bench, scaling, train, reproduce, rules, info, doctor):
     app.command()(_command)

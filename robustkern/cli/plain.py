@@ -1,4 +1,4 @@
-"""What the command line can do without typer and rich: ``robustkern info``."""
+"""What the command line can do without typer and rich: ``robustkern info`` and ``robustkern doctor``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import robustkern
 
-__all__ = ["flush", "main", "print_info", "stop_printing"]
+__all__ = ["diagnose", "flush", "main", "print_info", "stop_printing"]
 
 
 def print_info(as_json: bool) -> None:
@@ -30,15 +30,26 @@ def print_info(as_json: bool) -> None:
     print(f"GPUs: {', '.join(gpus) or 'none that can be used'}")
 
 
+def diagnose(as_json: bool, every: bool) -> None:
+    """Print what may be wrong with the installation; exit code 1 where something is."""
+    from robustkern.doctor import report
+
+    if not report(as_json, every):
+        raise SystemExit(1)
+
+
 def main(arguments: Sequence[str], missing: ImportError) -> None:
     """Answer what needs no other package; for the rest say what is missing."""
     if arguments and arguments[0] == "info" and set(arguments[1:]) <= {"--json"}:
         print_info("--json" in arguments)
+    elif arguments and arguments[0] == "doctor" and set(arguments[1:]) <= {"--json", "--all"}:
+        diagnose("--json" in arguments, "--all" in arguments)
     elif list(arguments) == ["--version"]:
         print(f"robustkern {robustkern.__version__}")
     else:
         print(
-            f"robustkern: {missing}; all commands but `robustkern info` need: pip install 'robustkern[cli]'",
+            f"robustkern: {missing}; all commands but `robustkern info` and `robustkern doctor` need: "
+            "pip install 'robustkern[cli]'",
             file=sys.stderr,
         )
         raise SystemExit(2)
