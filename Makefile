@@ -1,4 +1,4 @@
-# make demo, make test, make bench: each sets up everything it needs in .venv and runs. No root. The CUDA backend is built
+# make demo, make test, make bench, make docs, make wheel: each sets up everything it needs in .venv and runs. No root. The CUDA backend is built
 # where there is a CUDA compiler; its kernels are tested on the processor, so that it takes no GPU.
 PYTHON ?= python3
 VENV := .venv
@@ -17,7 +17,7 @@ SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 
-.PHONY: demo test lint format bench check-speed reproduction emulation gpu-report clean
+.PHONY: demo test lint format bench check-speed docs wheel reproduction emulation gpu-report clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
@@ -41,6 +41,15 @@ bench: $(VENV)/dev.stamp
 
 check-speed: $(VENV)/dev.stamp
 	$(BIN)/python bench/check.py
+
+# The site, into build/docs; runs the gallery's scripts where they changed.
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
+
+# A wheel for this Python that runs on other Linux machines, into dist.
+wheel: $(VENV)/dev.stamp
+	$(BIN)/python packaging/wheel.py dist
 
 # The paper's comparisons, and the page about them; goes on where it was stopped.
 reproduction: $(VENV)/dev.stamp
@@ -83,4 +92,4 @@ $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/demo.stamp
 
 clean:
-	rm -rf $(VENV) build demo-output train-output reproduction
+	rm -rf $(VENV) build dist docs/made demo-output train-output reproduction

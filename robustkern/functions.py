@@ -139,7 +139,7 @@ def aggregate(
         Of what the rule draws (bucketing without a seed of its own); by default fresh randomness in every call, which
         `Info.seed` then repeats.
     only, exclude : str or sequence of str, optional
-        Patterns of leaf names, as of files: "layer1.*", "*.running_mean"; the name of a leaf is its keys with dots
+        Patterns of leaf names, as of files: ``layer1.*``, ``*.running_mean``; the name of a leaf is its keys with dots
         between. Leaves that are left out take no part in anything, and the result lacks them (in lists it has None);
         in `out` they stay as they are.
     scope : {"update", "leaf"}

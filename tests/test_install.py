@@ -106,12 +106,16 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: pathlib.Path) -> None:
     ]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # compiles everything beside other tests
-def test_wheel_from_the_sdist(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(sdist: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Without a CUDA compiler, which is no reason to fail, but one to be told; kernels as for an unknown processor."""
     nvcc, levels = {"RK_CUDA": "AUTO", "CUDACXX": "/nowhere/nvcc"}, "cmake.define.RK_X86_LEVELS=OFF"
-    wheel = build(tmp_path, sdist, "-C", levels, RK_REQUIRE_EXTENSION="1", **nvcc)
+    return build(tmp_path_factory.mktemp("wheel"), sdist, "-C", levels, RK_REQUIRE_EXTENSION="1", **nvcc)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # compiles everything beside other tests
+def test_wheel_from_the_sdist(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
     site = tmp_path / "site"
     backend, warnings, text = check(wheel, site)
     assert (backend, warnings) == ("cpp", "0")
@@ -120,6 +124,82 @@ def test_wheel_from_the_sdist(sdist: pathlib.Path, tmp_path: pathlib.Path) -> No
     assert not list(site.glob("robustkern/_cuda*.so"))
     assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 10e6
     assert not list(site.rglob("*.cpp"))
+
+
+#: What is tried in an environment that has the published wheel and its dependencies only, then with torch besides.
+PUBLISHED = """
+import os, signal, sys, time
+before = time.perf_counter()
+import numpy as np, robustkern as rk
+print(f"import {time.perf_counter() - before:.2f}")
+assert "site-packages" in rk.__file__ and rk.info()["isa"], rk.__file__
+x = np.random.default_rng(0).standard_normal((9, 300_000)).astype(np.float32)
+want = {rule: rk.aggregate(x, rule, f=2) for rule in ("median", "ctma(geometric_median)")}
+rk.set_num_threads(1)
+assert all(np.array_equal(rk.aggregate(x, rule, f=2), result) for rule, result in want.items())
+rk.set_num_threads(None)
+if "torch" in sys.argv[1:]:
+    import torch
+    torch.ones(400, 400) @ torch.ones(400, 400)
+    torch.set_default_device("meta")
+    got = rk.aggregate([torch.from_numpy(row) for row in x], "median", f=2)
+    assert got.device.type == "cpu" and np.array_equal(got.numpy(), want["median"])
+    torch.set_default_device("cpu")
+maps = open("/proc/self/maps").read()
+print("libgomp", "robustkern.libs/libgomp-" in maps)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if np.array_equal(rk.aggregate(x, "median", f=2), want["median"]) else 3)
+print("child", os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_published_wheel(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Repaired by auditwheel, with an OpenMP runtime of its own: from a fresh environment, alone and beside torch."""
+    pytest.importorskip("auditwheel")
+    spec = importlib.util.spec_from_file_location("wheel", ROOT / "packaging" / "wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    packaging = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(packaging)
+    found = packaging.repaired(wheel, tmp_path)
+    assert "manylinux" in found.name
+    home = tmp_path / "home"
+    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    python = home / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", str(found)], check=True, timeout=300, capture_output=True
+    )
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    for beside in ([], ["torch"]):
+        more = {"PYTHONPATH": str(pathlib.Path(torch.origin).parents[1])} if beside else {}
+        script = tmp_path / "published.py"
+        # torch comes from where these tests run; its folder goes last, so that robustkern is the installed one.
+        order = "import sys\nsys.path = [p for p in sys.path if p != sys.argv[1]] + [sys.argv[1]]\n" if beside else ""
+        script.write_text(order + PUBLISHED)
+        arguments = [*more.values(), *beside]
+        done = subprocess.run(
+            [python, str(script), *arguments], capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        said = dict(line.split() for line in done.stdout.splitlines())
+        assert said["child"] == "0"
+        assert said["libgomp"] == "True"
+        assert float(said["import"]) < 2
+    example = re.findall(r"```python\n(import numpy.*?)```", (ROOT / "README.md").read_text(), flags=re.S)[0]
+    *lines, last = example.strip().splitlines()
+    call, want = last.split("  # ")
+    code = "\n".join([*lines, f"print(repr({call}))"])
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == want
+    done = subprocess.run([home / "bin" / "robustkern", "doctor"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing is wrong" in done.stdout
 
 
 def test_python_started_in_a_clone_says_so(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,96 @@
+"""The documentation: its site builds without a warning, its examples run, its gallery draws what it says."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import robustkern as rk
+from robustkern.cli.commands import app
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["quickstart.md", "index.md"])
+def test_the_examples_of_a_page_run(page: str) -> None:
+    for module in ("flwr", "torch"):
+        pytest.importorskip(module)
+    names: dict[str, Any] = {}
+    for block in blocks(DOCS / page):
+        exec(block, names)
+    assert len(blocks(DOCS / page)) >= 1
+
+
+def test_the_first_example_of_the_readme_says_what_it_returns() -> None:
+    for text in ((ROOT / "README.md").read_text(), (DOCS / "index.md").read_text()):
+        (block,) = re.findall(r"```python\n(import numpy.*?)```", text, flags=re.S)[:1]
+        *lines, last = block.strip().splitlines()
+        names: dict[str, Any] = {}
+        exec("\n".join(lines), names)
+        call, said = last.split("  # ")
+        assert repr(eval(call, names)) == said
+
+
+def test_examples_in_docstrings() -> None:
+    found: dict[str, int] = {}
+    for module in pkgutil.walk_packages(rk.__path__, "robustkern."):
+        if module.name.rsplit(".", maxsplit=1)[-1] in ("_cpu", "_cuda", "__main__"):
+            continue
+        source = Path(importlib.util.find_spec(module.name).origin)  # type: ignore[union-attr, arg-type]
+        if ">>> " not in source.read_text():
+            continue
+        try:
+            loaded = importlib.import_module(module.name)
+        except ImportError:  # an extra that is not here
+            continue
+        found[module.name] = doctest.testmod(loaded, raise_on_error=True).attempted
+    assert {"robustkern.functions", "robustkern.server", "robustkern.stream"} <= found.keys()
+    assert sum(found.values()) > 40
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("site")
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Without a warning; the gallery's scripts, which check what they say, run for it."""
+    pytest.importorskip("sphinx")
+    for module in ("furo", "myst_parser", "flwr", "jax", "torch", "sklearn", "matplotlib"):
+        pytest.importorskip(module)
+    docs = tmp_path / "docs"
+    shutil.copytree(DOCS, docs, ignore=shutil.ignore_patterns("made", "__pycache__"))
+    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(docs), str(site)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    scripts = sorted((docs / "gallery").glob("*.py"))
+    assert len(scripts) == 6
+    for script in scripts:
+        assert (site / "_images" / f"{script.stem}.png").stat().st_size > 5000
+        assert (site / "made" / f"{script.stem}.html").exists()
+    api = (site / "made" / "api.html").read_text()
+    for name in rk.__all__:
+        if callable(getattr(rk, name)):
+            assert f'id="robustkern.{name}"' in api, name
+    commands = (docs / "made" / "commands.md").read_text()
+    for command_info in app.registered_commands:
+        assert f"## robustkern {command_info.callback.__name__}" in commands  # type: ignore[union-attr]
+    assert "`--weights-from`" in commands
+    for page in site.glob("*.html"):
+        # No page needs another server but for formulas.
+        assert not [url for url in re.findall(r'(?:src|rel="stylesheet" href)="(https?://[^"]+)"', page.read_text()) if "mathjax" not in url], page  # fmt: skip
