@@ -581,7 +581,9 @@ def _write(
     measures = wants_info and solution.selection is not None and solution.sq_distances is None
     weights = None
     if solution.weights is not None:
-        weights = _adding_up_to(solution.divisor, solution.weights)
+        weights = solution.weights
+        if solution.iterations is not None:  # they are good to rounding themselves, unlike those that somebody gave
+            weights = _adding_up_to(solution.divisor, weights)
         if given.source.has_centre:
             weights = np.append(weights, solution.centre_weight * solution.divisor)
         weights = np.ascontiguousarray(weights[None])
@@ -596,7 +598,8 @@ def _write(
 def _adding_up_to(divisor: float, weights: Vector) -> Vector:
     """Return weights whose sum, rounded, is the divisor as some whose sum it is to a few more digits.
 
-    So float64 averages are rounded once: by a divisor that is itself rounded they would be a whole unit off.
+    What the divisor's rounding leaves goes to the largest: an average is then rounded once, where it would be a unit
+    off.
     """
     rest = math.fsum((*weights, -divisor))
     if rest == 0 or abs(rest) > EPSILON * divisor:

@@ -7,7 +7,7 @@ The centre of the products is a vector that stays as long as rows are near it; p
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from robustkern.contract.filtered import Of
 from robustkern.contract.primitives import Window
 from robustkern.contract.rows import Block, Matrix, Rows, Source, Vector
-from robustkern.rules.geometry import Given, as_cells
+from robustkern.rules.geometry import ROWS_PER_COLUMN, Given, as_cells, measurable
 
 __all__ = ["KeptProducts"]
 
@@ -34,18 +34,42 @@ DRIFT = 100.0
 FARTHEST = 1e6  # and what that is at first at most: beyond it products are taken again in every call
 
 
+class _Known(NamedTuple):
+    """What is known after a call.
+
+    Attributes
+    ----------
+    rows : sequence of objects
+        Those of the call.
+    form : object
+        Its columns, and their order.
+    centres : list of Rows
+        The centre, for each run of columns.
+    products : (n, n) float64
+        From the centre.
+    distance : float
+        `_distance` when the centre was chosen.
+    """
+
+    rows: Sequence[Any] = ()
+    form: Any = None
+    centres: Sequence[Rows] = ()
+    products: Matrix = np.zeros((0, 0))
+    distance: float = 1.0
+
+
 class KeptProducts:
     """Inner products of the rows of one call after the other.
 
-    Rows are known by being the same object as before, and must not be changed in place.
+    Rows are known by being the same object as before, and must not be changed in place. Copies, and what comes out of a
+    pickle, know nothing. Calls of several threads each see what one of them has left.
     """
 
     def __init__(self) -> None:
-        self._rows: Sequence[Any] = ()
-        self._form: Any = None
-        self._centre: list[Rows] = []
-        self._products: Matrix = np.zeros((0, 0))
-        self._distance = 1.0
+        self._known = _Known()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return KeptProducts, ()
 
     def source(self, source: Source, rows: Sequence[Any], form: Any) -> Source:
         """Return a source whose products are kept.
@@ -57,35 +81,35 @@ class KeptProducts:
         rows : sequence of objects
             One for each row: the same one as in the last call where the row is the same.
         form : object
-            Whatever the order of the columns follows from; where it has changed, all products are taken again.
+            The columns, and their order; where it has changed, all products are taken again.
         """
-        if source.n < LEAST_ROWS:
+        if source.n < LEAST_ROWS or source.d * ROWS_PER_COLUMN <= source.n:  # which are known by their columns
             return source
-        return _Source(source, self, rows, (form, source.d, frozenset(map(str, source.dtypes))))
+        return _Source(source, self, rows, form)
 
     def of(self, passes: Given, rows: Sequence[Any], form: Any) -> Matrix:
         """Return the products of these rows, of which those of new ones are taken."""
-        before = {id(row): i for i, row in enumerate(self._rows)} if form == self._form else {}
+        known = self._known
+        before = {id(row): i for i, row in enumerate(known.rows)} if form == known.form else {}
         at = np.array([before.get(id(row), -1) for row in rows])
         changed = np.flatnonzero(at < 0)
-        products = None
+        found: _Known | None = None
         if len(changed) <= MOST_CHANGED * len(rows):
-            products = self._products[np.ix_(at, at)]
-            self._take(passes, changed, products)
-            if _distance(products) > DRIFT * max(self._distance, 1.0):
-                products = None
-        if products is None:
-            self._centre, products = self._take_all(passes)
-            self._distance = min(_distance(products), FARTHEST)
-        self._products, self._rows, self._form = products, rows, form
-        return products
+            products = known.products[np.ix_(at, at)]
+            self._take(passes, changed, known.centres, products)
+            if _distance(products) <= DRIFT * max(known.distance, 1.0):
+                found = known._replace(rows=rows, products=products)
+        if found is None:
+            centres, products = self._take_all(passes)
+            found = _Known(rows, form, centres, products, min(_distance(products), FARTHEST))
+        self._known = found
+        return found.products
 
     def _take_all(self, passes: Given) -> tuple[list[Rows], Matrix]:
         """Choose a new centre, the rows' median, and take all products."""
         n, weights = passes.n, passes.weights
         cells = np.ones(n, dtype=np.int64) if weights is None else as_cells(weights)
         middle = int((cells.sum() - 1) // 2)
-        self._rows = ()  # so that nothing is known if this ends early
         centres, products = [], np.zeros((n, n))
         for columns in _columns(passes):
             centre = columns.scratch()
@@ -96,7 +120,7 @@ class KeptProducts:
             products += self._gram(passes, columns, np.arange(n), centre)
         return centres, products
 
-    def _take(self, passes: Given, changed: NDArray[np.intp], products: Matrix) -> None:
+    def _take(self, passes: Given, changed: NDArray[np.intp], centres: Sequence[Rows], products: Matrix) -> None:
         """Take the products of rows that changed: of a few others with them at a time."""
         if not len(changed):
             return
@@ -104,12 +128,31 @@ class KeptProducts:
         size = max(GROUP - 1 - len(changed), len(changed))
         groups = [np.append(changed, others[i : i + size]) for i in range(0, len(others), size)]
         sums = [np.zeros((len(group), len(group))) for group in groups]
-        for columns, centre in zip(_columns(passes), self._centre, strict=True):
+        for columns, centre in zip(_columns(passes), centres, strict=True):
             for k, group in enumerate(groups):
                 sums[k] += self._gram(passes, columns, group, centre)
         for group, total in zip(groups, sums, strict=True):
             products[np.ix_(group, changed)] = total[:, : len(changed)]
             products[np.ix_(changed, group)] = total[: len(changed)]
+        self._make_copies_alike(passes, changed, products)
+
+    @staticmethod
+    def _make_copies_alike(passes: Given, changed: NDArray[np.intp], products: Matrix) -> None:
+        """Give copies of a row its products: taken at other times, or in other company, they differ in last bits."""
+        squares = products.diagonal()
+        for i in changed:
+            bound = 4 * passes.rounding * (np.sqrt(np.maximum(squares, 0.0)) + np.sqrt(max(squares[i], 0.0))) ** 2
+            with np.errstate(invalid="ignore"):
+                near = np.flatnonzero(squares + squares[i] - 2 * products[i] <= bound)
+            near = near[near != i]
+            if not len(near):
+                continue
+            apart = np.zeros(len(near))
+            for columns in _columns(passes):
+                apart += passes.kernels.row_sq_distances(columns.take(near), columns.take([int(i)]))
+            for j in near[apart == 0][:1]:
+                products[i], products[i, i] = products[j], products[j, j]
+                products[:, i] = products[i]
 
     @staticmethod
     def _gram(passes: Given, columns: Rows, group: NDArray[np.intp], centre: Rows) -> Matrix:
@@ -150,12 +193,15 @@ def _columns(passes: Given) -> Iterator[Rows]:
 
 
 def _distance(products: Matrix) -> float:
-    """Return how far the middle row is from the centre, in the middle distance between rows (both squared)."""
+    """Return how far the middle row is from the centre, in the middle distance between rows (both squared).
+
+    Infinite where half of the rows are too far from it to be measured.
+    """
     squares = products.diagonal()
-    finite = np.flatnonzero(np.isfinite(squares))
-    if len(finite) < 2:
-        return 0.0
-    inner, squares = products[np.ix_(finite, finite)], squares[finite]
-    distances = (squares[:, None] + squares - 2 * inner)[np.triu_indices(len(finite), 1)]
+    near = np.flatnonzero(measurable(squares))
+    if 2 * len(near) <= len(squares):
+        return np.inf
+    inner, squares = products[np.ix_(near, near)], squares[near]
+    distances = (squares[:, None] + squares - 2 * inner)[np.triu_indices(len(near), 1)]
     middle, between = float(np.median(squares)), float(np.median(distances))
     return middle / between if between > 0 else (np.inf if middle > 0 else 0.0)

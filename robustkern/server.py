@@ -238,12 +238,7 @@ class Server:
 
     def _through(self, rows: list[Any]) -> Through:
         """Return what has inner products kept, of rows that are the server's own."""
-        form = None
-        if rows and not hasattr(rows[0], "shape"):
-            import optree
-
-            form = optree.tree_structure(rows[0])
-        return lambda source, _leaf="": self._products.source(source, rows, form)
+        return lambda source, _leaf="": self._products.source(source, rows, source.form)
 
     def _copy(self, update: Any) -> Any:
         return aggregate([update], "mean", backend=self._backend, **self._leaves)

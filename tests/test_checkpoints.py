@@ -274,6 +274,44 @@ def test_where_safetensors_cannot_go(tmp_path: Path) -> None:
             rd.aggregate_checkpoints(places, "median", **options)  # type: ignore[arg-type]
 
 
+def test_no_shard_of_an_index_is_replaced(tmp_path: Path) -> None:
+    places = [as_shards(tmp_path / f"client-{k}", flat(state)) for k, state in enumerate(states())]
+    indexes = [place / "model.safetensors.index.json" for place in places]
+    before = (places[1] / "model-2.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is one of the updates, which are never overwritten"):
+        rd.aggregate_checkpoints(indexes, "median", out=places[1] / "model-2.safetensors")
+    assert (places[1] / "model-2.safetensors").read_bytes() == before
+    with pytest.raises(ValueError, match="is in the folder of a worker"):
+        rd.aggregate_checkpoints(places, "median", out=places[0] / "new")
+    with pytest.raises(ValueError, match=r"ranks write safetensors, or DCP folders \(name it something.safetensors\)"):
+        rd.aggregate_checkpoints(places, "median", out=tmp_path / "new.npz")
+    assert not (places[0] / "new").exists()
+
+
+def test_no_file_counts_twice(folders: list[Path], tmp_path: Path) -> None:
+    for k, state in enumerate(states()):
+        save_file(flat(state), tmp_path / f"{k}.safetensors")
+    os.link(tmp_path / "3.safetensors", tmp_path / "5.safetensors")
+    os.symlink(tmp_path / "2.safetensors", tmp_path / "6.safetensors")
+    for number, other in ((5, 3), (6, 2)):
+        paths = [tmp_path / f"{k}.safetensors" for k in (0, 1, 2, 3, number)]
+        with pytest.raises(
+            ValueError, match=rf"{number}.safetensors: has the same file as .*{other}.safetensors, and no"
+        ):
+            rd.aggregate_checkpoints(paths, "median", f=1, out=tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match=r"client-1: has the same file as .*client-1, and no worker counts twice"):
+        rd.aggregate_checkpoints([*folders[:3], folders[1]], "median", f=1, out=tmp_path / "out")
+
+
+def test_a_shape_that_is_none_for_torch(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]}}).encode()
+    paths = [tmp_path / f"{k}.safetensors" for k in range(3)]
+    for path in paths:
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"0.safetensors: tensor 'a' of shape \(0, .*\) is none for torch"):
+        rd.aggregate_checkpoints(paths, "median", out=tmp_path / "out.safetensors")
+
+
 def test_a_shard_that_changes_between_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = [as_shards(tmp_path / f"client-{k}", flat(state)) for k, state in enumerate(states())]
     from robustkern.distributed.checkpoints import _Checkpoints

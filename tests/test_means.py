@@ -389,6 +389,13 @@ def test_nearest_values_of_any_size(kernels: Kernels, dtype: np.dtype[Any]) -> N
                 assert abs(Fraction(value) - want) <= near + Fraction(float(info.smallest_subnormal)), (n, nearest)
 
 
+def test_weights_that_somebody_gave_are_exact() -> None:
+    """However rows cancel: no rounding of the divisor may go to a weight."""
+    for x, want in (([1e16, -1e16, 0], 0), ([-1e16, 1e16, 0], 0), ([1e300, -1e300, 1], 0.3)):
+        got = rk.aggregate(np.array(x, dtype=np.float64)[:, None], "mean", weights=[0.35, 0.35, 0.3])
+        assert got.tolist() == [pytest.approx(want, rel=1e-15)]
+
+
 @pytest.mark.parametrize("rule", ["geometric_median", "nnm | geometric_median"])
 def test_averages_by_weights_that_are_no_whole_numbers_are_rounded_once(rule: str) -> None:
     """Divided by their rounded sum they were up to 1.3 units off."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -314,9 +316,9 @@ class Counted:
             self.all += 1
             return take_all(products, passes)
 
-        def counting(products: KeptProducts, passes: Any, changed: Array, into: Array) -> None:
+        def counting(products: KeptProducts, passes: Any, changed: Array, *rest: Any) -> None:
             self.some.append(len(changed))
-            take(products, passes, changed, into)
+            take(products, passes, changed, *rest)
 
         monkeypatch.setattr(KeptProducts, "_take_all", counting_all)
         monkeypatch.setattr(KeptProducts, "_take", counting)
@@ -365,7 +367,7 @@ def test_kept_products_are_as_good_as_all_of_them(backend: str) -> None:
         server.aggregate(rows[worker][None], workers=[worker])
     x = np.stack(rows).astype(np.longdouble) - centre
     exact, lengths = x @ x.T, np.sqrt((x * x).sum(axis=1)).astype(np.float64)
-    errors = np.abs(server._products._products - exact).astype(np.float64)
+    errors = np.abs(server._products._known.products - exact).astype(np.float64)
     assert (errors <= 2.0**-53 * 256 * lengths[:, None] * lengths).all()
 
 
@@ -452,6 +454,107 @@ def test_a_server_with_kept_products_goes_on_to_the_last_bit() -> None:
     for turn in (2, 3):
         row = x[n + turn : n + turn + 1]
         assert np.array_equal(server.aggregate(row, workers=[turn]), again.aggregate(row, workers=[turn]))
+
+
+def test_many_rows_of_few_columns_need_no_products(counted: Counted) -> None:
+    for d, want in ((20, 0), (81, 1)):
+        x = make_rows("normal", 640, d, np.dtype(np.float64))
+        server = rk.Server("geometric_median", f=9, absent="stale")
+        assert np.array_equal(server.aggregate(x), rk.aggregate(x, "geometric_median", f=9)) or want
+        assert counted.all == want
+
+
+def test_copies_of_a_server_know_nothing_of_its_memory() -> None:
+    n, x = LEAST_ROWS, make_rows("normal", LEAST_ROWS, 3000, np.dtype(np.float64))
+    server = rk.Server("geometric_median", f=9, absent="stale")
+    server.aggregate(x)
+    for again in (copy.deepcopy(server), pickle.loads(pickle.dumps(server))):
+        assert len(again._products._known.rows) == 0
+        y = x.copy()
+        y[3] = -x[3]
+        got = again.aggregate(y[3:4], workers=[3])
+        np.testing.assert_allclose(got, rk.aggregate(y, "geometric_median", f=9), rtol=1e-13, atol=1e-16)
+    assert len(server._products._known.rows) == n
+
+
+@pytest.mark.parametrize("far", [1e145, 1e160, 1e200])
+def test_a_centre_that_is_out_of_reach_is_left(far: float) -> None:
+    n, x = LEAST_ROWS, make_rows("normal", LEAST_ROWS, 30, np.dtype(np.float64))
+    for rule in ("geometric_median", "krum"):
+        rows = x * far
+        server = rk.Server(rule, f=5, absent="stale")
+        server.aggregate(rows)
+        for worker in range(n):
+            rows[worker] = x[worker]
+            answers = []
+            for ask in (lambda w=worker: server.aggregate(rows[w : w + 1], workers=[w]), lambda: rk.aggregate(rows, rule, f=5)):  # noqa: B023  # fmt: skip
+                try:
+                    answers.append(ask())
+                except rk.NonFiniteError as error:
+                    answers.append(error.rows)
+                    if len(answers) == 1:
+                        server.add(rows[worker : worker + 1], workers=[worker])
+            got, want = answers
+            assert type(got) is type(want), worker
+            if rule == "krum" or isinstance(want, tuple):
+                assert np.array_equal(got, want), worker
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-15)
+
+
+def test_ties_that_move_are_other_columns() -> None:
+    g, n, f, k = np.random.default_rng(3), LEAST_ROWS, LEAST_ROWS // 2 - 1, 20
+    v, c = torch.from_numpy(g.standard_normal((n, k))), torch.from_numpy(5 * g.standard_normal((n, k)))
+
+    def first(i: int) -> dict[str, Any]:
+        a = v[i].clone()
+        return {"a": a, "b": a, "c": c[i].clone()}
+
+    def last(i: int) -> dict[str, Any]:
+        b = c[i].clone()
+        return {"a": v[i].clone(), "b": b, "c": b}
+
+    rows = [first(i) if i < f + 2 else last(i) for i in range(n)]
+    server = rk.Server("krum", f=f, absent="stale")
+    server.aggregate(rows)
+    new = [last(i) for i in range(n // 4)]
+    got = server.aggregate(new, workers=range(n // 4))
+    want = rk.aggregate([*new, *rows[n // 4 :]], "krum", f=f)
+    assert all(torch.equal(got[name], want[name]) for name in "abc")
+
+
+def test_threads_leave_products_of_the_rows() -> None:
+    n = LEAST_ROWS
+    server = rk.Server("geometric_median", f=9, absent="stale")
+    server.aggregate(make_rows("normal", n, 500, np.dtype(np.float64)))
+
+    def arrive(first: int) -> None:
+        g = np.random.default_rng(first)
+        for _ in range(30):
+            server.add(3 * g.standard_normal((1, 500)), workers=[int(g.integers(first, first + 16))])
+            server.aggregate()
+
+    threads = [threading.Thread(target=arrive, args=(first,)) for first in (0, 16, 32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = np.stack([server._rows[i] for i in range(n)])
+    np.testing.assert_allclose(server.aggregate(), rk.aggregate(rows, "geometric_median", f=9), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", ["ctma(geometric_median)", "ctma(krum)", "multi_krum(m=5)"])
+def test_copies_that_arrive_are_in_the_order_of_rows(rule: str, dtype: np.dtype[Any]) -> None:
+    for seed in range(15):
+        g, n = np.random.default_rng(seed), LEAST_ROWS + 20
+        x = (make_rows("normal", n, 100, dtype, seed=seed) + np.asarray(3, dtype=dtype)).astype(dtype)
+        server = rk.Server(rule, f=5, absent="stale")
+        server.aggregate(x)
+        for worker in g.choice(n, 4, replace=False):
+            x[worker] = x[g.integers(n)]
+            server.add(x[worker : worker + 1], workers=[int(worker)])
+        got, want = server.aggregate(return_info=True)[1], rk.aggregate(x, rule, f=5, return_info=True)[1]
+        assert got.order == want.order
+        assert np.array_equal(got.weights, want.weights)
 
 
 def test_add_is_for_servers_that_keep_rows() -> None:

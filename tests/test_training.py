@@ -684,6 +684,8 @@ def test_lost_workers_count_as_faulty() -> None:
     [
         ({"data": "svhn"}, "data must be one of digits, mnist5k, mnist, cifar10; got 'svhn'"),
         ({"model": "vgg"}, "model must be one of softmax, mlp, cnn, paper, paper_groupnorm, resnet18; got 'vgg'"),
+        ({"arrivals": "id", "rule": "krum"}, "weights must be 'equal' with arrivals='id': krum takes none"),
+        ({"rule": "centred_clipping(tau=1.0)"}, "measures from a centre, and training gives none"),
         ({"arrivals": "x"}, r"arrivals must be one of together, id, id\^2; got 'x'"),
         ({"weights": "x"}, "weights must be one of updates, equal; got 'x'"),
         ({"byzantine_share": 0.5}, r"byzantine_share must be None or in \[0, 0.5\); got 0.5"),
@@ -723,6 +725,21 @@ def test_settings_that_make_no_sense(values: dict[str, Any], message: str) -> No
 def turns_of(**changes: Any) -> Settings:
     changed = {"arrivals": "id^2", "byzantine_share": 0.3, "clip": 0.0, "beta": 0.25, "gamma": 0.1} | changes
     return settings_of(**changed)
+
+
+def test_a_server_of_turns_goes_on_to_the_last_bit() -> None:
+    """With so many workers that it keeps inner products; their last bits are in the weights, where results round them."""
+    settings = turns_of(workers=70, byzantine=20, rule="geometric_median", weights="equal")
+    run = asynchronous.AsynchronousSimulation(settings, DIGITS)
+    for _ in range(6):
+        run.round()
+    again = asynchronous.AsynchronousSimulation(settings, DIGITS)
+    again.restore({name: np.array(x) for name, x in run.state().items()}, run.t, {})
+    for _ in range(2):
+        run.round()
+        again.round()
+        mine, other = (x.received.aggregate(return_info=True)[1].weights for x in (run, again))
+        assert np.array_equal(mine, other)
 
 
 @pytest.mark.parametrize(("arrivals", "power"), [("id", 1), ("id^2", 2)])

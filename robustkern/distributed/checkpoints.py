@@ -21,6 +21,7 @@ from robustkern.distributed.ranks import Asked, Group, call
 from robustkern.distributed.together import Part, Ranks, Together, odd_one
 from robustkern.engine import Info, run
 from robustkern.errors import plain, shown
+from robustkern.files.output import check_target
 from robustkern.functions import NonFinite, Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
@@ -33,6 +34,7 @@ class Checkpoint(Protocol):
     """One worker's checkpoint."""
 
     path: Path
+    files: tuple[Path, ...]
 
     @property
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -116,19 +118,22 @@ def aggregate_checkpoints(
             if not checkpoints:
                 raise ValueError("aggregate_checkpoints: there are no checkpoints (pass at least one)")
             _require_alike(checkpoints)
+            _require_distinct(checkpoints)
             form = checkpoints[0].tensors
             choice = Choice.of(only, exclude, None)
             choice.check(form)
             sizes = {name: shape for name, (shape, _) in form.items() if choice.takes(name)}
-            written = shards.Written.of(target, {name: form[name] for name in sizes}, paths, shard_size)
-            if written is None and os.path.lexists(target):
-                raise FileExistsError(f"{plain(str(target), 200)}: is there already (name a folder that is not)")
+            used = [file for one in checkpoints for file in (one.path, *one.files)]
+            files_of, folders = [x for x in used if not x.is_dir()], [x for x in used if x.is_dir()]
+            written = shards.Written.of(target, {name: form[name] for name in sizes}, files_of, folders, shard_size)
+            if written is None:
+                check_target(target, (), folders, is_folder=True)
             source = _Checkpoints(checkpoints, list(sizes), ranks, memory)
             asked = Asked(plan, f, delta, weights, seed, nonfinite).told()
             asked |= {"out": str(target), "shard_size": str(shard_size), "the number of tensors": str(len(sizes))}
             info = run(plan, Part.of(together, source, asked), f, delta, weights, seed, nonfinite, backend)
-            together.settle()
             if written is None:
+                together.settle()
                 dcp.save_folder(source.done, sizes, target, ranks)
             else:
                 begins = {name: _my_range(size, ranks)[0] for name, size in sizes.items()}
@@ -160,6 +165,20 @@ class _Alone:
 def _opened(path: Path, files: ExitStack) -> Checkpoint:
     """Return the checkpoint at a path; raise ValueError where there is none."""
     return shards.Shards(path, files) if shards.is_one(path) else dcp.Folder(path, files)
+
+
+def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
+    """Raise where two have a file in common, through links too: nobody counts twice."""
+    seen: dict[tuple[int, int], Checkpoint] = {}
+    for one in checkpoints:
+        for file in one.files:
+            stat = file.stat()
+            other = seen.setdefault((stat.st_dev, stat.st_ino), one)
+            if other is not one:
+                raise ValueError(
+                    f"{plain(str(one.path), 200)}: has the same file as {plain(str(other.path), 200)}, and no worker "
+                    "counts twice (leave one of them out)"
+                )
 
 
 def _require_alike(checkpoints: Sequence[Checkpoint]) -> None:

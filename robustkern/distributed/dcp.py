@@ -51,6 +51,7 @@ class Folder:
 
     def __init__(self, path: Path, files: ExitStack) -> None:
         self.path, self._files = path, files
+        self.files: tuple[Path, ...] = (path / INDEX,)
         self._opened: dict[str, tuple[BinaryIO, tuple[int, ...]]] = {}
         name = plain(str(path), 200)
         try:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustkern.distributed.together import Together
-from robustkern.files.formats import FileError, kind_of
+from robustkern.errors import shown
+from robustkern.files.formats import SUFFIXES, FileError, kind_of
 from robustkern.files.formats import Tensor as Form
 from robustkern.files.output import Output, in_order
 from robustkern.files.pieces import Row
@@ -63,13 +64,19 @@ class Shards:
         self._row = Row.of(worker_of(path), hold=True)
         files.callback(self._row.close)
         self._row.check()
+        self.files: tuple[Path, ...] = tuple(reader.path for reader in self._row.readers)
         other = next((reader.path for reader in self._row.readers if kind_of(reader.path) != KIND), None)
         if other is not None:
             raise FileError(f"{other}: is no safetensors file, which are all that ranks read (convert it)")
-        self.tensors = {
+        self.tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             name: (tensor.shape, getattr(torch, tensor.dtype.name))
             for name, (_, tensor) in sorted(self._row.tensors.items())
         }
+        for name, (size, dtype) in self.tensors.items():
+            try:
+                torch.empty(size, dtype=dtype, device="meta")
+            except RuntimeError as error:
+                raise FileError(f"{path}: tensor {shown(name)} of shape {size} is none for torch ({error})") from None
 
     def read(self, name: str, low: int, high: int) -> Tensor:
         """Read some of a tensor."""
@@ -102,11 +109,14 @@ class Written:
         cls,
         target: Path,
         forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-        inputs: Sequence[str | os.PathLike[str]],
+        files: Sequence[Path],
+        folders: Sequence[Path],
         shard_size: int | None,
     ) -> Written | None:
         """Return the result under a name, None where it does not say safetensors; raise where it cannot be there."""
         if kind_of(target) != KIND:
+            if kind_of(target) in SUFFIXES:
+                raise ValueError(f"{target}: ranks write safetensors, or DCP folders (name it something{KIND})")
             if shard_size is not None:
                 raise ValueError(f"shard_size is for safetensors (name out something{KIND})")
             return None
@@ -115,10 +125,8 @@ class Written:
         ):
             raise ValueError(f"shard_size must be None or a number of bytes, at least 1; got {shard_size!r:.60}")
         tensors = {name: Form(size, numpy_dtype(dtype)) for name, (size, dtype) in forms.items()}
-        given = [Path(path) for path in inputs]
         ordered = {name: tensors[name] for name in in_order(tensors)}
-        files = [path for path in given if not path.is_dir()]
-        return cls(Output(target, ordered, {}, files, [path for path in given if path.is_dir()], shard_size))
+        return cls(Output(target, ordered, {}, files, folders, shard_size))
 
     def write(self, done: Mapping[str, Tensor], begins: Mapping[str, int], together: Together) -> None:
         """Write each rank's part of the tensors, from these places of their first axes on."""
@@ -133,6 +141,7 @@ class Written:
                     path, at = places[name]
                     _put(part, Path(path), at + (begins[name] * part[0].nbytes if part.ndim else 0))
             together.exchange("results are written", None)
+        together.exchange("the result is there", None)  # or rank 0 says why it is not
 
 
 def _put(x: Tensor, path: Path, at: int) -> None:

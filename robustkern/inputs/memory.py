@@ -118,6 +118,8 @@ class MemorySource(Undivided):
         The leaves of floats by name, each as a source of its own, where that was asked for.
     finish : callable or None
         Returns the result once everything is written, where its parts are not what was written to.
+    floating : sequence of Leaf
+        All leaves that are coordinates; tied ones once.
     """
 
     n: int
@@ -132,6 +134,7 @@ class MemorySource(Undivided):
     combine: Any = None  # a `Combine`
     parts: dict[str, MemorySource] | None = None
     finish: Callable[[], Any] | None = None
+    floating: Sequence[Leaf] = ()
 
     @classmethod
     def of(cls, n: int, leaves: list[Leaf], has_centre: bool = False, plain: Sequence[PlainLeaf] = ()) -> MemorySource:
@@ -148,7 +151,13 @@ class MemorySource(Undivided):
             [leaf for leaf in leaves if leaf.dtype not in DTYPES],
             has_centre,
             plain,
+            floating=floating,
         )
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What its columns are, in their order: leaves, with their shapes and dtypes."""
+        return (self.d, *map(str, self.dtypes), *((leaf.path, leaf.shape, leaf.dtype) for leaf in self.floating))
 
     def blocks(self) -> Iterable[Block]:
         """Return what lies contiguous as one block, then copies of the rest."""

@@ -30,6 +30,7 @@ __all__ = [
     "Selection",
     "TooCloseError",
     "as_cells",
+    "measurable",
     "share_of_origin",
     "sum_of",
     "unscaled",
@@ -311,7 +312,7 @@ class Given:
                 rescaled, _ = self._gram(wanted, False)
                 if self._improves(wanted, norms, np.diagonal(rescaled)[:n], self.weights):
                     gram, scale = rescaled, wanted
-        finite = _measurable(gram.diagonal()[:n])
+        finite = measurable(gram.diagonal()[:n])
         inner = gram[:n, :n].copy()
         if np.count_nonzero(finite) < n:
             inner[~finite, :] = 0.0
@@ -320,7 +321,7 @@ class Given:
         centre = _reference(gram, n, finite) if source.has_centre else None
         if centre is not None and self.needs_origin:
             centre = centre._replace(origin=float(gram[n, -1]))
-        if centre is not None and not _measurable(np.array([centre.square])).all():
+        if centre is not None and not measurable(np.array([centre.square])).all():
             raise CentreError(NO_CENTRE)
         rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)
         lengths = np.sqrt(inner.diagonal())
@@ -394,7 +395,7 @@ class Given:
                 rescaled = self._selection_distances(selection, measured, wanted)
                 if self._improves(wanted, result, rescaled, weights):
                     result, scale = rescaled, wanted
-            result[~_measurable(result)] = np.inf
+            result[~measurable(result)] = np.inf
         return result, scale
 
     def _selection_distances(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
@@ -490,7 +491,7 @@ class Given:
                 rescaled = self._point_distances(point, wanted)[: self.n]
                 if self._improves(wanted, result, rescaled, self.weights):
                     result, scale = rescaled, wanted
-            result[~_measurable(result)] = np.inf
+            result[~measurable(result)] = np.inf
         self.nonfinite = ~np.isfinite(result)
         return result, scale
 
@@ -572,7 +573,7 @@ class Given:
         """
         return scale < 1 or (
             _middle(after, weights) > 0
-            and tolerated(_measurable(before) & ~_measurable(after), self.f, weights, self.share)
+            and tolerated(measurable(before) & ~measurable(after), self.f, weights, self.share)
         )
 
 
@@ -601,7 +602,7 @@ def _middle(squares: Vector, weights: Vector | None) -> float:
     return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
 
 
-def _measurable(squares: Vector) -> Mask:
+def measurable(squares: Vector) -> Mask:
     """Tell which squared distances are numbers that arithmetic on them cannot make overflow."""
     with np.errstate(invalid="ignore"):
         return np.asarray(squares <= MAX_SQUARE)

@@ -99,6 +99,8 @@ class AsynchronousSimulation(Simulation):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Return everything that the coming turns depend on."""
+        counts = self.received.state_dict()["counts"]  # with which it goes on as one that is restored does
+        self.counts = np.array([counts[worker] for worker in range(len(self.counts))], dtype=np.int64)
         own = {"at": self.at.numpy(), "previous": self.previous.numpy(), "sent": self.sent, "counts": self.counts}
         return super().state() | own
 

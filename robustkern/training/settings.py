@@ -99,7 +99,11 @@ class Settings:
             raise ValueError(f"momentum must be in [0, 1); got {self.momentum!r}")
         Schedule(self.schedule, beta=self.beta, gamma=self.gamma)
         parse_attack(self.attack)
-        parse_rule(self.rule)
+        rule = parse_rule(self.rule)
+        if "centre" in rule.points:
+            raise ValueError(f"rule: {rule} measures from a centre, and training gives none (take another rule)")
+        if self.arrivals != "together" and self.weights == "updates" and not rule.supports_weights:
+            raise ValueError(f"weights must be 'equal' with arrivals={self.arrivals!r}: {rule} takes none")
         dirichlet_of(self.split)
         share = self.byzantine_share
         if share is not None and not (isinstance(share, (int, float)) and 0 <= share < 0.5):

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import robustkern as rk
 import robustkern.distributed as rd
 from robustkern.distributed import shards
+from robustkern.files import output
 from robustkern.files.formats import is_output
 from robustkern.training import Mu2Server, Mu2Worker, Settings, Simulation, load_data
 
@@ -657,6 +658,23 @@ def safetensors(rank: int, size: int) -> None:
         shards._put = broken
     dist.barrier()
     assert not (folder / "full.safetensors").exists()
+    finish = output.Output._finish
+    for name in ("late", "failing"):  # rank 0 is slow to put it there, or cannot
+
+        def last(self: Any, stack: Any, made: Any, name: str = name) -> None:
+            time.sleep(0.5)
+            if name == "failing":
+                raise output.FileError("the disk is full")
+            finish(self, stack, made)
+
+        output.Output._finish = last  # type: ignore[method-assign]
+        if name == "failing":
+            with pytest.raises(ValueError, match="the disk is full"):
+                rd.aggregate_checkpoints(paths, "median", f=2, out=folder / f"{name}.safetensors")
+        else:
+            rd.aggregate_checkpoints(paths, "median", f=2, out=folder / f"{name}.safetensors")
+        assert (folder / f"{name}.safetensors").exists() == (name == "late")
+    output.Output._finish = finish  # type: ignore[method-assign]
     assert not list(folder.glob(".*"))
 
 
