@@ -98,6 +98,12 @@ def test_the_check_fails_for_a_slowdown_and_forgives_a_disturbance(capsys: pytes
     assert "median" in failed[0]
     assert "1.60, 1.60, 1.60, 1.60 reads; limit 1.50" in failed[0]
     assert "SLOW  median" in capsys.readouterr().out
+    limits["rows"][0]["reads"]["v4 AMD"] = 1.2  # type: ignore[index]
+    assert check.slow_rows(limits, "v4 AMD", planted) == []
+    assert len(check.slow_rows(limits, "v4 Intel", planted)) == 1
+    assert check.kind_of({"isa": "v4", "cpu": "Intel(R) Xeon(R) Processor"}) == "v4 Intel"
+    assert check.kind_of({"isa": "v4", "cpu": "AMD EPYC"}) == "v4 AMD"
+    assert check.kind_of({"isa": "v3"}) == "v3"
 
 
 @pytest.fixture
