@@ -16,7 +16,7 @@ import robustkern as rk
 from robustkern.backends import registry, threads
 from robustkern.contract.primitives import Kernels
 from robustkern.contract.rows import DTYPES
-from robustkern.rules import geometry
+from robustkern.rules import geometry, text
 
 #: The same examples in every run, so that no change is refused for another one's fault; "thorough" draws new ones.
 settings.register_profile(
@@ -48,6 +48,17 @@ def all_threads() -> Iterator[None]:
     rk.set_num_threads(None)
     if torch := sys.modules.get("torch"):  # which sets the threads of the OpenMP that it may share with our kernels
         torch.set_num_threads(os.cpu_count() or 1)
+
+
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    """Forget afterwards which rules were registered."""
+    before = [dict(names) for names in (text._RULES, text._PRESETS, text._ALIASES)]
+    yield
+    for names, old in zip((text._RULES, text._PRESETS, text._ALIASES), before, strict=True):
+        names.clear()
+        names.update(old)
+    text.parse.cache_clear()
 
 
 @pytest.fixture(params=list(IMPLEMENTATIONS))

@@ -27,7 +27,7 @@ def blocks(page: Path) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", ["quickstart.md", "index.md"])
-def test_the_examples_of_a_page_run(page: str) -> None:
+def test_the_examples_of_a_page_run(page: str, own_rules: None) -> None:
     for module in ("flwr", "torch"):
         pytest.importorskip(module)
     names: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def test_the_first_example_of_the_readme_says_what_it_returns() -> None:
         assert repr(eval(call, names)) == said
 
 
-def test_examples_in_docstrings() -> None:
+def test_examples_in_docstrings(own_rules: None) -> None:
     found: dict[str, int] = {}
     for module in pkgutil.walk_packages(rk.__path__, "robustkern."):
         if module.name.rsplit(".", maxsplit=1)[-1] in ("_cpu", "_cuda", "__main__"):

@@ -98,9 +98,8 @@ class Pairs(rk.Mixer):
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Path]:
-    """The file, loaded; what it registered is forgotten afterwards."""
-    before = [dict(names) for names in (text._RULES, text._PRESETS, text._ALIASES)]
+def own(tmp_path: Path, own_rules: None) -> Iterator[Path]:
+    """The file, loaded."""
     path = tmp_path / "stranger.py"
     path.write_text(SOURCE)
     spec = importlib.util.spec_from_file_location("stranger", path)
@@ -109,10 +108,6 @@ def own(tmp_path: Path) -> Iterator[Path]:
     sys.modules["stranger"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["stranger"])
     yield path
-    for names, old in zip((text._RULES, text._PRESETS, text._ALIASES), before, strict=True):
-        names.clear()
-        names.update(old)
-    text.parse.cache_clear()
     del sys.modules["stranger"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -594,7 +595,9 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
 def test_many_small_tensors_take_linear_time(tmp_path: Path) -> None:
     """Least seconds of this process; 16 times the tensors took over 100 times as long when they were looked up in lists."""
     seconds: dict[tuple[str, int], float] = {}
-    for count, times in ((500, 5), (8000, 1)):
+    gc.collect()
+    gc.freeze()  # what other tests left: the collector would look at it again and again
+    for count, times in ((500, 5), (8000, 2)):
         for kind in ("safetensors", "npz"):
             for i in range(4):
                 tensors = {f"layer.{k}.weight": np.full((4, 4), i + k, np.float32) for k in range(count)}
@@ -606,6 +609,7 @@ def test_many_small_tensors_take_linear_time(tmp_path: Path) -> None:
                 aggregate_files(updates, "ctma(median)", f=1, out=tmp_path / f"o.{kind}")
                 taken = time.process_time() - started
                 seconds[kind, count] = min(taken, seconds.get((kind, count), taken))
+    gc.unfreeze()
     for kind in ("safetensors", "npz"):
         assert seconds[kind, 8000] < 60 * seconds[kind, 500]
 
