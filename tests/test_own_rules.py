@@ -21,7 +21,7 @@ from support import make_rows
 import robustkern as rk
 from robustkern.files import aggregate_files
 from robustkern.measure import peers, reads, roofline
-from robustkern.rules import comparison, registered, table, text
+from robustkern.rules import comparison, registered, table
 from robustkern.rules.geometry import share_of_origin
 
 #: What a stranger writes: minimal-diameter averaging, centred clipping, and a mixer.
