@@ -164,19 +164,8 @@ def _quota() -> float:
 
 # ---- in a process of its own -----------------------------------------------------------------------------------------
 
-_LIBRARIES = """
-import json, sys
-import robustkern, numpy
-for name in sys.argv[1:]:
-    try:
-        __import__(name)
-    except Exception:
-        pass
-robustkern.median(numpy.ones((3, 200_000), dtype=numpy.float32))
-print(open("/proc/self/maps").read() if sys.platform == "linux" else "")
-"""
-
-_FORK = """
+#: What the programs below begin with: everything that is installed beside this package.
+_TOGETHER = """
 import os, signal, sys
 import numpy, robustkern
 for name in sys.argv[1:]:
@@ -184,6 +173,13 @@ for name in sys.argv[1:]:
         __import__(name)
     except Exception:
         pass
+"""
+_LIBRARIES = """
+robustkern.median(numpy.ones((3, 200_000), dtype=numpy.float32))
+print(open("/proc/self/maps").read() if sys.platform == "linux" else "")
+"""
+
+_FORK = """
 x = numpy.ones((5, 400_000), dtype=numpy.float32)
 robustkern.median(x)
 child = os.fork()
@@ -197,7 +193,7 @@ print(os.waitpid(child, 0)[1])
 def _elsewhere(program: str) -> str:
     """Return what a program prints in a fresh interpreter, with the neighbours that are installed."""
     names = [name for name in NEIGHBOURS if importlib.util.find_spec(name) is not None]
-    command = [sys.executable, "-W", "ignore", "-c", program, *names]
+    command = [sys.executable, "-W", "ignore", "-c", _TOGETHER + program, *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
