@@ -29,7 +29,10 @@ def write(folder: Path) -> None:
     for script in GALLERY:
         _put(folder / f"{script.stem}.md", example(script, folder))
     names = "\n".join(script.stem for script in GALLERY)
-    introduction = "# Gallery\n\nScripts that run as they stand, and draw what they found.\n\n"
+    introduction = (
+        "# Gallery\n\nScripts that run as they stand, and draw what they found; with the extra `[plot]`, and what each "
+        "imports.\n\n"
+    )
     _put(folder / "gallery.md", f"{introduction}```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n")
 
 

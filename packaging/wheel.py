@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 MOST_BYTES = 8_000_000
 
 
-def build(folder: Path, source: Path = ROOT, *options: str) -> Path:
+def build(folder: Path) -> Path:
     """Build a wheel without CUDA, whose kernels are some hundred MB; return where it is."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), *options]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
     environment = {**os.environ, "RK_CUDA": "OFF", "RK_REQUIRE_EXTENSION": "1"}
-    subprocess.run([*command, str(source)], check=True, env=environment)
+    subprocess.run(command, check=True, env=environment)
     (wheel,) = folder.glob("robustkern-*.whl")
     return wheel
 

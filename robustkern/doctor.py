@@ -24,7 +24,7 @@ from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import DTYPES, Rows
 from robustkern.errors import BackendUnavailable, plain
 
-__all__ = ["Check", "examine"]
+__all__ = ["Check", "examine", "report"]
 
 #: Seconds that a check in another process may take.
 PATIENCE_S = 60.0

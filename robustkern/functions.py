@@ -171,8 +171,9 @@ def aggregate(
         If an argument is of the wrong kind or value; the message names it, what came, and the remedy.
     NonFiniteError
         If more rows hold NaN or Inf than f (without f: than fewer than half), naming them. `mean` alone lets them
-        through. An infinity of one sign that all rows but f hold in a column, such as a mask's, is no such thing: the
-        column leaves all distances, the result has the infinity (`Info.shared_inf`), at the cost of two more reads.
+        through; `median`, whose window f does not move, raises only where they reach its result. An infinity of one
+        sign that all rows but f hold in a column, such as a mask's, is no such thing: the column leaves all distances,
+        the result has the infinity (`Info.shared_inf`), at the cost of two more reads.
     BackendUnavailable
         If the backend is not installed or cannot run these dtypes.
 

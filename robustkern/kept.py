@@ -138,18 +138,27 @@ class KeptProducts:
 
     @staticmethod
     def _make_copies_alike(passes: Given, changed: NDArray[np.intp], products: Matrix) -> None:
-        """Give copies of a row its products: taken at other times, or in other company, they differ in last bits."""
+        """Give copies of a row its products: taken at other times, or in other company, they differ in last bits.
+
+        At most as many rows are looked at as there are, first those that did not change, whatever attackers send.
+        """
         squares = products.diagonal()
+        lengths = np.sqrt(np.maximum(squares, 0.0))
+        fresh = np.isin(np.arange(passes.n), changed)
+        left, pairs = passes.n, []
         for i in changed:
-            bound = 4 * passes.rounding * (np.sqrt(np.maximum(squares, 0.0)) + np.sqrt(max(squares[i], 0.0))) ** 2
+            bound = 4 * passes.rounding * (lengths + lengths[i]) ** 2
             with np.errstate(invalid="ignore"):
                 near = np.flatnonzero(squares + squares[i] - 2 * products[i] <= bound)
             near = near[near != i]
-            if not len(near):
-                continue
-            apart = np.zeros(len(near))
-            for columns in _columns(passes):
-                apart += passes.kernels.row_sq_distances(columns.take(near), columns.take([int(i)]))
+            near = near[np.argsort(fresh[near], kind="stable")][:left]
+            left -= len(near)
+            if len(near):
+                pairs.append((int(i), near, np.zeros(len(near))))
+        for columns in _columns(passes) if pairs else ():
+            for i, near, apart in pairs:
+                np.add(apart, passes.kernels.row_sq_distances(columns.take(near), columns.take([i])), out=apart)
+        for i, near, apart in pairs:
             for j in near[apart == 0][:1]:
                 products[i], products[i, i] = products[j], products[j, j]
                 products[:, i] = products[i]

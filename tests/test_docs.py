@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import shutil
@@ -30,10 +31,11 @@ def blocks(page: Path) -> list[str]:
 def test_the_examples_of_a_page_run(page: str, own_rules: None) -> None:
     for module in ("flwr", "torch"):
         pytest.importorskip(module)
-    names: dict[str, Any] = {}
-    for block in blocks(DOCS / page):
+    found = blocks(DOCS / page)
+    assert len(found) >= 1
+    for block in found:  # each by itself
+        names: dict[str, Any] = {}
         exec(block, names)
-    assert len(blocks(DOCS / page)) >= 1
 
 
 def test_the_first_example_of_the_readme_says_what_it_returns() -> None:
@@ -61,6 +63,27 @@ def test_examples_in_docstrings(own_rules: None) -> None:
         found[module.name] = doctest.testmod(loaded, raise_on_error=True).attempted
     assert {"robustkern.functions", "robustkern.server", "robustkern.stream"} <= found.keys()
     assert sum(found.values()) > 40
+
+
+def test_the_example_of_ranks_runs(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    (block,) = [text for text in blocks(DOCS / "distributed.md") if "torchrun" in text]
+    (tmp_path / "this.py").write_text(block)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(tmp_path / "this.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_the_rule_of_the_gallery_can_be_imported(tmp_path: Path, as_json: bool) -> None:
+    """By the command line, where reading it says and draws nothing."""
+    command = [sys.executable, "-m", "robustkern", "rules", "--import", str(DOCS / "gallery" / "own_rule.py")]
+    command += ["--json"] if as_json else []
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, cwd=tmp_path)
+    assert "tightest" in done.stdout
+    if as_json:
+        json.loads(done.stdout)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

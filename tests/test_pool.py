@@ -81,6 +81,22 @@ def test_bits(rule: str, block: int, threads: Client, tmp_path: Path) -> None:
     assert (info.d, info.order, info.nonfinite_rows) == (told.d, told.order, told.nonfinite_rows)
 
 
+def test_no_update_is_replaced(threads: Client, tmp_path: Path) -> None:
+    paths = saved(tmp_path)
+    (tmp_path / "link.safetensors").symlink_to(paths[1])
+    before = Path(paths[1]).read_bytes()
+    for out in (paths[1], f"file://{paths[1]}", str(tmp_path / "link.safetensors")):
+        with pytest.raises(ValueError, match="is one of the updates, which are never overwritten"):
+            dask_aggregate(paths, "median", f=1, out=out, client=threads)
+    assert Path(paths[1]).read_bytes() == before
+    system, places = fsspec.filesystem("memory"), [f"memory://never/{k}.npy" for k in range(3)]
+    for place in places:
+        with system.open(place, "wb") as file:
+            np.save(file, np.ones(3))
+    with pytest.raises(ValueError, match="is one of the updates, which are never overwritten"):
+        dask_aggregate(places, "median", f=1, out=places[2], client=threads)
+
+
 def test_urls_weights_and_progress(threads: Client) -> None:
     system = fsspec.filesystem("memory")
     x = np.random.default_rng(0).standard_normal((5, 1000)).astype(np.float32)

@@ -15,6 +15,7 @@ from support import assert_close, make_rows
 from test_rules import slow_nearest
 
 import robustkern as rk
+from robustkern.backends.registry import load_backend
 from robustkern.kept import LEAST_ROWS, KeptProducts
 
 torch = pytest.importorskip("torch")
@@ -555,6 +556,25 @@ def test_copies_that_arrive_are_in_the_order_of_rows(rule: str, dtype: np.dtype[
         got, want = server.aggregate(return_info=True)[1], rk.aggregate(x, rule, f=5, return_info=True)[1]
         assert got.order == want.order
         assert np.array_equal(got.weights, want.weights)
+
+
+def test_copies_cost_one_read_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of them arrive at once."""
+    n, f = 2 * LEAST_ROWS, LEAST_ROWS - 1
+    x = make_rows("normal", n, 200, np.dtype(np.float32))
+    x[:f] = x[0]
+    server = rk.Server("geometric_median", f=f, absent="stale", backend="reference")
+    server.aggregate(x)
+    kernels, looked = load_backend("reference"), []
+    measure = type(kernels).row_sq_distances
+
+    def counting(self: Any, rows: Any, centre: Any, **options: Any) -> Any:
+        looked.append(rows.n)
+        return measure(self, rows, centre, **options)
+
+    monkeypatch.setattr(type(kernels), "row_sq_distances", counting)
+    server.aggregate(x[: n // 4])  # all of them copies
+    assert 0 < sum(looked) <= n + 1  # and one look at whether the result is finite, at most
 
 
 def test_add_is_for_servers_that_keep_rows() -> None:

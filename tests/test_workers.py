@@ -94,6 +94,42 @@ def test_what_lies_in_a_pool_and_is_no_worker_is_told(tmp_path: Path) -> None:
     assert len(find_workers([pool]).workers) == 4  # nor is that of a safetensors file
 
 
+def test_an_update_with_the_name_of_the_output_is_a_worker(tmp_path: Path) -> None:
+    """Only what an aggregation wrote is left out and replaced: a name is no sign of that."""
+    for kind in ("npz", "safetensors"):
+        pool = tmp_path / kind
+        save(pool, {f"client-{i}": i for i in range(5)}, kind)
+        out = pool / f"client-0.{kind}"
+        before = out.read_bytes()
+        linked = tmp_path / f"link.{kind}"
+        linked.symlink_to(out)
+        for target in (out, linked):
+            with pytest.raises(FileError, match=r"is one of the updates, which are never overwritten \(name another"):
+                aggregate_files(pool, "median", f=1, out=target)
+            result = command(pool, "--rule", "median", "--f", "1", "--out", target)
+            assert result.exit_code == 2, result.output
+        assert out.read_bytes() == before
+    # Shards with an index are one worker's checkpoint, whatever the output is called.
+    place = tmp_path / "sharded"
+    save(place, {f"model-0000{k}-of-00002": k for k in (1, 2)}, "safetensors")
+    index = place / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"w{k}": f"model-0000{k}-of-00002.safetensors" for k in (1, 2)}}))
+    with pytest.raises(FileError, match="is one worker's checkpoint"):
+        aggregate_files(place, "median", f=0, out=place / "model.safetensors")
+    # An earlier output in shards is left out, and replaced, as it was.
+    pool = tmp_path / "again"
+    save(pool, {f"client-{i}": i for i in range(3)}, "safetensors")
+    for _ in range(2):
+        aggregate_files(pool, "median", f=1, out=pool / "out.safetensors", shard_size=4)
+
+
+@pytest.mark.parametrize("name", ["none", "no-*.npz"])
+def test_what_is_not_there_is_said_before_f_is_judged(tmp_path: Path, name: str) -> None:
+    result = command(tmp_path / name, "--rule", "median", "--f", "1", "--out", tmp_path / "out.npz")
+    assert result.exit_code == 1
+    assert f"{name}: no such file or folder" in " ".join(result.stderr.split())
+
+
 def test_a_folder_among_others_is_one_worker_or_refused(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"c{i}", {"adapter": i})
@@ -396,6 +432,8 @@ def test_weights_by_name_reach_their_workers(tmp_path: Path) -> None:
     for given_weights, message in (
         ("client-1=1", "worker 'client-2.npz' has none"),
         (text + ",client-99=1", "'client-99' is no worker (known: 'client-1.npz', "),
+        ("client-99=1", "'client-99' is no worker (known: 'client-1.npz', "),
+        (text + ",client-1=1", "'client-1' has one already, under another name (name it once)"),
         (text + ",client-1.npz=1", "names a worker twice"),
         ("client-1=x", "expected numbers with commas between"),
         (",".join("1" * 12), "a list of numbers does not say which worker of a folder each is for"),

@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 
 import robustkern as rk
-from robustkern.measure import style
 
 
 @rk.register
@@ -33,20 +32,23 @@ class Tightest(rk.Aggregator):
         return view.mean_of(subsets[best[0]])
 
 
-x = np.random.default_rng(1).standard_normal((9, 2))
-x[:2] += [[4, 4], [5, 3.6]]
-result, info = rk.aggregate(x, "tightest", f=2, return_info=True)
-chained = rk.aggregate(x, "nnm | tightest", f=2)
-print(f"kept {np.flatnonzero(info.weights)}; alone {result.round(2)}, in a chain {chained.round(2)}")
-assert np.flatnonzero(info.weights).tolist() == list(range(2, 9))
+if __name__ == "__main__":  # and not where `--import` reads the rule
+    from robustkern.measure import style
 
-figure = style.figure(5.5, 3.6)
-axes = figure.subplots()
-axes.scatter(*x[2:].T, color=style.COLOURS[1], label="kept")
-axes.scatter(*x[:2].T, color=style.COLOURS[4], marker="s", label="left out")
-axes.scatter(*result, color=style.COLOURS[0], marker="*", s=140, label="tightest")
-axes.scatter(*x.mean(axis=0), color=style.COLOURS[0], marker="x", s=70, label="mean of all")
-axes.set_aspect("equal")
-axes.grid(alpha=0.3)
-axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-style.save(figure, sys.argv[1] if len(sys.argv) > 1 else "own_rule.png")
+    x = np.random.default_rng(1).standard_normal((9, 2))
+    x[:2] += [[4, 4], [5, 3.6]]
+    result, info = rk.aggregate(x, "tightest", f=2, return_info=True)
+    chained = rk.aggregate(x, "nnm | tightest", f=2)
+    print(f"kept {np.flatnonzero(info.weights)}; alone {result.round(2)}, in a chain {chained.round(2)}")
+    assert np.flatnonzero(info.weights).tolist() == list(range(2, 9))
+
+    figure = style.figure(5.5, 3.6)
+    axes = figure.subplots()
+    axes.scatter(*x[2:].T, color=style.COLOURS[1], label="kept")
+    axes.scatter(*x[:2].T, color=style.COLOURS[4], marker="s", label="left out")
+    axes.scatter(*result, color=style.COLOURS[0], marker="*", s=140, label="tightest")
+    axes.scatter(*x.mean(axis=0), color=style.COLOURS[0], marker="x", s=70, label="mean of all")
+    axes.set_aspect("equal")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    style.save(figure, sys.argv[1] if len(sys.argv) > 1 else "own_rule.png")

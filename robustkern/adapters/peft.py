@@ -256,6 +256,8 @@ def _tensors(file: Path) -> dict[str, NDArray[Any]]:
 def _config(path: Path) -> dict[str, Any]:
     file = path / "adapter_config.json"
     name = plain(str(file), 200)
+    if not file.is_file():
+        raise ValueError(f"{name}: no such file (name folders of LoRA adapters, as PEFT writes them)")
     if file.stat().st_size > MAX_CONFIG:
         raise ValueError(f"{name} has more than {MAX_CONFIG} bytes")
     try:

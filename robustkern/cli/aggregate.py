@@ -152,6 +152,9 @@ def aggregate(
     with said("dtype"):
         choice = Choice.of(**patterns, dtype=dtype)
     pool = find_workers(updates, out, bad_files.value)
+    missing = next((path for path in updates if not path.exists()), None)
+    if missing is not None and bad_files is BadFiles.error:  # before anything is said of their number
+        raise FileError(f"{missing}: no such file or folder")
     n = len(pool.workers)
     try:
         check_target(out, *touched(pool))

@@ -29,7 +29,8 @@ def load_file(path: Path) -> None:
         If it cannot be run.
     """
     if path.suffix != ".py" or not path.is_file():
-        raise Wrong(f"--import: expected a Python file, FILE.py; got {path}")
+        missing = ", which is not there" if not path.exists() else ""
+        raise Wrong(f"--import: expected a Python file, FILE.py; got {path}{missing}")
     name = f"robustkern_import_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

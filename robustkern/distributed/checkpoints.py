@@ -21,7 +21,7 @@ from robustkern.distributed.ranks import Asked, Group, call
 from robustkern.distributed.together import Part, Ranks, Together, odd_one
 from robustkern.engine import Info, run
 from robustkern.errors import plain, shown
-from robustkern.files.output import check_target
+from robustkern.files.output import check_place
 from robustkern.functions import NonFinite, Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
@@ -127,7 +127,9 @@ def aggregate_checkpoints(
             files_of, folders = [x for x in used if not x.is_dir()], [x for x in used if x.is_dir()]
             written = shards.Written.of(target, {name: form[name] for name in sizes}, files_of, folders, shard_size)
             if written is None:
-                check_target(target, (), folders, is_folder=True)
+                check_place(target, folders)
+                if os.path.lexists(target):
+                    raise FileExistsError(f"{plain(str(target), 200)}: is there already (name a folder that is not)")
             source = _Checkpoints(checkpoints, list(sizes), ranks, memory)
             asked = Asked(plan, f, delta, weights, seed, nonfinite).told()
             asked |= {"out": str(target), "shard_size": str(shard_size), "the number of tensors": str(len(sizes))}

@@ -116,8 +116,12 @@ def dask_aggregate(
             options = {"n_workers": processes or 2, "threads_per_worker": 1, "dashboard_address": None}
             cluster = stack.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
             client = stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
+        here, there = url_to_fs(out)
+        if any(type(system) is type(here) and path == there for system, path in map(url_to_fs, paths)):
+            raise FileError(f"{out}: is one of the updates, which are never overwritten (name another file)")
+        mine = [Path(path) for system, path in map(url_to_fs, paths) if isinstance(system, LocalFileSystem)]
         local = _local(out, stack)
-        target = stack.enter_context(Target(Output(local, tensors, {}, [])))
+        target = stack.enter_context(Target(Output(local, tensors, {}, mine)))
         source = _Pool(files, tensors, _Rule(plan, within, backend), block, client, target, progress)
         info = run(plan, source, f, delta, weights, seed, "error", backend)
     assert info is not None

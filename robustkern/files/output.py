@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.errors import plain, shown
+from robustkern.errors import shown
 from robustkern.files.formats import CODES, MARK, WRITTEN, FileError, Tensor, kind_of, mark_of, open_reader, sum_of
 
 try:
@@ -357,18 +357,16 @@ class _Parts:
             self._writer.close()
 
 
-def check_target(path: Path, inputs: Sequence[Path], folders: Sequence[Path] = (), *, is_folder: bool = False) -> None:
-    """Raise where a file cannot be replaced, or must not be: one of the inputs, or in one of the workers' folders.
-
-    Of a folder, where it is there already.
-    """
+def check_place(path: Path, folders: Sequence[Path]) -> None:
+    """Raise where something would be written into one of the workers' folders."""
     for folder in folders:
         if folder.resolve() in path.resolve().parents:
             raise FileError(f"{path}: is in the folder of a worker, {folder}, which is never written to")
-    if is_folder:
-        if os.path.lexists(path):
-            raise FileExistsError(f"{plain(str(path), 200)}: is there already (name a folder that is not)")
-        return
+
+
+def check_target(path: Path, inputs: Sequence[Path], folders: Sequence[Path] = ()) -> None:
+    """Raise where a file cannot be replaced, or must not be: one of the inputs, or in one of the workers' folders."""
+    check_place(path, folders)
     if path.is_dir():
         raise FileError(f"{path}: is a directory (name a file)")
     if not path.parent.is_dir():
@@ -377,7 +375,7 @@ def check_target(path: Path, inputs: Sequence[Path], folders: Sequence[Path] = (
         if not stat.S_ISREG(path.stat().st_mode):
             raise FileError(f"{path}: is no regular file, which are all that is ever replaced")
         if any(other.exists() and path.samefile(other) for other in inputs):
-            raise FileError(f"{path}: is one of the updates, which are never overwritten")
+            raise FileError(f"{path}: is one of the updates, which are never overwritten (name another file)")
 
 
 def _check_name(out: Path, kind: str, name: str) -> None:

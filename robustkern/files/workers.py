@@ -149,11 +149,19 @@ def _one_worker(folder: Path, name: str) -> str:
 
 
 def _is_of(path: Path, out: Path) -> bool:
-    """Tell whether a file is the output, or one of its shards, or their index."""
+    """Tell whether a file is an earlier output of this name, or one of its shards, or their index.
+
+    What only has the name is somebody's update, or may be: then it is a worker, which no output replaces.
+    """
     if path.parent.resolve() != out.parent.resolve():
-        return out.exists() and path.exists() and path.samefile(out)
+        return out.exists() and path.exists() and path.samefile(out) and is_output(path)
+    if path.name == out.name + INDEX:
+        try:
+            return all(map(is_output, _sharded(path, path).files))
+        except FileError:
+            return False
     shard = rf"{re.escape(out.stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(out.suffix)}"
-    return path.name in (out.name, out.name + INDEX) or re.fullmatch(shard, path.name) is not None
+    return (path.name == out.name or re.fullmatch(shard, path.name) is not None) and is_output(path)
 
 
 def worker_of(path: Path) -> Worker:
@@ -259,21 +267,30 @@ def named_weights(weights: Mapping[str, float], workers: Sequence[Worker]) -> li
     ValueError
         If a worker has none, or a name is none of theirs.
     """
-    left, result = dict(weights), []
     stems = Counter(Path(worker.name).stem for worker in workers)
-    for worker in workers:
-        stem = Path(worker.name).stem
-        ways = (worker.name, str(worker.path), *([stem] if stems[stem] == 1 else []))
-        found = next((name for name in ways if name in left), None)
+    ways = [_ways(worker, stems) for worker in workers]
+    known = {name for names in ways for name in names}
+    for name in weights:
+        if name not in known:
+            raise ValueError(
+                f"weights: {shown(name)} is no worker (known: "
+                f"{', '.join(shown(worker.name) for worker in workers[:5])}{', ...' if len(workers) > 5 else ''})"
+            )
+    left, result = dict(weights), []
+    for worker, names in zip(workers, ways, strict=True):
+        found = next((name for name in names if name in left), None)
         if found is None:
             raise ValueError(f"weights: worker {shown(worker.name)} has none (expected one for each worker)")
         result.append(float(left.pop(found)))
     if left:
-        raise ValueError(
-            f"weights: {shown(next(iter(left)))} is no worker (known: "
-            f"{', '.join(shown(worker.name) for worker in workers[:5])}{', ...' if len(workers) > 5 else ''})"
-        )
+        raise ValueError(f"weights: {shown(next(iter(left)))} has one already, under another name (name it once)")
     return result
+
+
+def _ways(worker: Worker, stems: Mapping[str, int]) -> tuple[str, ...]:
+    """Return how a worker may be called."""
+    stem = Path(worker.name).stem
+    return (worker.name, str(worker.path), *([stem] if stems[stem] == 1 else []))
 
 
 def claimed(metadata: Mapping[str, Any], key: str) -> float:

@@ -402,6 +402,7 @@ def arrivals(rule: str, n: int, rounds: int, d: int | None) -> Iterator[Line]:
     what = f"{rule}, n={n}, an arrival and its result"
     check_close(what, arrive(), call(), atol=1e-5)
     reading, whole, arrival = _times(read_pass(rows), call, arrive, rounds=rounds + 1)[1:].T
+    check_close(what, arrive(), call(), atol=1e-5)  # and after all that came
     yield Line("arrivals", what, float(np.median(arrival / reading)), "reads of all rows", None)
     goal = 0.5 if n >= 256 else 1.3  # below `LEAST_ROWS` of `robustkern.kept` it is a call, and a copy of the row
     yield Line("arrivals", what, float(np.median(arrival / whole)), "x a call on all rows", goal)
