@@ -8,21 +8,26 @@ TORCH ?= torch==2.13.0
 # Without what it merges models with (transformers, datasets and some hundred more): its merge methods need none of it.
 MERGEKIT ?= mergekit==0.1.5
 # Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
-REQUIRE ?= cpp,numba,cuda-emulated$(if $(shell command -v nvcc),$(comma)cuda-static)
+REQUIRE ?= cpp,numba,cuda-emulated,fuzzer,$(subst $(space),$(comma),$(WATCHED:%=watched-%))$(if $(shell command -v nvcc),$(comma)cuda-static)
 # Processes that run tests side by side.
 WORKERS ?= 2
 comma := ,
+space := $() $()
 SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find csrc -type f -not -path "csrc/emulation/*")
 
+COUNTED := $(patsubst %,tests/test_%.py,kernels momenta means blocks rules registry)
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
+# Which builds of the CPU kernels the tests watch, see build/watched; make check-all: all.
+WATCHED ?= address
 
-.PHONY: demo test lint format bench check-speed docs wheel reproduction emulation gpu-report clean
+.PHONY: demo test lint format bench check-speed docs wheel reproduction emulation gpu-report clean \
+	fuzz soak mutation coverage check-all
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
 
-test: $(VENV)/dev.stamp $(EMULATIONS)
+test: $(VENV)/dev.stamp $(EMULATIONS) $(WATCHED:%=build/watched/%/built)
 	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -41,6 +46,28 @@ bench: $(VENV)/dev.stamp
 
 check-speed: $(VENV)/dev.stamp
 	$(BIN)/python bench/check.py
+
+# An hour of each of what follows; findings are left in build/fuzz.
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python tests/fuzz/run.py --seconds $(or $(SECONDS),450) $(ARGS)
+
+soak: $(VENV)/dev.stamp
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),60) $(ARGS)
+
+# Faults planted in rules and kernels, and how many the tests catch.
+mutation: $(VENV)/dev.stamp
+	$(BIN)/python tests/mutation.py --count $(or $(COUNT),60) --least 0.7 $(ARGS)
+
+# Lines and branches that the tests reach: of the CPU kernels, and of all that is Python.
+coverage: $(VENV)/dev.stamp build/watched/coverage-levels/built
+	ROBUSTKERN_WATCHED=coverage-levels $(BIN)/python -m pytest -q -k cpp $(COUNTED)
+	$(BIN)/gcovr --root . --filter csrc --exclude-throw-branches build/watched/coverage-levels
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov=robustkern --cov-branch --cov-report=term $(ARGS)
+
+# Everything that can be checked here, for hours: every sanitizer at every instruction set, and all of the above.
+check-all: lint check-speed
+	$(MAKE) test WATCHED="address address-levels thread"
+	$(MAKE) fuzz soak mutation coverage docs wheel
 
 # The site, into build/docs; runs the gallery's scripts where they changed.
 docs: $(VENV)/dev.stamp
@@ -61,11 +88,20 @@ emulation: $(EMULATIONS)
 
 build/emulation/%/built: $(VENV)/dev.stamp $(wildcard csrc/emulation/*)
 	@echo "compiling the CUDA kernels for this processor ($*), some minutes"
-	$(BIN)/cmake -S . -B build/emulation/$* -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON \
-		-DRK_EMULATION=$* -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-		-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
-	$(BIN)/cmake --build build/emulation/$* -- --quiet
-	touch $@
+	$(call compile,-DRK_EMULATION=$*)
+
+# The CPU kernels, watched or counted (address, thread, coverage): those that every processor runs, or -levels: all.
+build/watched/%/built: $(VENV)/dev.stamp
+	@echo "compiling the CPU kernels to be watched ($*), some minutes"
+	$(call compile,-DRK_WATCH=$(firstword $(subst -, ,$*)) -DRK_X86_LEVELS=$(if $(findstring levels,$*),ON,OFF))
+
+define compile
+$(BIN)/cmake -S . -B $(@D) -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON $(1) \
+	-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
+$(BIN)/cmake --build $(@D) -- --quiet
+touch $@
+endef
 
 # On a machine with an NVIDIA GPU: build, tests, compute-sanitizer and the scaling study, into gpu-report/report.md.
 gpu-report: $(VENV)/dev.stamp

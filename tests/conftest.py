@@ -29,6 +29,7 @@ settings.register_profile(
 settings.register_profile(
     "thorough", max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+settings.register_profile("few", settings.get_profile("default"), max_examples=5)  # where each takes long
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

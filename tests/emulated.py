@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.util
+import importlib
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import watched
 from numpy.typing import NDArray
 
 from robustkern.backends.cuda import Cuda
@@ -24,36 +23,13 @@ from robustkern.inputs.devices import Dlpack, Place, view_of
 
 #: Which build: plain, address or thread (the sanitizers; Python must then have been started with their library).
 VARIANT = os.environ.get("ROBUSTKERN_EMULATION", "plain")
-FOLDER = Path(__file__).parents[1] / "build" / "emulation" / VARIANT
+FOLDER = watched.BUILD / "emulation" / VARIANT
 
 
 def load() -> Any:
     """Return the emulated robustkern._cuda, or the reason why there is none."""
-    found = sorted(FOLDER.glob("_cuda*.so"))
-    if not found:
-        return f"{FOLDER} holds no _cuda module (run: make emulation)"
-    spec = importlib.util.spec_from_file_location("robustkern._cuda", found[0])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def sanitizer_environment(variant: str) -> dict[str, str]:
-    """Return what Python must be started with so that it can load the build that a sanitizer watches."""
-    libraries = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}[variant]
-    found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in libraries
-    ]
-    return {
-        "ROBUSTKERN_EMULATION": variant,
-        "LD_PRELOAD": " ".join(found),
-        "PYTHONMALLOC": "malloc",  # every object with red zones of its own
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are many
-        "TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0 ignore_noninstrumented_modules=1",
-    }
+    found = watched.load(FOLDER, "_cuda")
+    return f"{found} (run: make emulation)" if isinstance(found, str) else found
 
 
 class OnDevice:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import emulated
 import numpy as np
 import pytest
+import watched
 from emulated import EMULATED_DEVICE, Device, EmulatedCuda, OnDevice, StagedCuda
 from numpy.typing import NDArray
 from support import EMULATED, KINDS, REQUIRED, assert_close, gpu_libraries, make_rows
@@ -379,23 +377,8 @@ def test_sanitizers_find_nothing(variant: str) -> None:
         if "cuda-emulated" in REQUIRED:
             pytest.fail("ROBUSTKERN_REQUIRE=cuda-emulated, but there is no build to watch (run: make emulation)")
         pytest.skip("no build to watch (run: make emulation)")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "test_every_kernel",
-        __file__,
-    ]
-    environment = os.environ | emulated.sanitizer_environment(variant) | {"ROBUSTKERN_REQUIRE": "cuda-emulated"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if "unexpected memory mapping" in done.stderr:  # GCC 12's thread sanitizer where addresses are very random
-        command = ["setarch", "-R", *command]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    variables = {"ROBUSTKERN_EMULATION": variant, "ROBUSTKERN_REQUIRE": "cuda-emulated"}
+    done = watched.run(variant, ["-k", "test_every_kernel", __file__], variables)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "21 passed" in done.stdout
 

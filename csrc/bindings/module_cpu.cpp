@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "../cpu/floats.h"
+#include "../cpu/team.h"
 #include "arrays.h"
 
 namespace nb = nanobind;
@@ -175,8 +175,7 @@ bool read_rows(const char* isa, Array<const std::int64_t, 1> files, Array<const 
   nb::gil_scoped_release release;
   std::atomic<bool> read{true};
   const int team = rk::usable_threads(threads, bytes * static_cast<std::int64_t>(n));
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (std::size_t i = 0; i < n; ++i) {
+  const auto read_row = [&](std::size_t i) {
     char* row = reinterpret_cast<char*>(static_cast<std::uintptr_t>(out.data()[i]));
     std::int64_t done = 0;
     while (done < bytes) {
@@ -189,7 +188,11 @@ bool read_rows(const char* isa, Array<const std::int64_t, 1> files, Array<const 
       read = false;
     else if (words)
       digests.data()[i] = table.digest(row, bytes, words, point);
-  }
+  };
+  std::atomic<std::size_t> next{0};
+  rk::in_threads(team, [&](const rk::Member&) {
+    for (std::size_t i; (i = next++) < n;) read_row(i);
+  });
   return read;
 }
 #endif

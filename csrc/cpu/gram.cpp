@@ -259,7 +259,8 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   memset(bad_rows, 0, static_cast<size_t>(m));
 
   int64_t next = 0;
-  in_threads(threads, [&](int thread) {  // its loops for all threads are one thread's where there is no other
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
     const Scratch<S> scratch{space.part<S>(thread, at_buffer),        space.part<C>(thread, at_network),
                              space.part<C>(thread, at_centre),        space.part<const S*>(thread, at_src),
                              space.part<const S*>(thread, at_chosen), space.part<uint8_t>(thread, at_seen),
@@ -285,15 +286,17 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
     } else {
       // The threads centre a tile's parts, then share out the blocks of the one Gram. Each entry grows in column order
       // whoever adds to it, so bits do not depend on the number of threads.
-#pragma omp barrier
+      member.meet();
       for (int64_t task = 0; task < grid.n_tasks; ++task)
         for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
           Ahead none = ahead_of<S>(rows, segment, first, 0, 1);
-#pragma omp for schedule(dynamic)
-          for (int64_t j = 0; j < count; j += kStrip)
+          member.share((count + kStrip - 1) / kStrip, [&](int64_t strip) {
+            const int64_t j = strip * kStrip;
             centring.run(rows, segment, first + j, min64(kStrip, count - j), x + j, scratch);
-#pragma omp for schedule(dynamic)
-          for (int64_t i = blocks - 1; i >= 0; --i) add_products(x, i, round_up(count, kStored<S>), grams, none);
+          });
+          member.share(blocks, [&](int64_t i) {  // the last, which have most products, first
+            add_products(x, blocks - 1 - i, round_up(count, kStored<S>), grams, none);
+          });
         });
     }
     mark(bad_rows, scratch.bad, n);

@@ -1,7 +1,5 @@
 // Compiled once per instruction set: the four primitives over the column grid, in OpenMP threads.
 // All sums are float64; partial sums belong to grid tasks, not to threads, and are added in task order.
-#include <omp.h>
-
 #include "select.h"
 #include "sums.h"
 #include "tiles.h"
@@ -261,7 +259,8 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   double* partials = sums.part<double>(0, partial);
 
   int64_t next = 0;
-  in_threads(threads, [&](int thread) {
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
     S* buffer = space.part<S>(thread, at.buffer);
     const S** src = space.part<const S*>(thread, at.src);
     double* wide = space.part<double>(thread, at.wide);
@@ -358,7 +357,8 @@ Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, dou
   double* partials = sums.part<double>(0, at_partials);
 
   int64_t next = 0;
-  in_threads(threads, [&](int thread) {
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
     S* buffer = space.part<S>(thread, at_buffer);
     const S** src = space.part<const S*>(thread, at_src);
     S* centre_buffer = space.part<S>(thread, at_centre);
@@ -474,7 +474,8 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
   if (!space.allocate(threads)) return Status::out_of_memory;
 
   int64_t next_task = 0;
-  in_threads(threads, [&](int thread) {
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
     int64_t* used = space.part<int64_t>(thread, at_used);
     double* w = space.part<double>(thread, at_weights);
     double* sums = space.part<double>(thread, at_sums);
@@ -617,7 +618,8 @@ Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const*
   const F64 keep = splat<F64>(how.keep);
 
   int64_t next_task = 0;
-  in_threads(threads, [&](int thread) {
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
     S* tail = space.part<S>(thread, at_tail);
     C* rounded = space.part<C>(thread, at_rounded);
     S* stored = space.part<S>(thread, at_stored);

@@ -1,6 +1,4 @@
 // Compiled once per instruction set: the yardstick of every benchmark, one streaming sum over the rows.
-#include <omp.h>
-
 #include "tiles.h"
 
 namespace rk {
@@ -13,13 +11,14 @@ uint64_t read_pass(const Rows& rows, int threads) {
   constexpr int64_t kRun = 16384, kStreams = 4, kStep = kStreams * RK_VECTOR_BYTES;
   const int64_t item = rows.dtype == DType::float64 ? 8 : rows.dtype == DType::float32 ? 4 : 2;
   uint64_t total = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-  {
+  in_threads(threads, [&](const Member& member) {
     Words sum[kStreams] = {};
+    uint64_t rest = 0;
     for (int64_t s = 0; s < rows.n_segments; ++s) {
       const int64_t bytes = (rows.offsets[s + 1] - rows.offsets[s]) * item;
-#pragma omp for schedule(static) nowait
-      for (int64_t begin = 0; begin < bytes; begin += kRun)
+      const int64_t runs = (bytes + kRun - 1) / kRun;
+      const int64_t first = runs * member.thread / member.threads, last = runs * (member.thread + 1) / member.threads;
+      for (int64_t begin = first * kRun; begin < last * kRun; begin += kRun)
         for (int64_t i = 0; i < rows.n; ++i) {
           const char* row = static_cast<const char*>(rows.data[s * rows.n + i]);
           const int64_t end = min64(begin + kRun, bytes);
@@ -31,13 +30,14 @@ uint64_t read_pass(const Rows& rows, int threads) {
           for (; j < end; j += 8) {
             uint64_t word = 0;
             memcpy(&word, row + j, static_cast<size_t>(min64(8, end - j)));
-            total += word;
+            rest += word;
           }
         }
     }
     for (int64_t v = 0; v < kStreams; ++v)
-      for (unsigned lane = 0; lane < RK_VECTOR_BYTES / 8; ++lane) total += sum[v][lane];
-  }
+      for (unsigned lane = 0; lane < RK_VECTOR_BYTES / 8; ++lane) rest += sum[v][lane];
+    __atomic_fetch_add(&total, rest, __ATOMIC_RELAXED);
+  });
   return total;
 }
 

@@ -1,11 +1,10 @@
 // How the columns are walked: a fixed grid of tasks (so that bits do not depend on the number of threads),
 // tasks cut at segment borders into pieces, pieces walked in tiles that stay in cache.
 #pragma once
-#include <omp.h>
 #include <stdlib.h>
 
-#include "floats.h"
 #include "simd.h"
+#include "team.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -142,20 +141,6 @@ RK_INLINE Ahead ahead_of(const Rows& rows, int64_t segment, int64_t end, int64_t
   const int64_t left = rows.offsets[segment + 1] - rows.offsets[segment] - end;
   constexpr int64_t item = static_cast<int64_t>(sizeof(S));
   return Ahead(rows.data + segment * rows.n, rows.n, end * item, min64(columns, left) * item, steps);
-}
-
-// body(thread) in each of the threads; a single one does without OpenMP, whose set-up a small call would feel.
-template <class Body>
-RK_INLINE void in_threads(int threads, Body&& body) {
-  if (threads == 1) {
-    body(0);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    const UsualFloats usual;  // the calling thread's are its caller's care
-    body(omp_get_thread_num());
-  }
 }
 
 // Sets the marks that a thread has found among those of all threads. No lock: a process that forks meanwhile would hand

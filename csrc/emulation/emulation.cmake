@@ -1,10 +1,7 @@
 # robustkern._cuda for this processor: the same kernels and bindings, run by csrc/emulation. For tests; never installed.
 # RK_EMULATION: plain, address (ASan and UBSan) or thread (TSan).
 
-set(RK_SANITIZE_plain "")
-set(RK_SANITIZE_address -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
-set(RK_SANITIZE_thread -fsanitize=thread)
-set(RK_SANITIZE ${RK_SANITIZE_${RK_EMULATION}})
+set(RK_SANITIZE ${RK_WATCH_${RK_EMULATION}})
 
 add_library(rk_kernels OBJECT csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
 set_source_files_properties(csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu PROPERTIES LANGUAGE CXX)

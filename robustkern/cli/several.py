@@ -68,10 +68,13 @@ def combine_on_ranks(
     from robustkern.distributed import aggregate_checkpoints
 
     rank = launched_rank()
-    if rank is not None:
-        dist.init_process_group("gloo")
     started = time.perf_counter()
-    info = aggregate_checkpoints([worker.path for worker in pool.workers], plan, out=out, **options)
+    with contextlib.ExitStack() as stack:
+        if rank is not None:
+            dist.init_process_group("gloo")
+            # Its threads, if they lived at the process's end, would abort it now and then.
+            stack.callback(dist.destroy_process_group)
+        info = aggregate_checkpoints([worker.path for worker in pool.workers], plan, out=out, **options)
     seconds = time.perf_counter() - started
     if rank:
         return

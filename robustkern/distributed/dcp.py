@@ -27,6 +27,8 @@ from torch.distributed.tensor import DTensor, Shard
 from robustkern.distributed.ranks import Group
 from robustkern.distributed.together import Ranks
 from robustkern.errors import plain, shown
+from robustkern.files.formats import MAX_AXES
+from robustkern.files.pickles import check_pickle
 
 __all__ = ["Folder", "save_folder"]
 
@@ -62,6 +64,7 @@ class Folder:
         try:
             if len(data) > MAX_INDEX:
                 raise ValueError(f"its index has more than {MAX_INDEX} bytes")
+            check_pickle(data)
             found = _Safe(io.BytesIO(data)).load()
             self._tensors = {
                 str(key): _checked(found.state_dict_metadata[key])
@@ -72,8 +75,9 @@ class Folder:
             for index, info in found.storage_data.items():
                 if index.offset is None:
                     continue
-                if info.transform_descriptors or os.path.basename(info.relative_path) != info.relative_path:
-                    raise ValueError(f"a piece lies in {shown(str(info.relative_path))}")
+                place = info.relative_path
+                if info.transform_descriptors or type(place) is not str or os.path.basename(place) != place:
+                    raise ValueError(f"a piece lies in {shown(str(place))}")
                 self._places[index.fqn, tuple(index.offset)] = (info.relative_path, int(info.offset), int(info.length))
         except Exception as error:  # a pickle can fail in any way
             raise ValueError(
@@ -204,6 +208,8 @@ def _checked(tensor: TensorStorageMetadata) -> TensorStorageMetadata:
     That they do not overlap is seen where they are read.
     """
     size = tuple(tensor.size)
+    if len(size) > MAX_AXES or not all(type(number) is int and number < 1 << 63 for number in size):
+        raise ValueError(f"a tensor of {len(size)} axes, or of sizes that are no whole numbers")
     covered = 0
     if not all(type(number) is int for chunk in tensor.chunks for number in (*size, *chunk.offsets, *chunk.sizes)):
         raise ValueError("sizes of a tensor are no whole numbers")

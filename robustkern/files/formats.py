@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.errors import RobustkernError, plain, shown
+from robustkern.files.pickles import check_pickle
 
 __all__ = [
     "CODES",
@@ -428,8 +429,15 @@ class _Npz(_Spans):
                 span = _Span(0, steps)
             else:
                 start = member.header_offset
-                header = held.read(start, 30) if start + 30 <= held.size else b""
-                if not header.startswith(b"PK\3\4") or member.compress_size != member.file_size:
+                code = "utf-8" if member.flag_bits & 0x800 else "cp437"
+                called = member.orig_filename.encode(code)
+                header = held.read(start, 30 + len(called)) if start + 30 + len(called) <= held.size else b""
+                if (
+                    not header.startswith(b"PK\3\4")
+                    or header[30:] != called
+                    or struct.unpack("<H", header[26:28]) != (len(called),)
+                    or member.compress_size != member.file_size
+                ):
                     raise ValueError(f"its member {shown(member.filename)} is not where the directory says")
                 start += 30 + sum(struct.unpack("<HH", header[26:30]))
                 if start + member.file_size > held.size:
@@ -520,15 +528,11 @@ _NAMES = re.compile(
 )
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_weights(data: bytes) -> None:
     """Raise where a pickle names what no dict of tensors needs: nothing else can take memory that the file has not."""
-    import pickletools
-
-    for code, argument, _ in pickletools.genops(data):
-        if code.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "PERSID") or (
-            code.name == "GLOBAL" and not _NAMES.fullmatch(str(argument))
-        ):
-            raise ValueError(f"it holds {shown(str(argument or code.name))}, which is no tensor")
+    for operation, name in check_pickle(data):
+        if operation != "GLOBAL" or not _NAMES.fullmatch(str(name)):
+            raise ValueError(f"it holds {shown(str(name or operation))}, which is no tensor")
 
 
 class _Torch(_Spans):
@@ -553,7 +557,7 @@ class _Torch(_Spans):
                 if member.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and member.file_size > MAX_PICKLE):
                     raise ValueError(f"its member {shown(member.filename)} is compressed, or too long")
                 if name == "data.pkl":
-                    _check_pickle(archive.read(member))
+                    _check_weights(archive.read(member))
                 elif name == "byteorder" and archive.read(member).strip() != sys.byteorder.encode():
                     raise ValueError(
                         "it was written on a machine with another order of bytes (save it again on this one)"
@@ -626,6 +630,8 @@ def _parsed(header: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
         raise ValueError("its header is nested too deeply") from None
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are never loaded")
+    if dtype.subdtype is not None or dtype.itemsize == 0:
+        raise ValueError(f"its dtype {plain(str(dtype), 60)} is not that of a number")
     if any(not 0 <= size < 1 << 63 for size in shape) or len(shape) > MAX_AXES:
         raise ValueError(f"its shape {plain(str(shape), 60)} is negative, or too large")
     steps = None

@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.files.pickles import check_pickle
+
 __all__ = ["DATA_SETS", "DataSet", "dirichlet_of", "load_data", "split"]
 
 MNIST_FILES = (
@@ -329,6 +331,7 @@ def _values(x: Any) -> NDArray[Any]:
 def _read_pickled(name: str, content: bytes) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Read a batch as Python's pickle has it, without running what else could be in there."""
     try:
+        check_pickle(content)
         batch = _Inert(io.BytesIO(content), encoding="bytes").load()
         data, labels = _values(batch[b"data"]), _values(batch[b"labels"])
     except Exception as error:  # a broken pickle can raise anything
