@@ -15,7 +15,7 @@ comma := ,
 space := $() $()
 SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find csrc -type f -not -path "csrc/emulation/*")
 
-COUNTED := $(patsubst %,tests/test_%.py,kernels momenta means blocks rules registry)
+COUNTED := $(patsubst %,tests/test_%.py,kernels momenta means blocks rules registry arrays leaves files workers benchmark)
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 # Which builds of the CPU kernels the tests watch, see build/watched; make check-all: all.
@@ -60,8 +60,8 @@ mutation: $(VENV)/dev.stamp
 
 # Lines and branches that the tests reach: of the CPU kernels, and of all that is Python.
 coverage: $(VENV)/dev.stamp build/watched/coverage-levels/built
-	ROBUSTKERN_WATCHED=coverage-levels $(BIN)/python -m pytest -q -k cpp $(COUNTED)
-	$(BIN)/gcovr --root . --filter csrc --exclude-throw-branches build/watched/coverage-levels
+	ROBUSTKERN_WATCHED=coverage-levels $(BIN)/python -m pytest -q -k "not numba and not emulated and not planted" $(COUNTED)
+	$(BIN)/gcovr --root . --filter csrc --exclude-throw-branches --merge-lines build/watched/coverage-levels
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --cov=robustkern --cov-branch --cov-report=term $(ARGS)
 
 # Everything that can be checked here, for hours: every sanitizer at every instruction set, and all of the above.

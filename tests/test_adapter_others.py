@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -275,3 +276,29 @@ def test_suites_run_unchanged(tmp_path: Path) -> None:
     found = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=os.environ, check=False)
     assert "1 passed" in found.stdout, found.stdout + found.stderr
     assert subprocess.run([sys.executable, str(script), "none"], capture_output=True, check=False).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "framework", "remedy"),
+    [
+        ("flower", "flwr", "'robustkern[flower]'"),
+        ("flower_server", "flwr", "'robustkern[flower]'"),
+        ("jax", "jax", "'robustkern[jax]'"),
+        ("torch", "torch", "'robustkern[torch]'"),
+        ("krum", "torch", "'robustkern[torch]'"),
+        ("torchjd", "torchjd", "'robustkern[torchjd]'"),
+        ("nvflare", "nvflare", "'robustkern[nvflare]'"),
+        ("mergekit", "mergekit", "'robustkern[mergekit]'"),
+        ("byzpy", "byzpy", "byzpy"),
+    ],
+)
+def test_a_framework_that_is_missing_is_named_with_what_brings_it(
+    monkeypatch: pytest.MonkeyPatch, module: str, framework: str, remedy: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{framework}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, framework, None)
+    monkeypatch.delitem(sys.modules, f"robustkern.adapters.{module}", raising=False)
+    message = rf"this adapter is for {framework}, which is not installed \(pip install {re.escape(remedy)}\)"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        importlib.import_module(f"robustkern.adapters.{module}")

@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from byzpy import pre_aggregators as before
-from byzpy.aggregators import coordinate_wise, geometric_wise, norm_wise
+from robustkern.adapters import needs
+
+with needs(None):
+    import torch
+    from byzpy import pre_aggregators as before
+    from byzpy.aggregators import coordinate_wise, geometric_wise, norm_wise
 
 from robustkern import rules
 from robustkern.adapters.torch import aggregate as recorded

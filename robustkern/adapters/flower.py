@@ -24,12 +24,16 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import strategy as builtin
-from flwr.serverapp.strategy.multikrum import select_multikrum
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
-from flwr.supercore import log
 from numpy.typing import NDArray
+
+from robustkern.adapters import needs
+
+with needs("flower"):
+    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+    from flwr.serverapp import strategy as builtin
+    from flwr.serverapp.strategy.multikrum import select_multikrum
+    from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+    from flwr.supercore import log
 
 from robustkern.adapters.replies import CAP, Read, checked_limit, checked_rule, most_of, sorted_out
 from robustkern.engine import Info

@@ -16,12 +16,16 @@ from logging import WARNING
 from typing import Any
 
 import numpy as np
-from flwr.common import EvaluateRes, FitRes, Parameters, Scalar, ndarrays_to_parameters
-from flwr.server import strategy as builtin
-from flwr.server.client_proxy import ClientProxy
-from flwr.server.strategy.aggregate import aggregate_krum as builtin_krum
-from flwr.supercore import log
 from numpy.typing import NDArray
+
+from robustkern.adapters import needs
+
+with needs("flower"):
+    from flwr.common import EvaluateRes, FitRes, Parameters, Scalar, ndarrays_to_parameters
+    from flwr.server import strategy as builtin
+    from flwr.server.client_proxy import ClientProxy
+    from flwr.server.strategy.aggregate import aggregate_krum as builtin_krum
+    from flwr.supercore import log
 
 from robustkern.adapters.flower import decoded, krum_order
 from robustkern.adapters.replies import Read, most_of, sorted_out

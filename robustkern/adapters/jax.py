@@ -10,9 +10,13 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+
+from robustkern.adapters import needs
+
+with needs("jax"):
+    import jax
+    import jax.numpy as jnp
 
 from robustkern.adapters.gradients import Options, gradients_of_rows
 from robustkern.functions import aggregate as _aggregate

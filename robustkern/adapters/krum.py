@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from robustkern.adapters import needs
+
+with needs("torch"):
+    import torch
+    from torch import Tensor
 
 from robustkern import kernels, rules
 from robustkern.adapters.torch import aggregate as recorded

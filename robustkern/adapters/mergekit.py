@@ -16,10 +16,13 @@ it holds for its parts, and one verdict over whole models is what ``robustkern a
 
 from __future__ import annotations
 
-import torch
-from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
-from mergekit.merge_methods.easy_define import merge_method
-from mergekit.merge_methods.registry import register
+from robustkern.adapters import needs
+
+with needs("mergekit"):
+    import torch
+    from mergekit.merge_methods.base import BasePolicy, InputContract, PerNonBase, TensorGroup
+    from mergekit.merge_methods.easy_define import merge_method
+    from mergekit.merge_methods.registry import register
 
 from robustkern.adapters.torch import aggregate
 from robustkern.errors import plain

@@ -12,8 +12,12 @@ from typing import Any
 
 import numpy as np
 from array_api_compat import is_torch_array
-from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
-from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+
+from robustkern.adapters import needs
+
+with needs("nvflare"):
+    from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+    from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
 
 from robustkern.adapters.replies import Read, checked_limit, checked_rule, sorted_out
 from robustkern.engine import Info

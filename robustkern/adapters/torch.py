@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
+from robustkern.adapters import needs
+
+with needs("torch"):
+    import torch
+    from torch import Tensor
 
 from robustkern.adapters.gradients import Options, gradients_of_rows
 from robustkern.functions import aggregate as _aggregate

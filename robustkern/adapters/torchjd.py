@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
-from torchjd import aggregation as theirs
+from robustkern.adapters import needs
+
+with needs("torchjd"):
+    import torch
+    from torch import Tensor
+    from torchjd import aggregation as theirs
 
 from robustkern import rules
 from robustkern.adapters.torch import aggregate

@@ -509,6 +509,8 @@ class _Npz(_Spans):
 
 def _archive(held: Held) -> zipfile.ZipFile:
     """Open an archive whose directory has a bounded length: `_Stream` reads no more at once."""
+    if held.size < 4 or held.read(0, 4) not in (b"PK\3\4", b"PK\5\6"):
+        raise zipfile.BadZipFile("it does not begin as an archive does")  # but maybe as a file of another kind
     return zipfile.ZipFile(_Stream(held))
 
 

@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -164,6 +165,7 @@ def make(
         raise ValueError(f"{what}: {name!r} is not known{hint} (known: {', '.join(known)})")
     kind: Any = kinds[name]
     try:
+        inspect.signature(kind).bind(*arguments, **options)  # whose errors do not speak of __init__
         made: T = kind(*arguments, **options)
     except TypeError as error:
         fields = ", ".join(spec.name for spec in dataclasses.fields(kind)) or "none"
