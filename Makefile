@@ -21,7 +21,7 @@ EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 # Which builds of the CPU kernels the tests watch, see build/watched; make check-all: all.
 WATCHED ?= address
 
-.PHONY: demo test lint format bench check-speed docs wheel reproduction emulation gpu-report clean \
+.PHONY: demo test lint format bench bench-compare check-speed docs wheel reproduction emulation gpu-report clean \
 	fuzz soak mutation coverage check-all
 
 demo: $(VENV)/demo.stamp
@@ -43,6 +43,10 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest bench -o python_files="bench_*.py" -o timeout=0 --benchmark-only --benchmark-columns=median,min,max,rounds --benchmark-group-by=group $(ARGS)
+
+# make bench-compare BEFORE=old.json AFTER=new.json, each of `make bench ARGS=--benchmark-json=...` or `robustkern bench --save`.
+bench-compare: $(VENV)/dev.stamp
+	$(BIN)/robustkern bench --compare $(BEFORE) $(AFTER) $(ARGS)
 
 check-speed: $(VENV)/dev.stamp
 	$(BIN)/python bench/check.py

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench_rules import note
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from robustkern.backends.registry import load_backend
@@ -62,11 +61,11 @@ PRIMITIVES = tuple(calls(np.zeros((3, 4), np.float32), np.zeros((1, 4), np.float
 
 
 @pytest.mark.parametrize("primitive", PRIMITIVES)
-def test_primitive(benchmark: BenchmarkFixture, rows: rb.Array, primitive: str) -> None:
+def test_primitive(benchmark: BenchmarkFixture, rows: rb.Array, read_pass: Any, primitive: str) -> None:
     out = np.zeros((1, rows.shape[1]), dtype=rows.dtype)
     call, check = calls(rows, out)[primitive]
-    read = rb.read_pass(rows)
-    read_s = float(np.median([rb._time(read) for _ in range(5)]))
+    read = read_pass(rows)
     got = benchmark.pedantic(call, rounds=5, warmup_rounds=1)
-    note(benchmark, f"{primitive} {rows.dtype.name}", rows.nbytes, read_s)
+    benchmark.group = f"{primitive} {rows.dtype.name}"
+    read.note(benchmark, input=rb.INPUT, limit=1)
     check(got, rows[:, :1000].astype(np.float64))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-import robustkern as rk
 from robustkern.measure import reads as rb
 from robustkern.measure.peers import PEERS, load
 
@@ -21,13 +20,6 @@ RULES = rb.cases()
 @pytest.fixture(scope="module")
 def rows() -> rb.Array:
     return rb.make_rows(N, D)
-
-
-@pytest.fixture(scope="module")
-def read_s(rows: rb.Array) -> float:
-    """Seconds of one read of the rows."""
-    read = rb.read_pass(rows)
-    return float(np.median([rb._time(read) for _ in range(9)]))
 
 
 @pytest.fixture(scope="module")
@@ -44,27 +36,16 @@ def expected(rows: rb.Array) -> Callable[[str], rb.Array]:
     return result
 
 
-def note(benchmark: BenchmarkFixture, group: str, nbytes: int, read_s: float) -> None:
-    info = rk.info()
-    seconds = benchmark.stats.stats.median
-    benchmark.group = group
-    benchmark.extra_info.update(
-        read_pass_s=read_s,
-        reads=seconds / read_s,
-        gb_per_s=nbytes / seconds / 1e9,
-        isa=info["isa"],
-        threads=info["threads"],
-    )
-
-
 @pytest.mark.parametrize("backend", ["cpp", "numba"])
 @pytest.mark.parametrize("rule", RULES)
 def test_robustkern(
-    benchmark: BenchmarkFixture, rows: rb.Array, read_s: float, expected: Any, rule: str, backend: str
+    benchmark: BenchmarkFixture, rows: rb.Array, read_pass: Any, expected: Any, rule: str, backend: str
 ) -> None:
     call, out = rb.job(rule, rows, F, backend)
+    read = read_pass(rows)
     benchmark.pedantic(call, rounds=9, warmup_rounds=2)
-    note(benchmark, f"{rule} n={N} d={D} float32", rows.nbytes, read_s)
+    benchmark.group = f"{rule} n={N} d={D} float32"
+    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule))
     naive = load("numpy", F)
     want = naive[rule](rows) if rule in naive else expected(rule)
     np.testing.assert_allclose(out, want, atol=2e-5 if rule != "gram" else 1e-3)
@@ -73,7 +54,7 @@ def test_robustkern(
 @pytest.mark.parametrize("library", PEERS)
 @pytest.mark.parametrize("rule", [*RULES, "rfa"])
 def test_peers(
-    benchmark: BenchmarkFixture, rows: rb.Array, read_s: float, expected: Any, rule: str, library: str
+    benchmark: BenchmarkFixture, rows: rb.Array, read_pass: Any, expected: Any, rule: str, library: str
 ) -> None:
     try:
         offered = load(library, F)
@@ -81,6 +62,8 @@ def test_peers(
         pytest.skip(f"{library} is not installed: {error}")
     if rule not in offered:
         pytest.skip(f"{library} has no {rule}")
+    read = read_pass(rows)
     got = benchmark.pedantic(offered[rule], (rows,), rounds=2)
-    note(benchmark, f"{rule} n={N} d={D} float32", rows.nbytes, read_s)
+    benchmark.group = f"{rule} n={N} d={D} float32"
+    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule))
     np.testing.assert_allclose(got, expected(rule), atol=2e-4)  # float32 sums, and looser stops, of their own

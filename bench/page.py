@@ -32,6 +32,30 @@ The suites compare two calls made in turn, again by medians; small calls by the 
 of a fresh process besides rows and result, by the operating system's account.
 
 To measure your machine: `robustkern bench --suite all` (some minutes), `robustkern bench --help` for less or for peers.
+
+Two runs are compared by `robustkern bench --compare before.json after.json` (or `make bench-compare BEFORE=... AFTER=...`):
+files of `--save`, or of `pytest --benchmark-json`. What got slower by more than 10 % (`--slack`), and by more than the
+quartiles of both runs overlap, is named, and the exit code is 1. Your own suite of pytest-benchmark takes part with a
+fixture, in `conftest.py`:
+
+```python
+from robustkern.measure.fixtures import read_pass
+
+__all__ = ["read_pass"]
+```
+
+and in a benchmark, whatever it measures:
+
+```python
+import numpy as np
+
+
+def test_mean(benchmark, read_pass):
+    rows = np.random.default_rng(0).standard_normal((20, 200_000), dtype=np.float32)
+    read = read_pass(rows)  # one streaming read of these rows, timed now
+    benchmark(rows.mean, axis=0)
+    read.note(benchmark, input="normal", limit=1)  # reads, quartiles, limit, input into extra_info
+```
 """
 
 

@@ -115,7 +115,7 @@ def own_time(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         return time.process_time() - started
 
-    monkeypatch.setattr(benchmark, "_time", seconds)
+    monkeypatch.setattr(benchmark, "seconds_of", seconds)
     monkeypatch.setattr(benchmark, "VALUES", 4_000_000)
     rk.set_num_threads(1)
 

@@ -63,6 +63,7 @@ def test_text_form(text: str, rule: rk.Rule, printed: str) -> None:
         ),
         ("median(odd=1)", r"median: .*unexpected keyword argument 'odd' \(its parameters: even\)"),
         ("mean(1)", "mean: .*its parameters: none"),
+        ("clipping", r"clipping: missing a required argument: 'limit' \(its parameters: limit\)"),
         ("median(**{})", r"'\*\*' is not understood"),
         ("__import__('os').system('true')", "cannot read"),
         ("median + mean", "cannot read 'median \\+ mean'"),

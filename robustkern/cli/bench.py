@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from robustkern.cli.console import Wrong, bar, command, print_json, print_table
+from robustkern.cli.console import Wrong, bar, command, note, print_json, print_table
 from robustkern.cli.options import Json, Rules, file_to_write, listed, names, numbers, rule_of
 from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
-from robustkern.measure import peers, reads
+from robustkern.measure import peers, reads, regression
 from robustkern.measure.style import SUFFIXES
 from robustkern.measure.suites import SUITES
 
@@ -38,6 +39,11 @@ def bench(
     as_json: Json = False,
     save: Annotated[Path | None, typer.Option(help="Write machine and figures to this .json file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw reads against n into this picture.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="BEFORE AFTER", help="Compare two saved runs; measure nothing."),
+    ] = None,
+    slack: Annotated[float, typer.Option(min=0.0, help="With --compare: the share that a figure may grow by.")] = 0.1,
 ) -> None:
     """Measure what rules cost in read passes: the time of one streaming sum over the same rows, in the same run.
 
@@ -48,7 +54,14 @@ def bench(
     (memory), what threads bring (threads), the update of momenta against torch
     (momenta), Numba against compiled code (numba). --rules, --n, --dtype,
     --against and --plot are for rules alone. Ctrl-C keeps what was measured.
+
+    --compare takes two files, each of --save or of pytest --benchmark-json. It
+    exits with 1 where something got slower: by more than --slack, and by more
+    than the quartiles of both runs overlap.
     """
+    if compare is not None:
+        _compare(*compare, slack, as_json)
+        return
     known = ("rules", *SUITES)
     wanted = names(suite or ["rules"], "suite", (*known, "all"))
     chosen = [name for name in known if name in wanted or "all" in wanted]
@@ -115,6 +128,39 @@ def _measure(
         for k, (name, case) in enumerate(cases, len(jobs)):
             shown.show(k, f"{name}: {', '.join(map(str, case))}")
             lines.extend(SUITES[name][0](*case, rounds, d))
+
+
+def _compare(before: Path, after: Path, slack: float, as_json: bool) -> None:
+    try:
+        old, new = regression.saved(before), regression.saved(after)
+    except ValueError as error:
+        raise Wrong(f"--compare: {error}") from None
+    found = regression.changes(old, new, slack)
+    alone = [sorted(old.keys() - new.keys()), sorted(new.keys() - old.keys())]
+    if not found:
+        raise Wrong(f"--compare: {before} and {after} have no benchmark in common")
+    if as_json:
+        changed = [asdict(change) | {"ratio": change.ratio} for change in found]
+        print_json({"changes": changed, "only_before": alone[0], "only_after": alone[1]})
+    else:
+        print_table(
+            f"in read passes (quartiles); slower: by more than {slack:.0%}, and beyond the quartiles",
+            ("benchmark", "before", "after", "ratio", ""),
+            [
+                (c.name, *map(_with_quartiles, (c.before, c.after)), f"{c.ratio:.2f}", "SLOWER" if c.slower else "")
+                for c in found
+            ],
+            numbers=("before", "after", "ratio"),
+        )
+        for path, names_ in zip((before, after), alone, strict=True):
+            if names_:
+                note(f"only in {path}: {', '.join(names_)}")
+    if any(change.slower for change in found):
+        raise typer.Exit(1)
+
+
+def _with_quartiles(figure: regression.Figure) -> str:
+    return f"{figure.reads:.2f} ({figure.low:.2f}-{figure.high:.2f})"
 
 
 def _print_rules(results: list[reads.Measured]) -> None:

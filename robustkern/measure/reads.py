@@ -28,6 +28,7 @@ from robustkern.rules import registered
 from robustkern.rules.base import Goals
 
 __all__ = [
+    "INPUT",
     "VALUES",
     "Line",
     "Measured",
@@ -35,16 +36,20 @@ __all__ = [
     "facts",
     "goal",
     "goals",
+    "least_reads",
     "machine",
     "make_rows",
     "measure",
     "measure_peers",
     "plot",
     "save",
+    "seconds_of",
 ]
 
 #: Values (n times d) of a measurement: 640 MB in float32, beyond any cache.
 VALUES = 160_000_000
+#: What `make_rows` makes.
+INPUT = "normal values, a quarter of the rows three standard deviations away"
 #: Values against which slower libraries are measured.
 PEER_VALUES = 24_000_000
 
@@ -69,6 +74,16 @@ def goal(rule: str, n: int) -> float | None:
     limits = goals().get(rule, {})
     known = [most for most in limits if most >= n]
     return limits[min(known)] if known else None
+
+
+def least_reads(rule: str) -> float | None:
+    """Return how often a rule reads the data by its definition, where that is one number; see `job`."""
+    if rule in ("gram", "weighted median"):
+        return 1.0
+    try:
+        return float(robustkern.parse_rule(rule).reads)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,8 @@ def job(rule: str, rows: Array, f: int, backend: str = "auto") -> tuple[Callable
     return lambda: robustkern.aggregate(rows, plan, **options), options["out"]
 
 
-def _time(call: Callable[[], Any]) -> float:
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Time one call."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
@@ -232,8 +248,8 @@ def compare(call: Callable[[], Any], read: Callable[[], Any], rounds: int) -> tu
     """Time a call and the read pass before it, in turn; return both lists of seconds."""
     calls, reads = [], []
     for _ in range(rounds):
-        reads.append(_time(read))
-        calls.append(_time(call))
+        reads.append(seconds_of(read))
+        calls.append(seconds_of(call))
     return calls, reads
 
 

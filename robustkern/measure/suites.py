@@ -28,7 +28,7 @@ from robustkern.files import aggregate_files
 from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
 from robustkern.measure.peers import load
-from robustkern.measure.reads import VALUES, Array, Line, _dtype, _time, cases, job, machine, make_rows, read_pass
+from robustkern.measure.reads import VALUES, Array, Line, _dtype, cases, job, machine, make_rows, read_pass, seconds_of
 from robustkern.rules import available_rules, parse_rule
 from robustkern.server import Server
 
@@ -48,7 +48,7 @@ Call = Callable[[], Any]
 
 def _times(*calls: Call, rounds: int) -> Array:
     """Return seconds (rounds, calls) of some calls made in turn: a slow spell of the machine falls on all of them."""
-    return np.array([[_time(call) for call in calls] for _ in range(rounds)])
+    return np.array([[seconds_of(call) for call in calls] for _ in range(rounds)])
 
 
 def _ratio(call: Call, other: Call, rounds: int) -> float:
