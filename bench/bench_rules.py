@@ -45,7 +45,7 @@ def test_robustkern(
     read = read_pass(rows)
     benchmark.pedantic(call, rounds=9, warmup_rounds=2)
     benchmark.group = f"{rule} n={N} d={D} float32"
-    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule))
+    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule, N, F))
     naive = load("numpy", F)
     want = naive[rule](rows) if rule in naive else expected(rule)
     np.testing.assert_allclose(out, want, atol=2e-5 if rule != "gram" else 1e-3)
@@ -65,5 +65,5 @@ def test_peers(
     read = read_pass(rows)
     got = benchmark.pedantic(offered[rule], (rows,), rounds=2)
     benchmark.group = f"{rule} n={N} d={D} float32"
-    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule))
+    read.note(benchmark, input=rb.INPUT, limit=rb.least_reads(rule, N, F))
     np.testing.assert_allclose(got, expected(rule), atol=2e-4)  # float32 sums, and looser stops, of their own

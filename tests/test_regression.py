@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from robustkern.cli.commands import app
+from robustkern.measure.reads import least_reads
 from robustkern.measure.regression import Figure, changes, saved
 
 #: What a framework author's suite looks like, as docs/performance.md has it.
@@ -129,3 +130,13 @@ def test_the_documented_suite_runs_and_is_compared(tmp_path: Path) -> None:
     assert figure.reads == noted["reads"]
     run = (tmp_path / "run.json").read_text()
     assert compare(tmp_path, run, run).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"),
+    [("median", 1), ("weighted median", 1), ("gram", 1), ("mean", 1), ("ctma(median)", 1.75), ("krum", 1.05)]
+    + [("geometric_median", 2), ("nnm | median", 2)],
+)
+def test_limits_in_reads_are_what_tests_count(rule: str, least: float) -> None:
+    """As `tests/test_blocks.py::test_reads_of_the_data` counts bytes."""
+    assert least_reads(rule, 20, 5) == pytest.approx(least)

@@ -76,14 +76,11 @@ def goal(rule: str, n: int) -> float | None:
     return limits[min(known)] if known else None
 
 
-def least_reads(rule: str) -> float | None:
-    """Return how often a rule reads the data by its definition, where that is one number; see `job`."""
+def least_reads(rule: str, n: int, f: int) -> float:
+    """Return how often a rule must read the data: once, and the rows again that its result is made of; see `job`."""
     if rule in ("gram", "weighted median"):
         return 1.0
-    try:
-        return float(robustkern.parse_rule(rule).reads)
-    except ValueError:
-        return None
+    return 1 + robustkern.parse_rule(rule).rows_read_again(n, f) / n
 
 
 @dataclass(frozen=True)
