@@ -134,8 +134,16 @@ def test_the_documented_suite_runs_and_is_compared(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "least"),
-    [("median", 1), ("weighted median", 1), ("gram", 1), ("mean", 1), ("ctma(median)", 1.75), ("krum", 1.05)]
-    + [("geometric_median", 2), ("nnm | median", 2)],
+    [
+        ("median", 1),
+        ("weighted median", 1),
+        ("gram", 1),
+        ("mean", 1),
+        ("ctma(median)", 1.75),
+        ("krum", 1.05),
+        ("geometric_median", 2),
+        ("nnm | median", 2),
+    ],
 )
 def test_limits_in_reads_are_what_tests_count(rule: str, least: float) -> None:
     """As `tests/test_blocks.py::test_reads_of_the_data` counts bytes."""
