@@ -33,10 +33,10 @@ of a fresh process besides rows and result, by the operating system's account.
 
 To measure your machine: `robustkern bench --suite all` (some minutes), `robustkern bench --help` for less or for peers.
 
-Two runs are compared by `robustkern bench --compare before.json after.json`; `make bench-compare` does the same. The files
-are those of `--save`, or of `pytest --benchmark-json`. What got slower by more than 10 % (`--slack`), and by more than the
-quartiles of both runs overlap, is named, and the exit code is 1. Your own suite of pytest-benchmark takes part with a
-fixture, in `conftest.py`:
+Two runs are compared by `robustkern bench --compare before.json after.json`; `make bench-compare` does the same. The
+files are those of `--save`, or of `pytest --benchmark-json`. What got slower by more than 10 % (`--slack`), and by more
+than the quartiles of both runs overlap, is named, and the exit code is 1. Your own suite of pytest-benchmark takes part
+with a fixture, in `conftest.py`:
 
 ```python
 from robustkern.measure.fixtures import read_pass

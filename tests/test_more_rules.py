@@ -16,7 +16,7 @@ from test_rules import SPECIAL, slow, slow_nearest
 import robustkern as rk
 from robustkern import products
 from robustkern.files import aggregate_files
-from robustkern.rules import diameter, geometry
+from robustkern.rules import diameter, filters, geometry
 
 Array = NDArray[Any]
 
@@ -549,6 +549,20 @@ def test_no_direction_is_chosen_among_equidistant_rows(backend: str) -> None:
     turned = x @ np.linalg.qr(np.random.default_rng(0).standard_normal((12, 12)))[0]
     assert rk.aggregate(turned, "spectral", f=3, return_info=True)[1].kept.tolist() == [True] * 9 + [False] * 3
     assert rk.aggregate(turned, "smea", f=3, return_info=True)[1].order == tuple(range(9))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_the_subset_of_smea_is_the_best_of_all_batches(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """By definition, and however many subsets are looked at at a time."""
+    monkeypatch.setattr(filters, "BATCH", batch)
+    for seed in range(10):
+        x = np.random.default_rng(seed).standard_normal((9, 4))
+        spreads = {
+            kept: np.linalg.norm(x[list(kept)] - x[list(kept)].mean(axis=0), 2)
+            for kept in itertools.combinations(range(9), 6)
+        }
+        want = min(spreads, key=lambda kept: spreads[kept])
+        assert np.flatnonzero(rk.aggregate(x, "smea", f=3, return_info=True)[1].kept).tolist() == list(want)
 
 
 def test_filters_of_copies_and_of_one_row(backend: str) -> None:
