@@ -442,6 +442,16 @@ def test_weighted_ctma_splits_the_last_row() -> None:
     assert info.kept.tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("rule", ["median", "geometric_median", "rfa"])
+def test_without_f_less_than_half_of_the_weight_may_be_bad(backend: str, rule: str) -> None:
+    x = np.arange(12.0).reshape(4, 3)
+    x[0] = np.nan
+    assert np.isfinite(rk.aggregate(x, rule, weights=[2, 1, 1, 0.5])).all()
+    for first in (2.5, 3, 5):  # half, and more
+        with pytest.raises(rk.NonFiniteError, match=r"of the weight hold NaN or Inf \(rows 0\).*the half of it"):
+            rk.aggregate(x, rule, weights=[first, 1, 1, 0.5])
+
+
 def test_a_split_residue_is_dropped() -> None:
     """1e-16 times an infinite row is still infinite."""
     x = np.random.default_rng(0).standard_normal((10, 4))
