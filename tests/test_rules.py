@@ -442,6 +442,18 @@ def test_weighted_ctma_splits_the_last_row() -> None:
     assert info.kept.tolist() == [False, False, True, False]
 
 
+@pytest.mark.parametrize("n", [3, 2047, 2048, 4096, 20_001, 65_535])
+def test_cells_of_many_rows_never_overflow(n: int) -> None:
+    """Their sum is that of whole numbers of 64 bits, of the heaviest weights that can be, too."""
+    for weights in (np.ones(n), np.nextafter(np.full(n, 2.0), 0), np.full(n, 5e-324)):
+        cells = geometry.as_cells(weights).tolist()
+        assert cells[0] > 0
+        assert len(set(cells)) == 1
+        assert sum(cells) < 2**62
+    x = np.random.default_rng(n).permutation(n).astype(np.float64)[:, None]
+    assert rk.aggregate(x, "median", weights=np.ones(n)) == (n - 1) / 2
+
+
 @pytest.mark.parametrize("rule", ["median", "geometric_median", "rfa"])
 def test_without_f_less_than_half_of_the_weight_may_be_bad(backend: str, rule: str) -> None:
     x = np.arange(12.0).reshape(4, 3)
