@@ -956,6 +956,8 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         (lambda: rk.MultiKrum(0), "multi_krum: m must be None or an integer of at least 1; got 0"),
         (lambda: rk.Bucketing(0), "bucketing: size must be None or an integer of at least 1; got 0"),
         (lambda: rk.Bucketing(seed=-1), "bucketing: seed must be None or an integer of at least 0; got -1"),
+        (lambda: rk.Bucketing(seed=True), "bucketing: seed must be None or an integer of at least 0; got True"),
+        (lambda: rk.Bucketing(seed=1.5), "bucketing: seed must be None or an integer of at least 0; got 1.5"),
         (lambda: rk.CTMA(rk.NNM()), "nnm only mixes the rows; end it with a rule that combines them"),
         (lambda: rk.Median() | rk.Krum(), "median leaves one row, so it must be the last rule of a chain"),
         (lambda: rk.krum(np.ones((4, 2)), f=1, neighbours=4), "krum: neighbours must be between 0 and n-1.*got 4"),

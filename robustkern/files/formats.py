@@ -193,6 +193,8 @@ class Held:
 
     def read_into(self, data: NDArray[np.uint8], offset: int) -> None:
         """Fill an array from a position on."""
+        if offset < 0:  # -1 would be wherever the file was read last
+            raise FileError(f"{self.path}: corrupt, something in it lies before its beginning")
         fd = self._fd
         if fd is None:
             self.check()
@@ -237,7 +239,10 @@ class _Stream(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = max(offset + (0, self._at, self._held.size)[whence], 0)
+        at = offset + (0, self._at, self._held.size)[whence]
+        if at < 0:
+            raise ValueError("truncated: something lies before its beginning")
+        self._at = at
         return self._at
 
     def read(self, size: int = -1) -> bytes:
