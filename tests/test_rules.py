@@ -462,6 +462,9 @@ def test_without_f_less_than_half_of_the_weight_may_be_bad(backend: str, rule: s
     for first in (2.5, 3, 5):  # half, and more
         with pytest.raises(rk.NonFiniteError, match=r"of the weight hold NaN or Inf \(rows 0\).*the half of it"):
             rk.aggregate(x, rule, weights=[first, 1, 1, 0.5])
+    x[1] = np.inf
+    with pytest.raises(rk.NonFiniteError, match=r"of the weight hold NaN or Inf \(rows 0, 1\).*the half of it"):
+        rk.aggregate(x, rule, weights=[1, 1, 1, 0.5])  # half only together
 
 
 def test_a_split_residue_is_dropped() -> None:
