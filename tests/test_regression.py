@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,16 +121,18 @@ def test_the_documented_suite_runs_and_is_compared(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(conftest)
     (tmp_path / "test_speed.py").write_text(suite)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-json", "run.json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    for options in (["--benchmark-disable"], []):
+        run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False, env=alone)
+        assert run.returncode == 0, run.stdout + run.stderr
     (noted,) = [each["extra_info"] for each in json.loads((tmp_path / "run.json").read_text())["benchmarks"]]
     assert 0 < noted["low"] <= noted["reads"] <= noted["high"]
     assert noted["limit"] == 1
     assert noted["input"] == "normal"
     (figure,) = saved(tmp_path / "run.json").values()
     assert figure.reads == noted["reads"]
-    run = (tmp_path / "run.json").read_text()
-    assert compare(tmp_path, run, run).exit_code == 0
+    text = (tmp_path / "run.json").read_text()
+    assert compare(tmp_path, text, text).exit_code == 0
 
 
 @pytest.mark.parametrize(

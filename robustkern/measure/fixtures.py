@@ -46,6 +46,8 @@ class ReadPass:
         limit : float, optional
             The reads that what was measured needs at least.
         """
+        if benchmark.stats is None:  # --benchmark-disable, or pytest-xdist: it ran, and nobody timed it
+            return
         stats, here = benchmark.stats.stats, reads.machine()
         n, d = self._rows.shape
         benchmark.extra_info.update(
