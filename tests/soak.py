@@ -178,7 +178,7 @@ def state() -> dict[str, int]:
     }
 
 
-def work(work: Work, seconds: float, seed: int, threads: int) -> None:
+def keep_busy(work: Work, seconds: float, seed: int, threads: int) -> None:
     """Let threads do all kinds of work for some time."""
     kinds: list[tuple[Callable[[random.Random], None], int]] = [
         (work.call, 60), (work.lists, 20), (work.stream, 5), (work.server, 5), (work.files, 5), (work.errors_end_alike, 5),
@@ -213,9 +213,9 @@ def soak(
     warnings.simplefilter("ignore", DeprecationWarning)  # that a process with threads forks, which is the point
     with tempfile.TemporaryDirectory() as name:
         everything = Work(Path(name), seed)
-        work(everything, seconds / 5, seed, threads)
+        keep_busy(everything, seconds / 5, seed, threads)
         before = state()
-        work(everything, seconds * 4 / 5, seed + 1, threads)
+        keep_busy(everything, seconds * 4 / 5, seed + 1, threads)
         after = state()
     rk.set_num_threads(None)
     errors = list(everything.errors)

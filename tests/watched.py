@@ -47,14 +47,18 @@ def environment(variant: str) -> dict[str, str]:
     }
 
 
-def run(sanitizer: str, arguments: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run tests in a Python that a sanitizer watches."""
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments]
-    environ = os.environ | environment(sanitizer) | variables
+def python(sanitizer: str, arguments: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a Python that a sanitizer watches."""
+    command, environ = [sys.executable, *arguments], os.environ | environment(sanitizer) | variables
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if "unexpected memory mapping" in done.stderr:  # GCC 12's thread sanitizer where addresses are very random
         done = subprocess.run(["setarch", "-R", *command], env=environ, capture_output=True, text=True, check=False)
     return done
+
+
+def run(sanitizer: str, arguments: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run tests in a Python that a sanitizer watches."""
+    return python(sanitizer, ["-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments], variables)
 
 
 def take_sources(folder: Path) -> None:
