@@ -213,6 +213,12 @@ def soak(
     warnings.simplefilter("ignore", DeprecationWarning)  # that a process with threads forks, which is the point
     with tempfile.TemporaryDirectory() as name:
         everything = Work(Path(name), seed)
+        rk.set_num_threads(7)  # as many as they are ever given: pools are filled before they are counted
+        for backend in ("cpp", "numba"):
+            with rk.use_backend(backend):
+                for i, rule in everything.wanted:
+                    rk.aggregate(everything.rows[i], rule, f=len(everything.rows[i]) // 5)
+                everything.files(random.Random(0))
         keep_busy(everything, seconds / 5, seed, threads)
         before = state()
         keep_busy(everything, seconds * 4 / 5, seed + 1, threads)
