@@ -46,7 +46,8 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
 @needs_fuzzer
 @pytest.mark.parametrize("name", TARGETS)
 def test_half_a_minute_finds_nothing(name: str, tmp_path: Path) -> None:
-    done = fuzz(name, "--seconds", SECONDS, "--corpus", str(tmp_path))
+    """From one seed, so that no change is refused for what was there before it; `make fuzz` tries others."""
+    done = fuzz(name, "--seconds", SECONDS, "--seed", "1", "--corpus", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     tried = re.match(rf"{name}: (\d+) inputs, .* no finding", done.stdout)
     assert tried, done.stdout

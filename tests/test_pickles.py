@@ -6,8 +6,11 @@ import collections
 import io
 import pickle
 import pickletools
+import struct
 import time
 import zipfile
+import zlib
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -105,14 +108,17 @@ def test_a_long_one_may_hold_as_much() -> None:
 # ---- whoever reads pickles -------------------------------------------------------------------------------------
 
 
-def torch_file(folder: Path, data: bytes) -> Path:
-    """Write a file of torch.save with another pickle."""
+def torch_file(folder: Path, *pickles: bytes, called: str = "archive/data.pkl") -> Path:
+    """Write a file of torch.save with other pickles."""
     usual = io.BytesIO()
     torch.save({"a": torch.ones(2)}, usual)
     path = folder / "update.pt"
     with zipfile.ZipFile(usual) as old, zipfile.ZipFile(path, "w") as new:
         for member in old.infolist():
-            new.writestr(member.filename, data if member.filename.endswith("data.pkl") else old.read(member))
+            if not member.filename.endswith("data.pkl"):
+                new.writestr(member.filename, old.read(member))
+        for data in pickles:
+            new.writestr(called, data)
     return path
 
 
@@ -128,3 +134,115 @@ def test_readers_refuse_them_at_once(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(ValueError, match=r"in each other|remembers"):
         _read_pickled("data_batch_1", data)
     assert time.perf_counter() - started < 5
+
+
+# Python and torch read archives each in a way of its own: a pickle that only torch finds would be read unchecked.
+
+SEEN, HIDDEN = b"\x80\x02}X\4\0\0\0seenNs.", b"\x80\x02}X\6\0\0\0hiddenNs."
+
+
+def in_capitals(folder: Path) -> Path:
+    return torch_file(folder, as_key(TUPLES), called="archive/DATA.PKL")
+
+
+def twice(folder: Path) -> Path:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        return torch_file(folder, SEEN, HIDDEN)
+
+
+def called_otherwise(folder: Path) -> Path:
+    """An entry's extra field may hold another name, which newer versions of Python go by."""
+    path = torch_file(folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        info = zipfile.ZipInfo("archive/data.pkl")
+        name = b"archive/other"
+        info.extra = struct.pack("<HHBL", 0x7075, 5 + len(name), 1, zlib.crc32(info.filename.encode())) + name
+        archive.writestr(info, as_key(TUPLES))
+    return path
+
+
+def directory_of(data: bytes, shift: int) -> tuple[bytes, int]:
+    """Return an archive's directory for members that stand elsewhere, and how many those are."""
+    entries = b""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for member in archive.infolist():
+            begin = archive.start_dir + len(entries)
+            name = member.orig_filename.encode()
+            entries += data[begin : begin + 42] + struct.pack("<L", member.header_offset + shift) + name
+        return entries, len(archive.infolist())
+
+
+def two_archives(folder: Path) -> tuple[bytes, bytes, int, bytes, int]:
+    """Return what comes before the directories, and the directories: torch is to find the first."""
+    hidden, seen = (torch_file(folder, data).read_bytes() for data in (HIDDEN, SEEN))
+    first, count = directory_of(hidden, 0)
+    return hidden + seen, first, count, seen, len(hidden)
+
+
+def by_the_place_of_its_directory(folder: Path) -> Path:
+    """Python goes by the directory's length and where it ends, and shifts all members by what is between."""
+    members, first, count, seen, shift = two_archives(folder)
+    second, _ = directory_of(seen, shift - len(first))
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(second), len(members), 0)
+    path = folder / "update.pt"
+    path.write_bytes(members + first + second + end)
+    return path
+
+
+def by_a_second_large_end(folder: Path) -> Path:
+    """Python looks for it right before its locator, torch where the locator says."""
+    members, first, count, seen, shift = two_archives(folder)
+
+    def large(size: int, begin: int) -> bytes:
+        return struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
+
+    data = members + first
+    place = len(data)
+    data += large(len(first), len(members))
+    second, _ = directory_of(seen, shift)
+    data += second + large(len(second), len(data))
+    data += struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
+    path = folder / "update.pt"
+    path.write_bytes(data + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (by_the_place_of_its_directory, "its directory is not where its end says"),
+        (by_a_second_large_end, "its directory is not where its end says"),
+        (twice, "has 2 members called data.pkl; expected one"),
+    ],
+)
+def test_a_pickle_that_only_torch_finds_is_refused(tmp_path: Path, write: Callable[[Path], Path], message: str) -> None:
+    path = write(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        assert SEEN in [archive.read(member) for member in archive.infolist()]
+    assert list(torch.load(path, weights_only=True)) in (["hidden"], ["seen"])
+    with pytest.raises(FileError, match=message):
+        open_reader(path)
+
+
+@pytest.mark.parametrize("write", [in_capitals, called_otherwise])
+def test_a_pickle_is_one_whatever_its_name_looks_like(tmp_path: Path, write: Callable[[Path], Path]) -> None:
+    with pytest.raises(FileError, match=r"in each other"):
+        open_reader(write(tmp_path))
+
+
+def test_a_file_without_a_pickle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"has 0 members called data.pkl; expected one"):
+        open_reader(torch_file(tmp_path))
+
+
+def test_a_file_that_was_packed_again_is_refused_and_not_misread(tmp_path: Path) -> None:
+    """On the device "meta" torch reckons where values are, by how it aligns them: the second tensor's were others'."""
+    torch.save({"a": torch.ones(5), "b": torch.arange(7)}, tmp_path / "usual.pt")
+    path = tmp_path / "again.pt"
+    with zipfile.ZipFile(tmp_path / "usual.pt") as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    with pytest.raises(FileError, match=r"tensor 'b' is not where torch.save puts it: .* packed the file again"):
+        open_reader(path)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert list(open_reader(path).tensors) == ["a", "b"]

@@ -424,8 +424,6 @@ class _Npz(_Spans):
         for member in self._archive.infolist():
             if not member.filename.endswith(".npy"):
                 raise ValueError(f"its member {shown(member.filename)} is no array")
-            if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"its member {shown(member.filename)} is encrypted, or compressed in an unusual way")
             name = member.filename[: -len(".npy")]
             if member.compress_type == zipfile.ZIP_DEFLATED:
                 with self._archive.open(member) as file:
@@ -433,20 +431,7 @@ class _Npz(_Spans):
                 self._streams[name] = (member, at)
                 span = _Span(0, steps)
             else:
-                start = member.header_offset
-                code = "utf-8" if member.flag_bits & 0x800 else "cp437"
-                called = member.orig_filename.encode(code)
-                header = held.read(start, 30 + len(called)) if start + 30 + len(called) <= held.size else b""
-                if (
-                    not header.startswith(b"PK\3\4")
-                    or header[30:] != called
-                    or struct.unpack("<H", header[26:28]) != (len(called),)
-                    or member.compress_size != member.file_size
-                ):
-                    raise ValueError(f"its member {shown(member.filename)} is not where the directory says")
-                start += 30 + sum(struct.unpack("<HH", header[26:30]))
-                if start + member.file_size > held.size:
-                    raise ValueError(f"truncated: its member {shown(member.filename)} goes beyond the end")
+                start = _begin_of(held, member)
                 tensor, at, steps = _npy_header(held.read(start, min(member.file_size, 1 << 12)))
                 span = _Span(start + at, steps)
             _check_length(tensor, at, member.file_size)
@@ -512,11 +497,59 @@ class _Npz(_Spans):
                 raise ValueError(f"Bad CRC-32 of tensor {shown(name)}")
 
 
+#: What a member's flags may say: how well it is compressed, its length stands behind it, its name is UTF-8.
+_UTF_8 = 0x800
+_FLAGS = 0x6 | 0x8 | _UTF_8
+
+
 def _archive(held: Held) -> zipfile.ZipFile:
-    """Open an archive whose directory has a bounded length: `_Stream` reads no more at once."""
+    """Open an archive in which other readers find the same members, each in a way that all of them know.
+
+    Its directory has a bounded length: `_Stream` reads no more at once.
+    """
     if held.size < 4 or held.read(0, 4) not in (b"PK\3\4", b"PK\5\6"):
         raise zipfile.BadZipFile("it does not begin as an archive does")  # but maybe as a file of another kind
-    return zipfile.ZipFile(_Stream(held))
+    archive = zipfile.ZipFile(_Stream(held))
+    _check_end(held, held.size - 22 - len(archive.comment))
+    for member in archive.infolist():
+        if member.flag_bits & ~_FLAGS or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"its member {shown(member.filename)} is encrypted, or compressed in an unusual way")
+    return archive
+
+
+def _check_end(held: Held, at: int) -> None:
+    """Raise where readers could take different parts of a file for its directory.
+
+    Some go by the place that the end states, others by the length, or by where a larger record should be.
+    """
+    end = held.read(at, 22)
+    size, begin = struct.unpack("<LL", end[12:20])
+    if at >= 20 and (locator := held.read(at - 20, 20)).startswith(b"PK\6\7"):
+        at -= 20 + 56
+        large = held.read(at, 56) if at >= 0 else b""
+        if not large.startswith(b"PK\6\6") or struct.unpack("<Q", locator[8:16]) != (at,):
+            raise ValueError("its directory is not where its end says")
+        size, begin = struct.unpack("<QQ", large[40:])
+    if not end.startswith(b"PK\5\6") or begin + size != at:
+        raise ValueError("its directory is not where its end says")
+
+
+def _begin_of(held: Held, member: zipfile.ZipInfo) -> int:
+    """Return where the bytes of a stored member begin, which its own header has to agree with."""
+    at, called = member.header_offset, member.orig_filename.encode("utf-8" if member.flag_bits & _UTF_8 else "cp437")
+    header = held.read(at, 30 + len(called)) if at + 30 + len(called) <= held.size else b""
+    if (
+        not header.startswith(b"PK\3\4")
+        or header[30:] != called
+        or struct.unpack("<H", header[26:28]) != (len(called),)
+        or (struct.unpack("<H", header[6:8])[0] ^ member.flag_bits) & _UTF_8
+        or member.compress_size != member.file_size
+    ):
+        raise ValueError(f"its member {shown(member.filename)} is not where the directory says")
+    at += 30 + int(sum(struct.unpack("<HH", header[26:30])))
+    if at + member.file_size > held.size:
+        raise ValueError(f"truncated: its member {shown(member.filename)} goes beyond the end")
+    return at
 
 
 def _header_of(read: Callable[[int], bytes]) -> bytes:
@@ -558,11 +591,16 @@ class _Torch(_Spans):
                 f"{held.path}: is no file of torch.save, or of a torch older than 1.6 (convert it: "
                 "torch.save(torch.load(path, weights_only=True), path))"
             ) from None
+        self._members: dict[int, int] = {}  # lengths, by where they begin
         with archive:
-            for member in archive.infolist():
-                name = member.filename.rpartition("/")[2]
+            # As torch takes names: without regard to case, and to what else an entry of the directory says of them.
+            names = [member.orig_filename.rpartition("/")[2].lower() for member in archive.infolist()]
+            if names.count("data.pkl") != 1:
+                raise ValueError(f"it has {names.count('data.pkl')} members called data.pkl; expected one")
+            for name, member in zip(names, archive.infolist(), strict=True):
                 if member.compress_type != zipfile.ZIP_STORED or (name == "data.pkl" and member.file_size > MAX_PICKLE):
                     raise ValueError(f"its member {shown(member.filename)} is compressed, or too long")
+                self._members[_begin_of(held, member)] = member.file_size
                 if name == "data.pkl":
                     _check_weights(archive.read(member))
                 elif name == "byteorder" and archive.read(member).strip() != sys.byteorder.encode():
@@ -613,7 +651,12 @@ class _Torch(_Spans):
         steps = None if value.is_contiguous() else tuple(value.stride())
         count = tensor.size if steps is None or not tensor.size else _reach(tensor.shape, steps)
         end = (value.storage_offset() + count) * tensor.dtype.itemsize
-        if end > storage.nbytes() or place + storage.nbytes() > self.held.size:
+        if place not in self._members:  # torch reckons where its own writer would have put them
+            raise ValueError(
+                f"tensor {shown(name)} is not where torch.save puts it: another program packed the file again (save it "
+                "anew: torch.save(torch.load(path, weights_only=True), path))"
+            )
+        if end > storage.nbytes() or storage.nbytes() > self._members[place]:
             raise ValueError(f"truncated: tensor {shown(name)} goes beyond the end")
         self.add(name, tensor, _Span(place + value.storage_offset() * tensor.dtype.itemsize, steps))
 

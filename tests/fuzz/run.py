@@ -18,7 +18,7 @@ CORPUS = ROOT / "build" / "fuzz"
 WATCHED = ["robustkern", "zipfile", "fuzz"]
 
 
-def fuzz(name: str, seconds: int, corpus: Path) -> None:
+def fuzz(name: str, seconds: int, corpus: Path, seed: int) -> None:
     """Fuzz one target in this process, which ends with it."""
     import atheris
     from watched import take_sources
@@ -29,13 +29,14 @@ def fuzz(name: str, seconds: int, corpus: Path) -> None:
         from fuzz.targets import TARGETS
     target = (TARGETS | PLANTED)[name]
     corpus.mkdir(parents=True, exist_ok=True)
-    for seed in target.seeds():
-        (corpus / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
+    for data in target.seeds():
+        (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
     words = corpus.with_name(f"{name}-words")
     escaped = ["".join(f"\\x{byte:02x}" for byte in word.encode("latin1")) for word in target.words]
     words.write_text("".join(f'"{word}"\n' for word in escaped))
     options = [
         f"-max_total_time={seconds}",
+        f"-seed={seed}",
         "-timeout=20",  # seconds of one input
         "-rss_limit_mb=4096",
         "-max_len=65536",
@@ -54,15 +55,17 @@ def main() -> int:
     parser.add_argument("target", nargs="*")
     parser.add_argument("--seconds", type=int, default=60, help="of each target")
     parser.add_argument("--corpus", type=Path, default=CORPUS)
+    parser.add_argument("--seed", type=int, default=0, help="of what is tried; 0 for another one in each run")
     parser.add_argument("--here", action="store_true", help="one target, in this process")
     given = parser.parse_args()
     if given.here:
-        fuzz(given.target[0], given.seconds, given.corpus / given.target[0])
+        fuzz(given.target[0], given.seconds, given.corpus / given.target[0], given.seed)
     from fuzz.targets import TARGETS
 
     failed = False
     for name in given.target or TARGETS:
-        command = [sys.executable, __file__, name, "--here", "--seconds", str(given.seconds), "--corpus", given.corpus]
+        command = [sys.executable, __file__, name, "--here", "--corpus", given.corpus]
+        command += ["--seconds", str(given.seconds), "--seed", str(given.seed)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
         said = dict(
             line[len("stat::") :].split(":", 1) for line in done.stderr.splitlines() if line.startswith("stat::")

@@ -189,8 +189,17 @@ def _npy_file(data: bytes) -> bool:
 
 
 def _torch_file(data: bytes) -> bool:
+    import torch
+
     with _folder() as folder:
-        return _read(folder, ".pt", data) is not None
+        ours = _read(folder, ".pt", data)
+    if ours is not None:
+        theirs = torch.load(io.BytesIO(data), weights_only=True)
+        theirs = theirs if isinstance(theirs, dict) else {"array": theirs}
+        for name, value in theirs.items():
+            if isinstance(value, torch.Tensor) and ours.get(str(name)) is not None and value.dtype != torch.bfloat16:
+                _same({"it": ours[str(name)]}, {"it": value.numpy()})
+    return ours is not None
 
 
 def _absent(ours: dict[str, np.ndarray | None]) -> dict[str, np.ndarray]:
