@@ -63,9 +63,9 @@ struct Kernels {
   // scale; the origin is one more row of zeros. Products and sums in float64. Rows that hold a NaN or
   // Inf get NaN in their row and column of the result.
   // multiplicities (n) or null: as in Select, for the median.
-  // single: products of 16 and 32-bit rows may be summed in float32, 32 terms at a time, wherever that neither
-  // overflows nor underflows, and the centre be the median of every so many rows; an entry's error is then at most
-  // 2^-24 * 40 * |x_i| |x_j| of the rows centred so.
+  // single: products of 16 and 32-bit rows may be summed in float32, 32 terms at a time, and the centre be the median
+  // of every so many rows; an entry's error is then at most 2^-24 * 40 * |x_i| |x_j| of the rows centred so, where
+  // none counts as shorter than 2^-50 sqrt(columns), and infinite on the diagonal where squares overflow.
   Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, double* out,
                  int threads);
   // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +50,8 @@ __all__ = [
     "run",
     "write_mixed",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -351,11 +353,7 @@ def _solved(
     view = View(given, source.n, within.f, within.weights, within.share)
 
     def solve() -> Solution:
-        try:
-            solution = rule.solve(view)
-        except TooCloseError:  # one more pass, on float64 products
-            given.start_again_in_double()
-            solution = rule.solve(view)
+        solution = _until_told_apart(given, lambda: rule.solve(view))
         view.check(solution, rule)
         return solution
 
@@ -371,6 +369,15 @@ def _solved(
         return None
     found = rule, given, view, solution, nonfinite, sq_distances, differing
     return source.once(lambda: _info(*found), given) if source.divided else _info(*found)
+
+
+def _until_told_apart(given: Given, solve: Callable[[], T]) -> T:
+    """Solve, again where only float64 products can decide, and again where these are needed from nearer by."""
+    while True:
+        try:
+            return solve()
+        except TooCloseError:
+            given.start_again()
 
 
 class Mixed(NamedTuple):
@@ -390,10 +397,7 @@ def mix(mixers: Chain, source: Source, f: Any, delta: Any, seed: Any, backend: s
         given = Given(source, kernels, source.n, within.f, None, None, "origin" in mixers.points, drawn_from)
         view = View(given, source.n, within.f)
         try:
-            _, mixture = mixed_by(mixers.steps, view)
-        except TooCloseError:
-            given.start_again_in_double()
-            _, mixture = mixed_by(mixers.steps, view)
+            _, mixture = _until_told_apart(given, lambda: mixed_by(mixers.steps, view))
         except NonFiniteError as error:  # nobody asked `mix` for anything else
             raise NonFiniteError(str(error).removesuffix(DROP_HINT), error.rows) from None
     assert mixture is not None

@@ -141,6 +141,65 @@ def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: li
     assert info.backend == "reference"
 
 
+#: Rows that f attackers send beside honest ones, by name or by the size of their noise.
+ATTACKS: list[float | str] = [
+    1e-30,
+    1e-16,
+    1e-12,
+    1e-8,
+    1e6,
+    1e12,
+    1e18,
+    1e20,
+    1e30,
+    "copies",
+    "mirrored",
+    "far cluster",
+]
+
+
+def attacked(honest: NDArray[Any], f: int, attack: float | str) -> NDArray[Any]:
+    x = honest.copy()
+    if attack == "copies":
+        x[:f] = honest[-1]
+    elif attack == "mirrored":
+        x[:f] = -honest[-f:]
+    elif attack == "far cluster":
+        x[:f] += 1e6
+    else:
+        noise = np.random.default_rng(1).standard_normal((f, honest.shape[1]))
+        x[:f] = (float(attack) * noise).astype(honest.dtype)
+    return x
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("n", [16, 24, 64, 130])
+def test_attackers_do_not_choose_how_often_the_data_is_read(
+    monkeypatch: pytest.MonkeyPatch, attack: float | str, n: int
+) -> None:
+    """As many as may be, beside honest rows; from where float32 products come first on."""
+    counting = Counting(registry.load_backend("cpp"))
+    monkeypatch.setitem(registry._loaded, "cpp", counting)
+    for dtype, most in ((np.dtype(np.float64), 1.15), (np.dtype(np.float32), 2.2)):
+        honest = make_rows("normal", n, 300_000 // n, dtype)
+        for rule in (
+            "krum",
+            "multi_krum",
+            "medoid",
+            "bulyan",
+            "geometric_median",
+            "nnm | median",
+            "ctma(nnm | median)",
+        ):
+            f = (n - 3) // (4 if rule == "bulyan" else 2)
+            nbytes = []
+            for x in (honest, attacked(honest, f, attack)):
+                counting.nbytes = 0
+                rk.aggregate(x, rule, f=f, backend="cpp")
+                nbytes.append(counting.nbytes)
+            assert nbytes[1] - nbytes[0] <= most * honest.nbytes, (rule, dtype.name)
+
+
 # ---- reproducible bits -------------------------------------------------------------------------------------------
 
 

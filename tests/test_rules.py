@@ -15,7 +15,7 @@ from support import assert_close, make_rows
 
 import robustkern as rk
 from robustkern.backends import registry
-from robustkern.rules import geometry, registered
+from robustkern.rules import cuts, geometry, registered
 
 Array = NDArray[Any]
 
@@ -798,7 +798,17 @@ def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.Monke
     assert np.array_equal(results[0], results[1])
 
 
-KINDS_OF_CUT = ["ordinary", "attackers give the centre", "copies", "clusters", "nearly a tie", "beside a row"]
+KINDS_OF_CUT = [
+    "ordinary",
+    "attackers give the centre",
+    "attackers give the centre, from afar",
+    "squares overflow",
+    "tiny rows",
+    "copies",
+    "clusters",
+    "nearly a tie",
+    "beside a row",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS_OF_CUT)
@@ -814,6 +824,14 @@ def test_float32_products_decide_nothing_that_is_too_close(
         x[::3] = 1e6
         x[::3] += rng.standard_normal((14, 300)).astype(np.float32)
         f = 14
+    elif kind == "attackers give the centre, from afar":
+        x[::3] *= np.float32(1e30)
+        f = 14
+    elif kind == "squares overflow":
+        x[5:17] *= np.float32(1e30)
+        x[8, :10] = 3e38
+    elif kind == "tiny rows":
+        x[5:17] *= np.float32(1e-30)
     elif kind == "copies":
         x[20:32] = x[3]
     elif kind == "clusters":
@@ -882,6 +900,46 @@ def test_copies_are_chosen_by_index(backend: str, rule: str) -> None:
     x[[2, 5, 7, 9]] = x[2]
     got = rk.aggregate(x, rule, f=3)
     assert_close(got, slow(rule, x, 3), x)
+
+
+@pytest.mark.parametrize(
+    "rule", ["krum(neighbours=2)", "multi_krum(m=5, neighbours=2)", "nnm(count=3) | mean", "medoid"]
+)
+@pytest.mark.parametrize("away", [1e6, 1e9])
+def test_rows_far_from_all_others_are_told_apart(backend: str, rule: str, away: float) -> None:
+    """Whose distances to each other are nothing beside the rounding of their own lengths; and clusters within them."""
+    for dtype in (np.float32, np.float64):
+        x = make_rows("normal", 31, 40, np.dtype(np.float64), seed=3)
+        x[1:12] += 1e4 if dtype == np.float32 else away
+        x[1:5] = x[1] + (1e-2 if dtype == np.float32 else 1e-4) * x[20:24]
+        x = x.astype(dtype)
+        assert_close(rk.aggregate(x, rule, f=14), rk.parse_rule(rule).plain(x.astype(np.longdouble), 14), x)
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "nnm | median"])
+@pytest.mark.parametrize("noise", [1e-30, 1e-15, 1e-13])
+def test_near_copies_are_equal(backend: str, rule: str, noise: float) -> None:
+    """More of them than are measured one by one: whichever is taken, it is what all of them are."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((41, 60))
+    rows[:19] = noise * rng.standard_normal((19, 60))
+    for dtype in (np.float32, np.float64):
+        x = rows.astype(dtype)
+        assert_close(rk.aggregate(x, rule, f=19), slow(rule, x, 19), x)
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=2, max_size=12), st.integers(1, 11), st.sampled_from([0.0, 1.0, 3.0, 100.0])
+)
+def test_a_cut_is_as_many_as_were_asked_for(ulps: list[int], count: int, error: float) -> None:
+    """Values a few roundings apart, on both sides of what counts as a tie."""
+    values = 1 + np.array(ulps) * 2.0**-52
+    count = min(count, len(values))
+    errors = np.full(len(values), error * 2.0**-53)
+    for again in (None, lambda rows: values[rows]):
+        chosen = cuts.smallest(values, errors, count, again)
+        assert len(set(chosen.tolist())) == count
+        assert values[chosen].max() - np.sort(values)[count - 1] <= 2 * (error + 8) * 2.0**-52
 
 
 # ---- conditions and errors ---------------------------------------------------------------------------------------

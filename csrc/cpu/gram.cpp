@@ -15,9 +15,9 @@ constexpr int64_t kTaskGrams = 64;      // partial Grams at most
 constexpr int64_t kTaskRows = 128;      // above, one Gram is shared and its blocks are split among threads
 
 // A lane's sum in float32 has at most so many terms: with the centring (2), the sum of the lanes (4) and what squares
-// that underflow may take (below 1), the contract's error bound of 40 roundings.
+// that underflow may take (below 1: 2^-126 a column, of rows that count as 2^-50 a column long), the contract's error
+// bound of 40 roundings.
 constexpr int64_t kSingleRun = 32;
-constexpr double kLeastSquare = 0x1p-100;  // mean square of a row's columns; even flushed to zero 2^-126 is little
 
 // Columns of a tile.
 template <class P>
@@ -192,18 +192,20 @@ struct Centring {
  private:
   void subtract(const Scratch<S>& at, int64_t n, int64_t padded, float* x) const {
     constexpr int64_t lanes = Simd<float>::lanes, stride = kRowBytes / 4;
+    float minus[kStrip];  // the centre's share: products with a power of two are exact
+    const F32 factor = splat<F32>(static_cast<float>(scale));
+    for (int64_t j = 0; j < padded; j += lanes) store(minus + j, load_single(at.centre + j) * -factor);
     for (int64_t i = 0; i < n; ++i)
       if (at.seen[i])
         memset(x + i * stride, 0, sizeof(float) * static_cast<size_t>(padded));
       else
         for (int64_t j = 0; j < padded; j += lanes)
-          store(x + i * stride + j, load_single(at.src[i] + j) - load(at.centre + j));
-    if (origin)
-      for (int64_t j = 0; j < padded; j += lanes) store(x + n * stride + j, -load(at.centre + j));
+          store(x + i * stride + j, fmadd(load_single(at.src[i] + j), factor, load(minus + j)));
+    if (origin) memcpy(x + n * stride, minus, sizeof(float) * static_cast<size_t>(padded));
   }
   void subtract(const Scratch<S>& at, int64_t n, int64_t padded, double* x) const {
     constexpr int64_t stride = kRowBytes / 8;
-    double minus[kStrip];  // the centre's share: products with a power of two are exact
+    double minus[kStrip];
     const F64 factor = splat<F64>(scale);
     for (int64_t j = 0; j < padded; j += kDoubles) store(minus + j, load_double(at.centre + j) * -factor);
     for (int64_t i = 0; i < n; ++i)
@@ -218,11 +220,9 @@ struct Centring {
 
 // ---- gram ----------------------------------------------------------------------------------------------
 
-// Products in type P: float64, or float32 where `out` may be left with entries that overflowed, or that lost digits
-// because squares are subnormal; false then.
+// Products in type P: float64, or float32.
 template <class S, class P>
-Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads,
-               bool& kept_digits) {
+Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
   using C = ComputeOf<S>;
   const int64_t n = rows.n, m = n + (origin ? 1 : 0), blocks = (m + kBlock - 1) / kBlock;
   const int64_t triangle = block_at(blocks, 0), tile = n <= 32 ? kTile<P> / 2 : kTile<P>;
@@ -302,15 +302,11 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
     mark(bad_rows, scratch.bad, n);
   });
   release_window(centring.window);
-  kept_digits = true;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j <= i; ++j) {
       double sum = 0;
       for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * triangle + cell_at(i, j)];
-      if (bad_rows[i] || bad_rows[j])
-        sum = __builtin_nan("");
-      else if (i == j)
-        kept_digits &= sum - sum == 0 && sum >= kLeastSquare * static_cast<double>(rows.columns());
+      if (bad_rows[i] || bad_rows[j]) sum = __builtin_nan("");
       out[i * m + j] = out[j * m + i] = sum;
     }
   return Status::ok;
@@ -322,13 +318,9 @@ Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double
             int threads) {
   return by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
-    bool kept_digits = false;
     if constexpr (sizeof(S) < 8)
-      if (single && scale == 1) {
-        const Status status = gram_of<S, float>(rows, multiplicities, origin, scale, out, threads, kept_digits);
-        if (status != Status::ok || kept_digits) return status;
-      }
-    return gram_of<S, double>(rows, multiplicities, origin, scale, out, threads, kept_digits);
+      if (single) return gram_of<S, float>(rows, multiplicities, origin, scale, out, threads);
+    return gram_of<S, double>(rows, multiplicities, origin, scale, out, threads);
   });
 }
 

@@ -11,7 +11,6 @@ namespace rk {
 namespace cuda {
 namespace {
 
-constexpr double kLeastSquare = 0x1p-100;  // mean square of a row's columns; even flushed to zero 2^-126 is little
 constexpr std::size_t kSharedBytes = 48 << 10;
 constexpr int64_t kMostGroups = 65535;  // of pairs in a launch
 
@@ -66,10 +65,9 @@ Plan plan(int64_t m, bool weighted) {
   return how;
 }
 
-// Products in P: float64, or float32 where the result may have entries that overflowed, or lost digits because squares
-// are subnormal; false then. `tensor`: by tensor instructions for float64.
+// Products in P: float64, or float32. `tensor`: by tensor instructions for float64.
 template <class S, class P>
-bool products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, double* out,
+void products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, double* out,
               Queue& queue) {
   const int64_t n = rows.n, m = n + (origin ? 1 : 0);
   const Plan how = tensor ? tensor_plan<S>(m, multiplicities != nullptr) : plan<P>(m, multiplicities != nullptr);
@@ -148,18 +146,13 @@ bool products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
     if (i < n) std::memcpy(&flag, found.data() + i * static_cast<int64_t>(sizeof(flag)), sizeof(flag));
     return flag != 0;
   };
-  bool kept_digits = true;
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j <= i; ++j) {
       double sum;
       std::memcpy(&sum, entries + (i * m + j) * static_cast<int64_t>(sizeof(sum)), sizeof(sum));
-      if (is_bad(i) || is_bad(j))
-        sum = std::nan("");
-      else if (i == j)
-        kept_digits &= sum - sum == 0 && sum >= kLeastSquare * static_cast<double>(rows.columns());
+      if (is_bad(i) || is_bad(j)) sum = std::nan("");
       out[i * m + j] = out[j * m + i] = sum;
     }
-  return kept_digits;
 }
 
 }  // namespace
@@ -171,8 +164,8 @@ void gram(const Rows& rows, const int64_t* multiplicities, bool origin, double s
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
     if constexpr (sizeof(S) < 8)
-      if (single && !tensor && scale == 1 && products<S, float>(rows, multiplicities, origin, scale, false, out, queue))
-        return;
+      if (single && !tensor && scale == 1)
+        return products<S, float>(rows, multiplicities, origin, scale, false, out, queue);
     products<S, double>(rows, multiplicities, origin, scale, tensor, out, queue);
   });
 }

@@ -142,8 +142,9 @@ class Kernels(Protocol):
         single : bool
             Products of rows other than float64 may be taken in float32, in sums of at most 32, and the centre may be
             the median of every so many rows. The error of an entry then stays within 40 * 2**-24 times the lengths of
-            its two centred rows; where float32 could not promise that, products are float64 all the same. Attackers on
-            the rows that give the centre can only make those lengths, and with them the bound, larger.
+            its two centred rows, of which none counts as shorter than 2**-50 sqrt(d); where squares overflow float32
+            the diagonal is inf, and the row's other entries mean nothing. Attackers on the rows that give the centre
+            can only make those lengths, and with them the bound, larger.
 
         Returns
         -------
@@ -155,7 +156,7 @@ class Kernels(Protocol):
         -----
         Without `single` up to half of the rows cannot move the centre beyond the other rows, so no choice of rows
         costs the others digits; with it half of those that give the centre can, and the lengths tell. One read of the
-        data; where float32 cannot keep the bound (squares that overflow or vanish), two.
+        data.
         """
 
     def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:

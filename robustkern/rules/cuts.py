@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from robustkern.contract.rows import Vector
 from robustkern.rules.geometry import EPSILON
 
-__all__ = ["Distances", "smallest", "smallest_between", "weighted_share"]
+__all__ = ["TIE", "Distances", "smallest", "smallest_between", "weighted_share"]
 
 Again = Callable[[NDArray[np.intp]], Vector | None]
+#: What differs by no more, relative to the value at the cut, is a tie: a few roundings of a sum.
+TIE = 8 * EPSILON
 
 
 class Distances(NamedTuple):
@@ -65,15 +67,18 @@ def smallest_between(values: Vector, low: Vector, high: Vector, count: int, agai
     missing = count - len(certain)
     if len(contenders) == missing or not np.isfinite(values[order[count]]):
         return order[:count]
-    exact = again(contenders) if again is not None else None
+    if (high - low)[contenders].max() <= 2 * TIE * values[order[count - 1]]:
+        exact: Vector | None = values[contenders]  # as good as measured: what rounding could confuse is a tie
+    else:
+        exact = again(contenders) if again is not None else None
     if exact is None:
         chosen = contenders[:missing]
     else:
-        # Correctly rounded sums: what still differs by a few roundings only is a tie.
+        # What still differs by a few roundings only is a tie.
         at_cut = np.sort(exact)[missing - 1]
-        tolerance = 8 * EPSILON * at_cut
-        below = contenders[exact < at_cut - tolerance]
-        ties = contenders[np.abs(exact - at_cut) <= tolerance]
+        tolerance = TIE * at_cut
+        away = exact - at_cut
+        below, ties = contenders[away < -tolerance], contenders[abs(away) <= tolerance]
         chosen = np.concatenate([below, ties[: missing - len(below)]])
     parts = (part[np.argsort(values[part], kind="stable")] for part in (certain, chosen))
     return np.concatenate(list(parts))

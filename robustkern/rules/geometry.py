@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,7 +57,10 @@ _CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so th
 #: over the columns up to 8, but alike, so that they move a geometric median by less than a tenth of one.
 SINGLE_VALUES = 1 << 18
 SINGLE_ROUNDING = 40 * 2.0**-24
+FAR = 2.0**-66  # brings rows whose squares overflow float32 to where they do not;
+SINGLE_LEAST = 2.0**-76  # and with it no row's mean square counts as less: what underflows is little of that
 SINGLE_NOISE = 2.0**-24
+VAGUE = 1e-6  # bounds of errors that are more of a squared distance tell little
 UNIT_ROUNDING = 1e-9  # shares that sum to 1 but for it sum to 1
 REMEASURE_COLUMNS = 1 << 20  # columns of an anchor held at a time while contenders are measured again
 DROP_HINT = " (nonfinite='drop' goes on without them)"
@@ -136,6 +140,8 @@ class Geometry:
         Power of two by which the rows were multiplied; 1 but for extreme float64 rows.
     origin, centre : Reference or None
         The origin and the caller's centre, for rules that use them.
+    sharper : pair of (n, n) float64, or None
+        Squared distances, and bounds of their errors, where more is known of them than `gram` tells.
     """
 
     gram: Matrix
@@ -146,10 +152,13 @@ class Geometry:
     scale: float
     origin: Reference | None = None
     centre: Reference | None = None
+    sharper: tuple[Matrix, Matrix] | None = None
 
     @lazy
     def sq_distances(self) -> Matrix:
         """(n, n) squared distances between the rows, inf from and to rows that are not finite."""
+        if self.sharper is not None:
+            return self.sharper[0]
         norms = self.gram.diagonal()
         result = np.maximum(norms[:, None] + norms - 2 * self.gram, 0.0)
         if np.count_nonzero(self.finite) < len(norms):
@@ -206,11 +215,15 @@ class Geometry:
 
     def pair_errors(self) -> Matrix:
         """Error bounds of `sq_distances`."""
-        return np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
+        errors = np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
+        return errors if self.sharper is None else np.minimum(errors, self.sharper[1])
 
     def errors_from(self, rows: NDArray[np.intp]) -> Matrix:
         """Error bounds of what tells the distances from one row apart: the error of its own length is common to all."""
         errors = np.asarray(self.rounding * self.lengths * (self.lengths + 2 * self.lengths[rows, None]))
+        errors += 4 * EPSILON * self.lengths[rows, None] ** 2  # but not what is rounded where it is added
+        if self.sharper is not None:
+            errors = np.minimum(errors, self.sharper[1][rows])
         errors[np.arange(len(rows)), rows] = 0.0
         return errors
 
@@ -263,12 +276,15 @@ class Given:
     points_measured: int = 0
     _needs_double: bool = False
     _measured_rows: int = 0
+    _is_sharp: bool = False
     _known_pairs: Matrix | None = None
     _draws: int = 0
 
-    def start_again_in_double(self) -> None:
-        """Forget float32 products, so that the rule is solved again on float64 ones; what is drawn repeats itself."""
-        self.geometry, self._needs_double, self._draws = None, True, 0
+    def start_again(self) -> None:
+        """Have the rule solved again, on products that tell more; what is drawn repeats itself."""
+        if self.geometry is not None and self.geometry.single:
+            self.geometry, self._needs_double = None, True
+        self._draws = 0
 
     @property
     def rounding(self) -> float:
@@ -324,7 +340,7 @@ class Given:
         if centre is not None and not measurable(np.array([centre.square])).all():
             raise CentreError(NO_CENTRE)
         rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)
-        lengths = np.sqrt(inner.diagonal())
+        lengths = np.sqrt(np.maximum(inner.diagonal(), SINGLE_LEAST * source.d if single else 0.0))
         self.geometry = Geometry(inner, finite, lengths, rounding, single, scale, origin, centre)
         self.nonfinite = ~finite
         return self.geometry
@@ -376,12 +392,23 @@ class Given:
             cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
         for block in self.source.blocks():
             for rows in block.rows:
-                quick = single and self.kernels.takes_float32_products(rows)
-                total[:-1] += self.kernels.gram(
-                    rows, multiplicities=cells, origin=self.needs_origin, scale=scale, single=quick
-                )
+                found, quick = self._products(rows, cells, scale, single)
+                total[:-1] += found
                 total[-1] += quick
         return total
+
+    def _products(self, rows: Rows, cells: NDArray[np.int64] | None, scale: float, single: bool) -> tuple[Matrix, bool]:
+        """Inner products of some columns, and whether float32 ones may be among them."""
+        take = functools.partial(self.kernels.gram, rows, multiplicities=cells, origin=self.needs_origin)
+        if not single or not self.kernels.takes_float32_products(rows):
+            return take(scale=scale), False
+        found = take(scale=scale, single=True)
+        far = np.isinf(found.diagonal())  # squares overflow float32
+        if not far.any():
+            return found, True
+        if _lost(found):
+            return take(scale=scale), False
+        return np.where(far | far[:, None], take(scale=scale * FAR, single=True) / FAR**2, found), True
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
@@ -539,11 +566,60 @@ class Given:
             self._known_pairs = np.full((self.n, self.n), np.nan)
         return self._known_pairs
 
-    def afford(self, rows: int) -> None:
-        """Allow to read some rows for exact distances, unless float64 products are the cheaper way to decide."""
-        self._measured_rows += rows
-        if self._measured_rows > self.n and self.geometry is not None:
+    def afford(self, rows: int) -> bool:
+        """Tell whether some more rows may be read for exact distances: in all no more than there are.
+
+        Beyond, float64 products decide, those of rows that are near each other taken from where they are. What these
+        leave open counts as equal: nobody chooses what a call costs.
+        """
+        if self._measured_rows + rows <= self.n:
+            self._measured_rows += rows
+            return True
+        if self.geometry is not None:
             self.geometry.require_double()
+            if not self._is_sharp:
+                self._is_sharp = True
+                sharper = self._sharpened(self.geometry)
+                if sharper is not self.geometry:
+                    self.geometry = sharper
+                    raise TooCloseError
+        return False
+
+    def _sharpened(self, geometry: Geometry) -> Geometry:
+        """Measure rows that lie near each other, for how far they are from the centre, from the middle of their own.
+
+        Once, and again those of them that lie nearer still; in all no more rows are read than there are.
+        """
+        squares, errors = geometry.sq_distances.copy(), geometry.pair_errors()
+        waiting, left, found = [np.flatnonzero(geometry.finite)], self.n, False
+        while waiting:
+            group = waiting.pop()
+            among = np.ix_(group, group)
+            for near in _connected(errors[among] > VAGUE * squares[among]):
+                left -= len(near)
+                if len(near) == len(group) or left < 0:
+                    continue
+                rows = group[near]
+                gram = sum_of(self._passed("products_pass", (geometry.scale, rows), True))
+                norms, lengths = gram.diagonal(), np.sqrt(gram.diagonal())
+                apart = np.maximum(norms[:, None] + norms - 2 * gram, 0.0)
+                np.fill_diagonal(apart, 0.0)
+                bounds = np.asarray(self.rounding * (lengths[:, None] + lengths) ** 2)
+                among = np.ix_(rows, rows)
+                better = bounds < errors[among]
+                squares[among] = np.where(better, apart, squares[among])
+                errors[among] = np.where(better, bounds, errors[among])
+                found = found or bool(better.any())
+                waiting.append(rows)
+        return replace(geometry, sharper=(squares, errors)) if found else geometry
+
+    def products_pass(self, scale: float, some: NDArray[np.intp]) -> Matrix:
+        """Inner products of some rows, from their own middle."""
+        total = np.zeros((len(some), len(some)))
+        for block in self.source.blocks():
+            for rows in block.rows:
+                total += self.kernels.gram(rows.take(some), scale=scale)
+        return total
 
     # -- rows that are not finite ----------------------------------------------------------------------------------
 
@@ -577,6 +653,22 @@ class Given:
         )
 
 
+def _connected(pairs: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
+    """Return the groups of two or more that pairs connect, each in order."""
+    left, groups = np.ones(len(pairs), dtype=np.bool_), []
+    for first in range(len(pairs)):
+        group = np.zeros(len(pairs), dtype=np.bool_)
+        front = group.copy()
+        front[first] = left[first]
+        while front.any():
+            group |= front
+            front = pairs[front].any(axis=0) & ~group
+        left &= ~group
+        if np.count_nonzero(group) > 1:
+            groups.append(np.flatnonzero(group))
+    return groups
+
+
 def share_of_origin(weights: Vector, centre_weight: float) -> float:
     """Return what shares leave for the origin; none where they sum to 1 but for rounding, which far rows would feel."""
     rest = 1.0 - float(weights.sum()) - centre_weight
@@ -600,6 +692,20 @@ def _middle(squares: Vector, weights: Vector | None) -> float:
     order = np.argsort(np.where(np.isnan(squares), np.inf, squares), kind="stable")
     share = np.cumsum(np.ones(len(squares)) if weights is None else weights[order])
     return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
+
+
+def _lost(gram: Matrix) -> bool:
+    """Tell whether the centre is so far from most rows that float32 products cannot tell these apart.
+
+    Half of the rows that give it may be hostile.
+    """
+    norms = gram.diagonal()
+    with np.errstate(invalid="ignore"):
+        squares = np.nan_to_num(norms[:, None] + norms - 2 * gram, nan=np.inf)
+    middle = (len(norms) - 1) // 2
+    near = np.partition(squares, middle, axis=1)[:, middle]
+    length = np.sort(norms)[middle]  # NaN and inf come last
+    return not np.isfinite(length) or bool(np.sort(near)[middle] < 16 * SINGLE_ROUNDING * length)
 
 
 def measurable(squares: Vector) -> Mask:

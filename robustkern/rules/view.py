@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.primitives import Window
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.cuts import Again, Distances, smallest, smallest_between, weighted_share
+from robustkern.rules.cuts import TIE, Again, Distances, smallest, smallest_between, weighted_share
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
@@ -163,6 +163,7 @@ class View:
             rounding=base.rounding + 4 * self._given.n * EPSILON,
             origin=_mixed(mix, base.origin),
             centre=_mixed(mix, base.centre),
+            sharper=None,
         )
         rest = np.where(finite, 1.0 - mix.sum(axis=1), 0.0)
         rest[abs(rest) <= UNIT_ROUNDING] = 0.0
@@ -266,8 +267,9 @@ class View:
     ) -> NDArray[np.intp]:
         """Return the `count` candidates of least score, least first; equal scores by the lowest index.
 
-        Candidates are whatever the scores are of: rows, subsets of rows. Rounding never decides: where it could, the
-        distances that the contenders' scores rest on are measured exactly.
+        Candidates are whatever the scores are of: rows, subsets of rows. Rounding does not decide: where it could, the
+        distances that the contenders' scores rest on are measured exactly. That takes reading no more rows than there
+        are; where more would be needed, what float64 products leave open counts as equal.
 
         Parameters
         ----------
@@ -300,6 +302,10 @@ class View:
                 wanted.append(of_k[np.lexsort(of_k.T)])
             if not geometry.single and all(np.array_equal(w, wanted[0]) for w in wanted[1:]) and pairs is not None:
                 return None  # they differ in copies of the same rows only
+            if pairs is not None and all((pairs(int(k))[:, 0] == k).all() for k in contenders):
+                apart = self._apart(contenders)  # candidates are rows
+                if apart is not None and _equal_scores(scores, squares, contenders, apart):
+                    return None
             exact = self._measured_exactly(np.concatenate(wanted))
             # Copies are as far as their originals.
             return None if exact is None else _as_scores(scores(exact[np.ix_(same, same)]))[contenders]
@@ -313,24 +319,24 @@ class View:
         """
         geometry = self.geometry(quick=True)
         same = np.arange(self.n) if geometry.single else geometry.copies
-        exact = self._measured_exactly(np.sort(same[pairs], axis=1))
+        exact = self._measured_exactly(np.sort(same[pairs], axis=1), always=True)
         return None if exact is None else exact[np.ix_(same, same)]
 
-    def _measured_exactly(self, pairs: NDArray[np.intp]) -> Matrix | None:
-        """Measure pairs, of which the first row is the lower one, where that is cheaper than to begin again."""
+    def _measured_exactly(self, pairs: NDArray[np.intp], always: bool = False) -> Matrix | None:
+        """Measure pairs, of which the first row is the lower one; None where that is not to be had, or not cheap."""
+        if self._is_mixed():
+            return None
         exact = self.geometry(quick=True).sq_distances.copy()
         known = self._given.known_pairs()
         needed = np.unique(pairs, axis=0)
         needed = needed[needed[:, 0] != needed[:, 1]]
-        new = needed if self.mix is not None else needed[np.isnan(known[tuple(needed.T)])]
+        new = needed[np.isnan(known[tuple(needed.T)])]
         rows = np.unique(new[:, 0])
-        self._given.afford(len(new) + len(rows))
+        if not self._given.afford(len(new) + len(rows)) and not always:
+            return None
         for row in rows:
             others = new[new[:, 0] == row, 1]
-            measured = self._exact_sq_distances(int(row), others)
-            if measured is None:
-                return None
-            known[row, others] = measured
+            known[row, others] = self._given.exact_from(int(row), self._given.scale, others)
         first, second = needed.T
         exact[first, second] = exact[second, first] = known[first, second]
         return exact
@@ -364,18 +370,39 @@ class View:
 
     def _measure_from(self, row: int, contenders: NDArray[np.intp]) -> Vector | None:
         """Exact squared distances from a row to some others; None where these count as equal."""
-        self._given.afford(len(contenders) + 1)
         geometry = self.geometry(quick=True)
         if not geometry.single and len(np.unique(geometry.copies[contenders])) == 1:
             return None  # equal, whatever the last digits say
-        return self._exact_sq_distances(row, contenders)
+        apart = self._apart(contenders)
+        if apart is not None:
+            nearest = math.sqrt(geometry.sq_distances[row, contenders].min())
+            if 4 * apart.max() * (nearest + apart.max()) <= TIE * nearest**2:
+                return None
+        if self._is_mixed() or not self._given.afford(len(contenders) + 1):
+            return None
+        return self._given.exact_from(row, self._given.scale, contenders)
 
-    def _exact_sq_distances(self, row: int, others: NDArray[np.intp]) -> Vector | None:
-        """Exact squared distances from one row to others; None for mixed rows, which are not there to measure."""
+    def _apart(self, contenders: NDArray[np.intp]) -> Vector | None:
+        """Exact distances of some rows to the first of them, where products cannot tell any from it; else None.
+
+        Attackers may send rows that differ in their last digits only. What differs between such rows is no more than
+        what lies between them, so one read of them tells what as many pairs as there are would.
+        """
+        geometry, first = self.geometry(quick=True), contenders[0]
+        if (
+            self.mix is not None
+            or (geometry.sq_distances[first, contenders] > geometry.pair_errors()[first, contenders]).any()
+        ):
+            return None
+        exact = self._measured_exactly(np.column_stack([np.full_like(contenders, first), contenders]))
+        return None if exact is None else np.sqrt(exact[first, contenders])
+
+    def _is_mixed(self) -> bool:
+        """Tell whether the rows are not there to measure; then only float64 products decide what is left open."""
         if self.mix is None:
-            return self._given.exact_from(row, self._given.scale, others)
+            return False
         self.geometry(quick=True).require_double()
-        return None
+        return True
 
     # -- solutions -------------------------------------------------------------------------------------------------
 
@@ -497,6 +524,17 @@ def _relative(values: Vector, rounding: float) -> Vector:
     errors = values * rounding
     errors[np.isinf(errors)] = 0.0
     return errors
+
+
+def _equal_scores(
+    scores: Callable[[Matrix], ArrayLike], squares: Matrix, rows: NDArray[np.intp], apart: Vector
+) -> bool:
+    """Tell whether rows that lie so far apart from the first of them have equal scores, but for a few roundings."""
+    same, reach = np.arange(len(squares)), np.zeros(len(squares))
+    same[rows], reach[rows] = rows[0], apart
+    away, further = np.sqrt(squares[np.ix_(same, same)]), reach[:, None] + reach
+    low, high = (_as_scores(scores(np.maximum(away + sign * further, 0.0) ** 2))[rows] for sign in (-1, 1))
+    return bool(high.max() - low.min() <= TIE * low.min())
 
 
 def _shares(solution: Solution) -> Vector:
