@@ -373,11 +373,12 @@ def _solved(
 
 def _until_told_apart(given: Given, solve: Callable[[], T]) -> T:
     """Solve, again where only float64 products can decide, and again where these are needed from nearer by."""
-    while True:
+    for _ in range(2):
         try:
             return solve()
         except TooCloseError:
             given.start_again()
+    return solve()
 
 
 class Mixed(NamedTuple):

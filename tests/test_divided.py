@@ -17,6 +17,7 @@ import robustkern as rk
 from robustkern.distributed.together import Part, Together
 from robustkern.engine import Info, run
 from robustkern.inputs.trees import adapt
+from robustkern.rules import geometry
 
 PARTS = 4
 
@@ -100,8 +101,6 @@ CONTINUOUS = ("geometric_median", "rfa")
 @pytest.mark.parametrize("rule", ["mean", *RULES])
 def test_four_owners(rule: str, kind: str, dtype: Any, single: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if single:
-        from robustkern.rules import geometry
-
         monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
     x = rows_of(kind, dtype)
     options: dict[str, Any] = {"f": 2, "seed": 3}
@@ -124,6 +123,22 @@ def test_four_owners(rule: str, kind: str, dtype: Any, single: bool, monkeypatch
             assert (mine is None) == (theirs is None)
             if mine is not None:
                 np.testing.assert_allclose(mine, theirs, rtol=1e-5 if single else 1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["krum(neighbours=2)", "multi_krum(m=5, neighbours=2)"])
+def test_rows_far_from_all_others_are_told_apart_together(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By products from their own middle, one pass more for all owners."""
+    passes = []
+    once = geometry.Given.products_pass
+    monkeypatch.setattr(geometry.Given, "products_pass", lambda *given: passes.append(1) or once(*given))
+    x = make_rows("normal", 31, 203, np.dtype(np.float64), seed=3)
+    x[1:12] += 1e9
+    want, told = rk.aggregate(x, rule, f=14, return_info=True)
+    assert len(passes) == 1
+    got, info = joined(divided(x, rule, [0, 50, 101, 150, 203], f=14))
+    assert len(passes) == 1 + 4
+    assert np.array_equal(got, want)
+    assert np.array_equal(info.order, told.order)
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "ctma(median)", "nnm | krum"])
