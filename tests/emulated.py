@@ -17,7 +17,7 @@ import watched
 from numpy.typing import NDArray
 
 from robustkern.backends.cuda import Cuda
-from robustkern.contract.primitives import Selected, Window
+from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
 from robustkern.inputs.devices import Dlpack, Place, view_of
 
@@ -156,6 +156,12 @@ def _that_takes(kernels: Cuda, options: dict[str, Any]) -> Iterator[None]:
     finally:
         if emulated:
             kernels._cuda.set_fast_doubles(fast)
+
+
+def multiplies_float32(kernels: Kernels, rows: Rows) -> bool:
+    """Tell whether `single` products of rows are float32 here: where rules ask for them, and in the emulation."""
+    emulated = hasattr(getattr(kernels, "_cuda", None), "set_fast_doubles")
+    return kernels.takes_float32_products(rows) or (emulated and rows.dtype != np.float64)
 
 
 class StagedCuda(Cuda):

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from emulated import multiplies_float32
 from numpy.typing import NDArray
 from support import KINDS, assert_close, make_rows, one_row
 
@@ -403,7 +404,7 @@ def test_gram_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: s
         assert np.array_equal(inner, inner.T, equal_nan=True)
         if single and dtype != np.float64:
             near = np.flatnonzero(~np.isinf(inner.diagonal()))
-            assert len(near) == len(inner) or kernels.takes_float32_products(Rows.of(x))
+            assert len(near) == len(inner) or multiplies_float32(kernels, Rows.of(x))
             assert_sq_distances(inner[np.ix_(near, near)], wide[finite][near])
         else:
             assert (np.abs(inner - want) <= 1e-13 * np.outer(lengths, lengths) + 1e-300).all()
@@ -438,7 +439,7 @@ def test_gram_where_float32_products_overflow_or_vanish(kernels: Kernels, magnit
         x[rows] *= np.float32(magnitude)
         got = kernels.gram(Rows.of(x), single=True)
         far = np.isinf(got.diagonal())
-        beyond = magnitude > 1 and kernels.takes_float32_products(Rows.of(x))
+        beyond = magnitude > 1 and multiplies_float32(kernels, Rows.of(x))
         assert far.tolist() == [beyond and i in range(6)[rows] for i in range(6)]
         assert_sq_distances(got[np.ix_(~far, ~far)], x[~far])
         again = kernels.gram(Rows.of(x), single=True, scale=2.0**-66) * 2.0**132

@@ -479,9 +479,9 @@ def test_what_is_drawn_repeats_when_a_rule_is_solved_again(monkeypatch: pytest.M
     rule = "bucketing(size=2) | krum(neighbours=1)"
     want = rk.aggregate(x, rule, f=1, seed=3)
     solved = []
-    again = geometry.Given.start_again_in_double
+    again = geometry.Given.start_again
     monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
-    monkeypatch.setattr(geometry.Given, "start_again_in_double", lambda self: solved.append(1) or again(self))
+    monkeypatch.setattr(geometry.Given, "start_again", lambda self: solved.append(1) or again(self))
     assert np.array_equal(rk.aggregate(x, rule, f=1, seed=3), want)
     assert solved
 
