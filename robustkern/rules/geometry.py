@@ -213,10 +213,10 @@ class Geometry:
         np.fill_diagonal(same, True)
         return np.where(self.finite, same.argmax(axis=1), np.arange(len(norms)))
 
-    def pair_errors(self) -> Matrix:
-        """Error bounds of `sq_distances`."""
-        errors = np.asarray(self.rounding * (self.lengths[:, None] + self.lengths) ** 2)
-        return errors if self.sharper is None else np.minimum(errors, self.sharper[1])
+    def pair_errors(self, rows: slice | NDArray[np.intp] = slice(None)) -> Matrix:
+        """Error bounds of `sq_distances[rows]`."""
+        errors = np.asarray(self.rounding * (self.lengths[rows][:, None] + self.lengths) ** 2)
+        return errors if self.sharper is None else np.minimum(errors, self.sharper[1][rows])
 
     def errors_from(self, rows: NDArray[np.intp]) -> Matrix:
         """Error bounds of what tells the distances from one row apart: the error of its own length is common to all."""

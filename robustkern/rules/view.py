@@ -324,9 +324,18 @@ class View:
 
     def _measured_exactly(self, pairs: NDArray[np.intp], always: bool = False) -> Matrix | None:
         """Measure pairs, of which the first row is the lower one; None where that is not to be had, or not cheap."""
-        if self._is_mixed():
+        known = self._known_exactly(pairs, always)
+        if known is None:
             return None
         exact = self.geometry(quick=True).sq_distances.copy()
+        first, second = pairs[pairs[:, 0] != pairs[:, 1]].T
+        exact[first, second] = exact[second, first] = known[first, second]
+        return exact
+
+    def _known_exactly(self, pairs: NDArray[np.intp], always: bool = False) -> Matrix | None:
+        """Measure what is not known of pairs yet, and return all that is, see `Given.known_pairs`."""
+        if self._is_mixed():
+            return None
         known = self._given.known_pairs()
         needed = np.unique(pairs, axis=0)
         needed = needed[needed[:, 0] != needed[:, 1]]
@@ -337,9 +346,7 @@ class View:
         for row in rows:
             others = new[new[:, 0] == row, 1]
             known[row, others] = self._given.exact_from(int(row), self._given.scale, others)
-        first, second = needed.T
-        exact[first, second] = exact[second, first] = known[first, second]
-        return exact
+        return known
 
     def distances_to(self, solution: Solution) -> Distances:
         """Measure this view's rows against a solution: in n-space, or in one read of the data."""
@@ -388,14 +395,13 @@ class View:
         Attackers may send rows that differ in their last digits only. What differs between such rows is no more than
         what lies between them, so one read of them tells what as many pairs as there are would.
         """
-        geometry, first = self.geometry(quick=True), contenders[0]
-        if (
-            self.mix is not None
-            or (geometry.sq_distances[first, contenders] > geometry.pair_errors()[first, contenders]).any()
-        ):
+        if self.mix is not None:
             return None
-        exact = self._measured_exactly(np.column_stack([np.full_like(contenders, first), contenders]))
-        return None if exact is None else np.sqrt(exact[first, contenders])
+        geometry, first = self.geometry(quick=True), contenders[:1]
+        if (geometry.sq_distances[first, contenders] > geometry.pair_errors(first)[0, contenders]).any():
+            return None
+        known = self._known_exactly(np.column_stack([np.full_like(contenders, first[0]), contenders]))
+        return None if known is None else np.sqrt(np.append(0.0, known[first, contenders[1:]]))
 
     def _is_mixed(self) -> bool:
         """Tell whether the rows are not there to measure; then only float64 products decide what is left open."""
