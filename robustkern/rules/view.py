@@ -337,7 +337,8 @@ class View:
         if self._is_mixed():
             return None
         known = self._given.known_pairs()
-        needed = np.unique(pairs, axis=0)
+        # As single numbers, of which thousands of rows have half a million.
+        needed = np.column_stack(np.divmod(np.unique(pairs[:, 0] * self.n + pairs[:, 1]), self.n))
         needed = needed[needed[:, 0] != needed[:, 1]]
         new = needed[np.isnan(known[tuple(needed.T)])]
         rows = np.unique(new[:, 0])
