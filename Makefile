@@ -7,8 +7,8 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 # Without what it merges models with (transformers, datasets and some hundred more): its merge methods need none of it.
 MERGEKIT ?= mergekit==0.1.5
-# Backends and checks that tests may not skip; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
-REQUIRE ?= cpp,numba,cuda-emulated,fuzzer,$(subst $(space),$(comma),$(WATCHED:%=watched-%))$(if $(shell command -v nvcc),$(comma)cuda-static)
+# Backends and what else tests may not skip; jax-ffi: JAX's calls without callbacks; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
+REQUIRE ?= cpp,numba,cuda-emulated,jax-ffi,fuzzer,$(subst $(space),$(comma),$(WATCHED:%=watched-%))$(if $(shell command -v nvcc),$(comma)cuda-static)
 # Processes that run tests side by side.
 WORKERS ?= 2
 comma := ,
@@ -127,7 +127,7 @@ $(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
 	@echo "installing $(TORCH) for the processor, some 200 MB"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
-	RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
+	RK_JAX=ON RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
 	$(BIN)/python -m pip install --quiet --no-deps $(MERGEKIT)
 	touch $@ $(VENV)/demo.stamp
 

@@ -1,4 +1,4 @@
-"""scikit-build-core, and a CUDA compiler from pip where there is an NVIDIA driver but no compiler."""
+"""scikit-build-core, and from pip jaxlib's headers on request and a CUDA compiler where only that is missing."""
 
 from __future__ import annotations
 
@@ -33,26 +33,33 @@ def _compiler() -> str | None:
     return os.environ.get("CUDACXX") or shutil.which("nvcc") or (inside[0] if inside else None)
 
 
-def _wanted(config_settings: dict[str, Any] | None) -> str:
+def _wanted(option: str, config_settings: dict[str, Any] | None) -> str:
     settings = config_settings or {}
-    names = ("cmake.define.RK_CUDA", "skbuild.cmake.define.RK_CUDA")
-    wanted = next((settings[name] for name in names if name in settings), os.environ.get("RK_CUDA") or "AUTO")
+    names = (f"cmake.define.{option}", f"skbuild.cmake.define.{option}")
+    wanted = next((settings[name] for name in names if name in settings), os.environ.get(option) or "AUTO")
     if wanted not in ("AUTO", "ON", "OFF"):  # here, because a build that fails falls back to pure Python
-        raise ValueError(f"RK_CUDA must be AUTO, ON or OFF; got {wanted!r}")
+        raise ValueError(f"{option} must be AUTO, ON or OFF; got {wanted!r}")
     return str(wanted)
 
 
 def _wants_compiler(config_settings: dict[str, Any] | None) -> bool:
     """Tell whether pip shall bring nvcc. Not where the driver is too old for what it would build."""
-    return _wanted(config_settings) == "AUTO" and _driver() >= 13000 and _compiler() is None
+    return _wanted("RK_CUDA", config_settings) == "AUTO" and _driver() >= 13000 and _compiler() is None
+
+
+def _more(config_settings: dict[str, Any] | None) -> list[str]:
+    """Return what pip shall bring besides."""
+    jaxlib = ["jaxlib>=0.4.35"] if _wanted("RK_JAX", config_settings) == "ON" else []
+    return jaxlib + (COMPILER if _wants_compiler(config_settings) else [])
 
 
 def _prepare(config_settings: dict[str, Any] | None) -> None:
-    wanted = os.environ["RK_CUDA"] = _wanted(config_settings)  # which pyproject.toml hands to CMake
-    if wanted == "ON":  # no quiet fallback to a package without compiled parts
-        os.environ["RK_REQUIRE_EXTENSION"] = "1"
+    for option in ("RK_CUDA", "RK_JAX"):
+        wanted = os.environ[option] = _wanted(option, config_settings)  # which pyproject.toml hands to CMake
+        if wanted == "ON":  # no quiet fallback to a package without compiled parts
+            os.environ["RK_REQUIRE_EXTENSION"] = "1"
     compiler = _compiler()
-    if wanted != "OFF" and compiler is not None:
+    if os.environ["RK_CUDA"] != "OFF" and compiler is not None:
         os.environ["CUDACXX"] = compiler
     elif _wants_compiler(config_settings):
         _use_compiler()
@@ -79,14 +86,12 @@ def _use_compiler() -> None:
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """See PEP 517."""
-    more = COMPILER if _wants_compiler(config_settings) else []
-    return [*_base.get_requires_for_build_wheel(config_settings), *more]
+    return [*_base.get_requires_for_build_wheel(config_settings), *_more(config_settings)]
 
 
 def get_requires_for_build_editable(config_settings: dict[str, Any] | None = None) -> list[str]:
     """See PEP 660."""
-    more = COMPILER if _wants_compiler(config_settings) else []
-    return [*_base.get_requires_for_build_editable(config_settings), *more]
+    return [*_base.get_requires_for_build_editable(config_settings), *_more(config_settings)]
 
 
 def build_wheel(

@@ -22,7 +22,7 @@ MOST_BYTES = 8_000_000
 def build(folder: Path) -> Path:
     """Build a wheel without CUDA, whose kernels are some hundred MB; return where it is."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)]
-    environment = {**os.environ, "RK_CUDA": "OFF", "RK_REQUIRE_EXTENSION": "1"}
+    environment = {**os.environ, "RK_CUDA": "OFF", "RK_JAX": "ON", "RK_REQUIRE_EXTENSION": "1"}
     subprocess.run(command, check=True, env=environment)
     (wheel,) = folder.glob("robustkern-*.whl")
     return wheel

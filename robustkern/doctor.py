@@ -296,6 +296,9 @@ def _extras() -> Iterator[Check]:
         elif any(fits is None for _, fits in states):
             missing = ", ".join(text for text, fits in states if fits is None)
             yield Check(f"[{extra}]", "note", f"not here: {missing}", f"pip install 'robustkern[{extra}]'")
+        elif extra == "jax" and importlib.util.find_spec("robustkern._jax") is None:
+            found = f"{states[0][0]}; compiled functions copy rows into callbacks: built without the headers of jaxlib"
+            yield Check("[jax]", "note", found, "install again from the source, with RK_JAX=ON in the environment")
         else:
             yield Check(f"[{extra}]", "ok", ", ".join(text for text, _ in states))
 

@@ -1,12 +1,16 @@
-"""Rules in JAX: the same results compiled, gradients by differences, pytrees, and what is drawn."""
+"""Rules in JAX, by XLA's foreign function interface and by callbacks: the same results compiled, gradients, pytrees."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from support import make_rows
+from support import REQUIRED, make_rows
 from test_adapter_torch import SMOOTH
 
 import robustkern as rk
@@ -14,10 +18,25 @@ import robustkern as rk
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from robustkern.adapters.jax import _seed_of, _words_of, aggregate  # noqa: E402 - it imports jax
+from robustkern.adapters import jax as adapter  # noqa: E402 - it imports jax
+from robustkern.adapters.jax import _seed_of, _words_of, aggregate  # noqa: E402
 
 X = make_rows("normal", 9, 12, np.dtype(np.float32), seed=9)
 X[:2] += 3
+
+
+@pytest.fixture(autouse=True, params=["ffi", "callback"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """How compiled programs call a rule; what was compiled for the other way is forgotten."""
+    if request.param == "callback":
+        monkeypatch.setattr(adapter, "WITHOUT_FFI", "a test's wish")
+    elif adapter.WITHOUT_FFI is not None:
+        if "jax-ffi" in REQUIRED:
+            pytest.fail(f"ROBUSTKERN_REQUIRE has jax-ffi, but {adapter.WITHOUT_FFI}")
+        pytest.skip(adapter.WITHOUT_FFI)
+    adapter._called.clear_cache()
+    yield request.param
+    adapter._called.clear_cache()
 
 
 @pytest.mark.parametrize("rule", ["median", "ctma(geometric_median)", "nnm | trimmed_mean", "bucketing | median"])
@@ -86,3 +105,69 @@ def test_errors_come_through() -> None:
         jax.block_until_ready(jax.jit(lambda x: aggregate(x, "krum"))(x))
     with pytest.raises(Exception, match="no gradient here"):
         jax.block_until_ready(jax.grad(lambda x: aggregate(x, "mean_around_median", f=2).sum())(x))
+    rows = [{"w": row} for row in x.at[3, 2].set(jnp.nan)]
+    step = jax.jit(lambda rows: aggregate(rows, "ctma(median)", f=0))
+    with pytest.raises(Exception, match=r"NonFiniteError: ctma: .*NaN or Inf \(rows 3\), more than the f=0"):
+        jax.block_until_ready(step(rows))
+    jax.block_until_ready(jax.jit(lambda x: aggregate(x, "krum", f=2))(x))  # and leave nothing behind
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64, np.complex64])
+@pytest.mark.parametrize("shape", [(5,), (5, 0), (5, 3), (7, 2, 40_000)])
+def test_dtypes_and_shapes(dtype: Any, shape: tuple[int, ...]) -> None:
+    rows = np.random.default_rng(1).standard_normal(shape).astype(dtype)
+    want = rk.trimmed_mean(list(rows), f=1)
+    jax.config.update("jax_enable_x64", True)  # as a context it is this thread's alone, and callbacks may have another
+    try:
+        got = jax.jit(lambda x: aggregate(x, "trimmed_mean", f=1))(jnp.asarray(rows))
+        assert got.dtype == dtype
+        assert np.array_equal(got, want)
+        assert np.array_equal(jax.jit(lambda x: aggregate(list(x), "trimmed_mean", f=1))(jnp.asarray(rows)), want)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def test_a_dtype_that_no_rule_takes() -> None:
+    with pytest.raises(Exception, match=r"cast the rows to float32|dtype"):
+        jax.block_until_ready(aggregate(jnp.asarray(X).astype(jnp.float8_e4m3fnuz), "median"))
+
+
+def test_rows_are_not_copied(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where XLA calls, the rule reads the array's own memory and writes where the result then lies."""
+    seen = []
+    run = adapter._run
+
+    def spy(call: Any, operands: Any, results: Any) -> None:
+        seen.append((operands[0].ctypes.data, results[0].ctypes.data))
+        run(call, operands, results)
+
+    monkeypatch.setattr(adapter, "_run", spy)
+    x = jnp.asarray(np.zeros((9, 5000), np.float32))
+    result = jax.jit(lambda x: aggregate(x, "median"))(x)
+    here = (x.unsafe_buffer_pointer(), result.unsafe_buffer_pointer())
+    assert (seen == [here]) == (way == "ffi")
+
+
+def test_threads_call_at_once() -> None:
+    step = jax.jit(lambda x: aggregate(x, "ctma(geometric_median)", f=2))
+    inputs = [jnp.asarray(X * (i + 1)) for i in range(8)]
+    wanted = [rk.aggregate(X * np.float32(i + 1), "ctma(geometric_median)", f=2) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            for got, want in zip(pool.map(step, inputs), wanted, strict=True):
+                assert np.array_equal(got, want)
+
+
+def test_why_there_is_no_ffi(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adapter._register() is None or "jax-ffi" not in REQUIRED
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("version 9.9")
+
+    if adapter._register() is None:
+        monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+        assert "does not take version (0, " in str(adapter._register())
+        assert "version 9.9" in str(adapter._register())
+    monkeypatch.setitem(sys.modules, "robustkern._jax", None)
+    monkeypatch.delattr(rk, "_jax", raising=False)
+    assert "without the headers of jaxlib (install it from its source, with RK_JAX=ON" in str(adapter._register())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import re
@@ -192,5 +193,10 @@ def test_extras_are_those_of_the_project(monkeypatch: pytest.MonkeyPatch) -> Non
         "pip install --upgrade 'robustkern[torch]'",
     )
     assert checks["[flower]"].state == "wrong"
-    assert checks["[jax]"].state == "ok"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    checks |= {"without": next(check for check in doctor._extras() if check.name == "[jax]")}
+    assert checks["without"].state == "note"
+    assert "jax 0.4.35; compiled functions copy rows into callbacks" in checks["without"].found
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert next(check for check in doctor._extras() if check.name == "[jax]").state == "ok"
     assert doctor._version_of("x", "==1.2")[1] is False

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
 }
 _PUBLIC = {"", *LAYERS}
 LAYERS |= {
-    "adapters": _PUBLIC,  # of other frameworks
+    "adapters": {*_PUBLIC, "_jax"},  # of other frameworks
     "distributed": _PUBLIC,  # columns and rows on ranks
     "measure": {*_PUBLIC, "distributed"},
     "training": {*_PUBLIC, "measure"},

@@ -93,6 +93,7 @@ def test_sdist_holds_the_sources_and_nothing_else(sdist: pathlib.Path) -> None:
         "csrc/cuda/check/CMakeLists.txt",
         "csrc/cuda/check/check.cu",
         "csrc/bindings/module_cuda.cpp",
+        "csrc/bindings/module_jax.cpp",
         "csrc/emulation/emulation.h",  # for the tests, which are here too
         "tests/test_install.py",
         "packaging/build_backend.py",
@@ -336,6 +337,21 @@ def test_cuda_that_is_switched_off(tmp_path: pathlib.Path) -> None:
     assert "RK_CUDA must be AUTO, ON or OFF; got 'MAYBE'" in said
 
 
+def test_what_jax_calls_needs_its_headers(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "jaxlib").mkdir()
+    (tmp_path / "jaxlib" / "__init__.py").touch()
+    for state, built in (("AUTO", True), ("OFF", True), ("ON", False), ("MAYBE", False)):
+        done, said = configure(tmp_path / state, "-DRK_CUDA=OFF", f"-DRK_JAX={state}", PYTHONPATH=str(tmp_path))
+        assert done == built, said
+        if state == "ON":
+            assert re.search(r"RK_JAX=ON takes the headers of jaxlib, which \S+ does not find", said), said
+        if state == "MAYBE":
+            assert "RK_JAX must be AUTO, ON or OFF; got 'MAYBE'" in said
+        if built:
+            assert (tmp_path / state / "CMakeFiles" / "_cpu.dir").exists()
+            assert not (tmp_path / state / "CMakeFiles" / "_jax.dir").exists()
+
+
 def test_the_cuda_module_imports_without_a_driver() -> None:
     if importlib.util.find_spec("robustkern._cuda") is None:
         from robustkern._cpu import cuda as reason
@@ -376,7 +392,7 @@ def backend(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    unset = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT", "RK_CUDA", "RK_REQUIRE_EXTENSION")
+    unset = ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "CUDAToolkit_ROOT", "RK_CUDA", "RK_JAX", "RK_REQUIRE_EXTENSION")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     monkeypatch.setattr(os, "environ", {**kept, "PATH": str(tmp_path / "empty")})
     monkeypatch.setattr(module, "DEFAULT_ROOT", str(tmp_path / "cuda"))
@@ -448,23 +464,29 @@ def test_cmake_is_pointed_at_what_pip_brought(
     assert (root / "lib64" / "libcudart.so").resolve() == root / "lib" / "libcudart.so.13"
 
 
-@pytest.mark.parametrize("name", ["RK_CUDA", "cmake.define.RK_CUDA", "skbuild.cmake.define.RK_CUDA"])
-def test_insisting_on_cuda_insists_on_the_extension(backend: Any, name: str) -> None:
+@pytest.mark.parametrize("option", ["RK_CUDA", "RK_JAX"])
+@pytest.mark.parametrize("name", ["{}", "cmake.define.{}", "skbuild.cmake.define.{}"])
+def test_insisting_on_a_part_insists_on_the_extension(backend: Any, option: str, name: str) -> None:
     settings = None
-    if name == "RK_CUDA":
-        os.environ[name] = "ON"
+    if name == "{}":
+        os.environ[option] = "ON"
     else:
-        settings = {name: "ON"}
+        settings = {name.format(option): "ON"}
+    requires = backend.get_requires_for_build_wheel(settings)
+    assert any(package.startswith("jaxlib") for package in requires) == (option == "RK_JAX")
     backend._prepare(settings)
     assert os.environ["RK_REQUIRE_EXTENSION"] == "1"
-    assert os.environ["RK_CUDA"] == "ON"
+    assert os.environ[option] == "ON"
 
 
-def test_another_value_is_refused(backend: Any) -> None:
+@pytest.mark.parametrize("option", ["RK_CUDA", "RK_JAX"])
+def test_another_value_is_refused(backend: Any, option: str) -> None:
     """Not left to CMake, whose failure would leave the pure Python package."""
-    os.environ["RK_CUDA"] = "yes"
-    with pytest.raises(ValueError, match="RK_CUDA must be AUTO, ON or OFF; got 'yes'"):
+    os.environ[option] = "yes"
+    with pytest.raises(ValueError, match=f"{option} must be AUTO, ON or OFF; got 'yes'"):
         backend.get_requires_for_build_wheel(None)
+    with pytest.raises(ValueError, match=f"{option} must be AUTO, ON or OFF; got 'yes'"):
+        backend._prepare(None)
 
 
 def test_a_required_extension_fails_loudly(sdist: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -298,10 +298,12 @@ class View:
             wanted = []
             for k in contenders:
                 of_k = np.argwhere(np.triu(np.ones((self.n, self.n), dtype=np.bool_), 1)) if pairs is None else pairs(k)
-                of_k = np.sort(same[of_k[finite[of_k].all(axis=1)]], axis=1)
-                wanted.append(of_k[np.lexsort(of_k.T)])
-            if not geometry.single and all(np.array_equal(w, wanted[0]) for w in wanted[1:]) and pairs is not None:
-                return None  # they differ in copies of the same rows only
+                wanted.append(np.sort(same[of_k[finite[of_k].all(axis=1)]], axis=1))
+            if not geometry.single and pairs is not None:
+                numbers = (np.sort(w[:, 0] * self.n + w[:, 1]) for w in wanted)
+                first = next(numbers)
+                if all(np.array_equal(first, other) for other in numbers):
+                    return None  # they differ in copies of the same rows only
             if pairs is not None and all((pairs(int(k))[:, 0] == k).all() for k in contenders):
                 apart = self._apart(contenders)  # candidates are rows
                 if apart is not None and _equal_scores(scores, squares, contenders, apart):
@@ -337,15 +339,15 @@ class View:
         if self._is_mixed():
             return None
         known = self._given.known_pairs()
-        # As single numbers, of which thousands of rows have half a million.
-        needed = np.column_stack(np.divmod(np.unique(pairs[:, 0] * self.n + pairs[:, 1]), self.n))
-        needed = needed[needed[:, 0] != needed[:, 1]]
-        new = needed[np.isnan(known[tuple(needed.T)])]
-        rows = np.unique(new[:, 0])
-        if not self._given.afford(len(new) + len(rows)) and not always:
+        needed = np.zeros(known.shape, dtype=np.bool_)  # thousands of rows have millions of pairs: they are not sorted
+        needed[tuple(pairs.T)] = True
+        np.fill_diagonal(needed, False)
+        needed &= np.isnan(known)
+        rows = np.flatnonzero(needed.any(axis=1))
+        if not self._given.afford(int(np.count_nonzero(needed)) + len(rows)) and not always:
             return None
         for row in rows:
-            others = new[new[:, 0] == row, 1]
+            others = np.flatnonzero(needed[row])
             known[row, others] = self._given.exact_from(int(row), self._given.scale, others)
         return known
 
