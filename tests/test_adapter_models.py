@@ -24,6 +24,10 @@ Array = NDArray[Any]
 # ---- LoRA --------------------------------------------------------------------------------------------------------------
 
 
+#: What the larger product below can have.
+MOST_RANK = 9
+
+
 def lora(seed: int, r: int, scale: float = 1.0) -> dict[str, Array]:
     g = np.random.default_rng(seed)
     base = np.random.default_rng(99)
@@ -66,7 +70,7 @@ def test_the_merged_adapter_is_the_rule_of_the_products(rule: str) -> None:
     np.testing.assert_allclose(product(merged), want, rtol=1e-4, atol=1e-5)
     assert {x.dtype for x in merged.values()} == {np.dtype(np.float32)}
     rank = sum(adapters[i]["m.q.lora_A.weight"].shape[0] for i in np.flatnonzero(weights))
-    assert merged["m.q.lora_A.weight"].shape == (rank, 12)
+    assert merged["m.q.lora_A.weight"].shape == (min(rank, MOST_RANK), 12)
     tensors, same = peft.aggregate_lora([{k: torch.tensor(x) for k, x in a.items()} for a in adapters], rule, f=1)
     assert np.array_equal(same, weights)
     assert np.array_equal(tensors["m.q.lora_B.weight"], merged["m.q.lora_B.weight"])
@@ -102,8 +106,6 @@ def test_what_is_no_adapter() -> None:
     whole = {key: (x * 10).astype(np.int64) for key, x in good[0].items()}
     with pytest.raises(TypeError, match=r"adapter 4, m.q.weight: A has dtype int64 and B int64; expected floats"):
         peft.aggregate_lora([*good, whole], "mean")
-    with pytest.raises(ValueError, match="rank 5 is above what its product can have"):
-        peft.aggregate_lora([{"q.lora_A.w": np.ones((5, 4)), "q.lora_B.w": np.ones((4, 5))}], "mean")
     with pytest.raises(TypeError, match="adapters: expected a list of mappings with lora_A and lora_B; got dict"):
         peft.aggregate_lora(good[0], "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scalings: expected 4 finite numbers"):
@@ -134,7 +136,9 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
 
     merged = load_file(tmp_path / "merged" / "adapter_model.safetensors")
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["peft_type"]) == (16, 16, False, "LORA")
+    rank = config["r"]
+    assert rank == merged["m.q.lora_A.weight"].shape[0] == min(16, MOST_RANK)
+    assert (config["lora_alpha"], config["use_rslora"], config["peft_type"]) == (rank, False, "LORA")
     want = np.mean([product(a, s) for a, s in zip(adapters, (2.0, 16 / np.sqrt(8), 1.0), strict=True)], axis=0)
     np.testing.assert_allclose(product(merged, config["lora_alpha"] / config["r"]), want, rtol=1e-5, atol=1e-6)
     evil = folder(tmp_path / "evil", adapters[0], {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "http://evil"})
@@ -148,7 +152,18 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
             ("[" * 100_000, "is no JSON"),
             ("[]", "has no rank r"),
             ({"r": True}, "has no rank r"),
-            ({"r": 4, "rank_pattern": {"q": 2}}, "has rank_pattern, which cannot be concatenated"),
+            (
+                {"r": 4, "rank_pattern": {"q": 2}},
+                "has rank_pattern, so that its products alone do not say what it does",
+            ),
+            ({"r": 4, "use_dora": True}, "has use_dora, so that its products alone"),
+            ({"r": 4, "use_bdlora": {"nblocks": 2}}, "has use_bdlora, so that its products alone"),
+            ({"r": 4, "use_something_of_the_next_year": True}, "has use_something_of_the_next_year, so that"),
+            ({"r": 4, "bias": "all"}, "has bias='all', which changes the model beside the products"),
+            ({"r": 4, "init_lora_weights": "pissa"}, "has init_lora_weights='pissa', which changes the model"),
+            ({"r": 4, "init_lora_weights": ["olora"]}, "has init_lora_weights=.*, which changes the model"),
+            ({"r": 4, "peft_type": "ADALORA"}, "is of peft_type 'ADALORA'; expected LORA"),
+            ({"r": 4, "peft_type": None}, "is of peft_type None; expected LORA"),
             ({"r": 4, "lora_alpha": "8"}, "lora_alpha must be a number; got '8'"),
             ({"r": 4, "lora_alpha": 10**400}, "lora_alpha must be a number; got"),
             ({"r": 5}, "its rank r=5 is not that of its lora_A"),
@@ -159,6 +174,85 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             peft.aggregate_lora_folders([*paths, bad], "mean", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_no_few_adapters_decide_a_setting(tmp_path: Path) -> None:
+    """Whatever else differs: paths of the base model, the order of sets, dropout; and forged ones that are alike."""
+    own = [
+        {
+            "r": 4,
+            "lora_alpha": 4,
+            "peft_type": "LORA",
+            "target_modules": ["q", "v"][:: (-1) ** k],
+            "lora_dropout": k / 9,
+        }
+        | {"base_model_name_or_path": f"/home/{k}/model", "init_lora_weights": [True, "gaussian"][k % 2], "new": k // 4}
+        for k in range(5)
+    ]
+    forged = {"target_modules": ["q"], "base_model_name_or_path": "http://evil", "exclude_modules": "v"}
+    adapters = [lora(k, 4) for k in range(7)]
+    honest = [folder(tmp_path / f"{k}", adapters[k], config) for k, config in enumerate(own)]
+    evil = [folder(tmp_path / f"evil{k}", adapters[5 + k], own[0] | forged) for k in range(2)]
+    for k, paths in enumerate(([*honest, *evil], [*evil, *honest])):
+        peft.aggregate_lora_folders(paths, "ctma(geometric_median)", f=2, out=tmp_path / f"out{k}")
+        text = (tmp_path / f"out{k}" / "adapter_config.json").read_text()
+        settings = json.loads(text)
+        assert settings["target_modules"] == ["q", "v"]
+        assert settings["init_lora_weights"] is True
+        assert "evil" not in text
+        assert not settings.keys() & {"base_model_name_or_path", "lora_dropout"}
+        assert settings["exclude_modules"] is None
+    with pytest.raises(ValueError, match="no exclude_modules is what more than half of the adapters say"):
+        peft.aggregate_lora_folders([honest[0], evil[0]], "mean", out=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_dtypes_are_those_of_nobody(tmp_path: Path) -> None:
+    """A first row in half precision, of no weight, once decided the result's: digits lost, 1e5 became Inf."""
+    adapters: list[Any] = [lora(k, 4, 1e6) for k in range(5)]
+    adapters[0] = {key: (x / 1e6).astype(np.float16) for key, x in adapters[0].items()}
+    merged, weights = peft.aggregate_lora(adapters, "multi_krum(m=3)", f=1)
+    assert weights[0] == 0
+    assert {x.dtype for x in merged.values()} == {np.dtype(np.float32)}
+    np.testing.assert_allclose(product(merged), weights @ [product(adapter) for adapter in adapters], rtol=1e-4)
+    wide = [{key: x.astype(np.float64) * 1e30 for key, x in adapter.items()} for adapter in adapters[1:]]
+    assert {x.dtype for x in peft.aggregate_lora(wide, "mean")[0].values()} == {np.dtype(np.float64)}
+    wide = [{key: x * np.float32(1e32) for key, x in adapter.items()} for adapter in adapters[1:]]
+    with pytest.raises(ValueError, match=r"too large for float32 in m.q.weight \(pass float64 adapters\)"):
+        peft.aggregate_lora(wide, "mean", scalings=[1e3] * 4)
+
+
+def test_ranks_above_what_a_product_can_have() -> None:
+    """They come, from small layers or as results of the call itself; they cost and count no more than the product."""
+    tall = [
+        {"q.lora_A.w": np.random.default_rng(k).standard_normal((9, 4)), "q.lora_B.w": np.ones((30, 9)) / 9}
+        for k in range(4)
+    ]
+    wide = [{"q.lora_A.w": adapter["q.lora_B.w"].T, "q.lora_B.w": adapter["q.lora_A.w"].T} for adapter in tall]
+    for adapters, shape in ((tall, (4, 4)), (wide, (4, 30))):
+        want = np.mean([x["q.lora_B.w"] @ x["q.lora_A.w"] for x in adapters], axis=0)
+        once, _ = peft.aggregate_lora(adapters, "mean")
+        assert once["q.lora_A.w"].shape == shape
+        again, _ = peft.aggregate_lora([once, once, *adapters], "mean")
+        for got in (once, again):
+            np.testing.assert_allclose(got["q.lora_B.w"] @ got["q.lora_A.w"], want, rtol=1e-6)
+    tall[0]["q.lora_A.w"][0, 0] = np.nan
+    merged, weights = peft.aggregate_lora(tall, "geometric_median", f=1)
+    assert weights[0] == 0
+    assert np.isfinite(merged["q.lora_B.w"]).all()
+    two = [{**{f"a.lora_{x}.w": np.ones((2, 2)) for x in "AB"}, **lora(k, 2)} for k in range(3)]
+    assert {x.shape[0] for key, x in peft.aggregate_lora(two, "mean")[0].items() if "_A" in key} == {6}
+
+
+def test_files_that_numpy_does_not_know(tmp_path: Path) -> None:
+    good = [folder(tmp_path / f"{k}", lora(k, 4), {"r": 4}) for k in range(3)]
+    (good[0] / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: no such file \(save_pretrained writes it"):
+        peft.aggregate_lora_folders(good, "mean", out=tmp_path / "out")
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (good[0] / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    with pytest.raises(ValueError, match="cannot be read: it has a dtype that NumPy has not"):
+        peft.aggregate_lora_folders(good, "mean", out=tmp_path / "out")
 
 
 def test_the_command(tmp_path: Path) -> None:

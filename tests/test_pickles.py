@@ -246,3 +246,23 @@ def test_a_file_that_was_packed_again_is_refused_and_not_misread(tmp_path: Path)
         open_reader(path)
     torch.save(torch.load(path, weights_only=True), path)
     assert list(open_reader(path).tensors) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_a_folder_that_has_bytes_is_refused(tmp_path: Path, suffix: str) -> None:
+    """By its attributes: torch reads nothing of it and returns whatever the memory held."""
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".pt":
+        torch.save({"a": torch.full((5,), 7.0)}, path)
+    else:
+        np.savez(path, a=np.full(5, 7.0))
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        names = [member.orig_filename.encode() for member in archive.infolist()]
+    (last,) = (name for name in names if name.endswith((b"data/0", b"a.npy")))
+    entry = data.rindex(last) - 46
+    assert data[entry : entry + 4] == b"PK\1\2"
+    data[entry + 38] |= 0x10
+    path.write_bytes(data)
+    with pytest.raises(FileError, match=r"its member .* is a folder, and has bytes"):
+        open_reader(path)

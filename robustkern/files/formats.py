@@ -500,6 +500,8 @@ class _Npz(_Spans):
 #: What a member's flags may say: how well it is compressed, its length stands behind it, its name is UTF-8.
 _UTF_8 = 0x800
 _FLAGS = 0x6 | 0x8 | _UTF_8
+#: What makes a member a folder, of which torch reads nothing and leaves memory as it was.
+_FOLDER = 0x10
 
 
 def _archive(held: Held) -> zipfile.ZipFile:
@@ -514,6 +516,8 @@ def _archive(held: Held) -> zipfile.ZipFile:
     for member in archive.infolist():
         if member.flag_bits & ~_FLAGS or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"its member {shown(member.filename)} is encrypted, or compressed in an unusual way")
+        if member.file_size and (member.external_attr & _FOLDER or member.orig_filename.endswith("/")):
+            raise ValueError(f"its member {shown(member.filename)} is a folder, and has bytes")
     return archive
 
 

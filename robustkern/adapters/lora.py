@@ -1,0 +1,202 @@
+"""LoRA adapters by their products: exact distances of B A in r-space, and a concatenated adapter of what has weight.
+
+The median of all A and of all B is not the median of the products. But inner products of products need no product:
+``<B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))``, for any ranks. So every rule that is built on distances and
+averages gives weights, and the weighted sum of the products is exactly an adapter: the A of the rows with weight one
+below the other, and their B, by weight, side by side.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_api_compat import is_torch_array
+from numpy.typing import ArrayLike, NDArray
+
+from robustkern.contract.rows import Vector
+from robustkern.errors import brief, plain
+from robustkern.inputs.arrays import array_view
+from robustkern.products import weights_of
+from robustkern.rules import Aggregator
+
+__all__ = ["A", "aggregate_lora", "lora_gram"]
+
+Adapter = Mapping[str, Any]
+Pair = tuple[NDArray[Any], NDArray[Any]]
+A, _B = ".lora_A.", ".lora_B."
+
+
+def _factors(adapter: Adapter, row: int) -> dict[str, tuple[str, str]]:
+    """Return the keys of A and B of each module."""
+    found = {}
+    for key in adapter:
+        if A in key:
+            other = key.replace(A, _B)
+            if other not in adapter:
+                raise ValueError(f"adapter {row} has {plain(key, 100)} and no {plain(other, 100)}")
+            found[key.replace(A, ".")] = key, other
+        elif _B not in key or key.replace(_B, A) not in adapter:
+            raise ValueError(
+                f"adapter {row} has {plain(key, 100)}, which is no pair of lora_A and lora_B (leave it out)"
+            )
+    if not found:
+        raise ValueError(f"adapter {row} holds no lora_A and lora_B")
+    return found
+
+
+def _folded(a: NDArray[Any], b: NDArray[Any]) -> Pair:
+    """Return factors of the same product with no more ranks than it can have: those that came are their sender's."""
+    if a.shape[0] <= min(a.shape[1], b.shape[0]):
+        return a, b
+    with np.errstate(all="ignore"):
+        product = b @ a
+    if not np.isfinite(product).all():
+        product = np.full_like(product, np.nan)  # and the identity beside it is finite: the row stays bad
+    rows, columns = product.shape
+    return (np.eye(columns), product) if columns < rows else (product, np.eye(rows))
+
+
+def _checked(adapters: Sequence[Adapter]) -> list[dict[str, Pair]]:
+    """Return A and B of each module of each adapter, in float64; raise where one has other modules or shapes."""
+    if isinstance(adapters, (str, bytes, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
+        raise TypeError(f"adapters: expected a list of mappings with lora_A and lora_B; got {type(adapters).__name__}")
+    rows = []
+    for i, adapter in enumerate(adapters):
+        pairs = {}
+        for name, keys in _factors(adapter, i).items():
+            a, b = (np.asarray(array_view(adapter[key], f"adapter {i}, {key}")) for key in keys)
+            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"adapter {i}, {plain(name, 100)}: A of shape {a.shape} and B of {b.shape} have no product"
+                )
+            if a.dtype.kind in "iubc" or b.dtype.kind in "iubc":
+                raise TypeError(
+                    f"adapter {i}, {plain(name, 100)}: A has dtype {a.dtype} and B {b.dtype}; expected floats"
+                )
+            pairs[name] = _folded(a.astype(np.float64), b.astype(np.float64))
+        rows.append(pairs)
+    shapes = [tuple((name, b.shape[0], a.shape[1]) for name, (a, b) in sorted(row.items())) for row in rows]
+    usual = Counter(shapes).most_common(1)[0][0]
+    for i, found in enumerate(shapes):
+        if found != usual:
+            name = sorted(set(found) ^ set(usual))[0][0]
+            raise ValueError(f"adapter {i} has other modules or shapes than most, first in {plain(name, 100)}")
+    return rows
+
+
+def lora_gram(adapters: Sequence[Adapter], *, scalings: ArrayLike | None = None) -> NDArray[np.float64]:
+    """Return (n, n) inner products of the adapters' products, over all modules.
+
+    Parameters
+    ----------
+    adapters : sequence of n mappings
+        Of names ending in ``.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r), NumPy or torch; ranks may differ.
+    scalings : (n,) array_like, optional
+        What each product is multiplied by, such as ``lora_alpha / r``; by default 1.
+
+    Returns
+    -------
+    (n, n) float64
+        O(n^2 r^2 (in + out)) operations a module; no product is ever formed.
+    """
+    rows = _checked(adapters)
+    scale = _scales(rows, scalings)
+    gram = np.zeros((len(rows), len(rows)))
+    with np.errstate(all="ignore"):
+        for name in rows[0]:
+            for i, row in enumerate(rows):
+                for j in range(i + 1):
+                    (a, b), (c, d) = row[name], rows[j][name]
+                    gram[i, j] += ((b.T @ d) * (a @ c.T)).sum() * scale[i] * scale[j]
+    return np.asarray(np.tril(gram) + np.tril(gram, -1).T)
+
+
+def _scales(rows: Sequence[Any], scalings: ArrayLike | None) -> Vector:
+    scale = np.ones(len(rows)) if scalings is None else np.asarray(scalings, dtype=np.float64)
+    if scale.shape != (len(rows),) or not np.isfinite(scale).all():
+        raise ValueError(f"scalings: expected {len(rows)} finite numbers; got {brief(scalings)}")
+    return scale
+
+
+def aggregate_lora(
+    adapters: Sequence[Adapter],
+    rule: Aggregator | str,
+    /,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    scalings: ArrayLike | None = None,
+    seed: int | None = None,
+) -> tuple[dict[str, Any], Vector]:
+    """Combine n LoRA adapters, of any ranks, into one.
+
+    Parameters
+    ----------
+    adapters, scalings
+        As for `lora_gram`.
+    rule : rule object or str
+        Built on distances and averages, see `robustkern.weights_of`.
+    f, delta, weights, seed
+        As for `robustkern.aggregate`.
+
+    Returns
+    -------
+    adapter : dict
+        Like adapter 0 in names and library, of scaling 1; float32, or float64 where an adapter that has weight is.
+        Its rank, the same in all modules, is the sum of the ranks of the adapters that have weight, but no more than
+        the largest module's product can have.
+    weights : (n,) float64
+        Of the adapters in it; 0 for those that hold NaN or Inf.
+
+    Raises
+    ------
+    TypeError, ValueError, NonFiniteError
+        As `robustkern.weights_of`; where adapters differ in modules or shapes, or hold anything else; and where the
+        result is too large for its dtype.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from robustkern.adapters.lora import aggregate_lora
+    >>> def adapter(x):
+    ...     return {"q.lora_A.weight": np.array([[1.0, x]]), "q.lora_B.weight": np.array([[1.0], [0.0]])}
+    >>> merged, weights = aggregate_lora([adapter(x) for x in (1, 2, 2, 90)], "multi_krum(m=2)", f=1)
+    >>> merged["q.lora_B.weight"] @ merged["q.lora_A.weight"]
+    array([[1., 2.],
+           [0., 0.]])
+    """
+    rows = _checked(adapters)
+    scale = _scales(rows, scalings)
+    shares = weights_of(rule, lora_gram(adapters, scalings=scalings), f=f, delta=delta, weights=weights, seed=seed)
+    kept = np.flatnonzero(shares)
+    pairs: dict[str, Pair] = {}
+    for name in rows[0]:
+        below = np.concatenate([rows[i][name][0] for i in kept])
+        beside = np.concatenate([rows[i][name][1] * (shares[i] * scale[i]) for i in kept], axis=1)
+        pairs[name] = _folded(below, beside)
+    rank = max(len(a) for a, _ in pairs.values())
+    double = any(str(x.dtype).endswith("float64") for i in kept for x in adapters[int(i)].values())
+    dtype = np.dtype(np.float64 if double else np.float32)
+    merged: dict[str, Any] = {}
+    for name, (key_a, key_b) in _factors(adapters[0], 0).items():
+        a, b = pairs[name]
+        more = rank - len(a)
+        merged[key_a] = _like(np.pad(a, ((0, more), (0, 0))), dtype, adapters[0][key_a], name)
+        merged[key_b] = _like(np.pad(b, ((0, 0), (0, more))), dtype, adapters[0][key_b], name)
+    return merged, shares
+
+
+def _like(x: NDArray[Any], dtype: np.dtype[Any], other: Any, name: str) -> Any:
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, dtype=dtype)
+    if not np.isfinite(x).all():  # rows that are not finite have no weight
+        raise ValueError(f"the combination is too large for {dtype} in {plain(name, 100)} (pass float64 adapters)")
+    if is_torch_array(other):
+        import torch
+
+        return torch.from_numpy(x).to(device=other.device)
+    return x
