@@ -27,8 +27,8 @@ struct Rows {
 // With sq_distances, the squared distance of every row of measure @ rows / measure_divisors (of the rows themselves
 // where measure is null) to the selected row as it is stored, summed in float64.
 // NaN ranks above +inf; a window that reaches a NaN gives NaN.
-// With nearest, the window (then of at most two cells, without multiplicities) is a centre, and the result the mean of
-// so many values nearest to it, by exact distances.
+// With nearest, the window (then without multiplicities) is a centre, and the result the mean of so many values nearest
+// to it, by exact distances: to the middle of one or two cells, to the mean of more as a sum of float64 tells it.
 struct Select {
   std::int64_t lo, hi;
   std::int64_t nearest;                // 0: the mean of the window itself

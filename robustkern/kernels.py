@@ -65,8 +65,7 @@ def select_columns(
     window : (int, int)
         Ranks [lo, hi), ``0 <= lo < hi <= n``.
     nearest : int, optional
-        Average the so many values nearest to the window's mean instead, ``1 <= nearest <= n``; the window then has one
-        or two ranks.
+        Average the so many values nearest to the window's mean instead, ``1 <= nearest <= n``.
     distances : bool
         Also return the squared distance of each row to the result, from the same pass.
     scale : float
@@ -97,10 +96,9 @@ def select_columns(
         raise ValueError(
             f"select_columns: window must satisfy 0 <= lo < hi <= n; got ({lo}, {hi}) with n={source.n} rows"
         )
-    if nearest is not None and not (1 <= nearest <= source.n and hi - lo <= 2):
+    if nearest is not None and not 1 <= nearest <= source.n:
         raise ValueError(
-            "select_columns: nearest must satisfy 1 <= nearest <= n, with a window of one or two ranks; got "
-            f"nearest={nearest} and ({lo}, {hi}) with n={source.n} rows"
+            f"select_columns: nearest must satisfy 1 <= nearest <= n; got nearest={nearest} with n={source.n} rows"
         )
     total = np.zeros(source.n)
     for block in source.blocks():

@@ -1,4 +1,4 @@
-"""ByzFL's names over the rules: parameters, kinds, state, errors; `tests/peers/byzfl_oracle.py` compares with ByzFL."""
+"""ByzFL's names over the rules: parameters, kinds, state, errors; `tests/peers/oracles.py` compares with ByzFL."""
 
 from __future__ import annotations
 

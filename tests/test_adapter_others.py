@@ -43,7 +43,7 @@ def krums_bulyan(x: Array, f: int, m: int) -> Array:
         best = np.argsort(scores, kind="stable")[: min(m, n - f - 2 - i)]
         mean = rows[best].mean(axis=0)
         means.append(mean)
-        left.pop(int(((rows - mean) ** 2).sum(axis=1).argmin()))
+        left.pop(int(best[((rows[best] - mean) ** 2).sum(axis=1).argmin()]))
     return np.asarray(np.sort(np.array(means), axis=0)[f : len(means) - f].mean(axis=0))
 
 
@@ -79,6 +79,13 @@ def test_krums_aggregators(case: tuple[Any, dict[str, Any], Array]) -> None:
     moving = T.clone().requires_grad_()
     rule.aggregate(moving, **options).sum().backward()
     np.testing.assert_allclose(moving.grad.sum(), 20.0, rtol=1e-6)  # weights add up to 1 in every column
+
+
+def test_krums_bulyan_leaves_out_one_that_it_has_taken() -> None:
+    """In its second round row 6, which it has not taken, is nearer to the mean than those that it has."""
+    x = torch.tensor([[3, 10], [0, 5], [10, 2], [8, 8], [5, 11], [11, 0], [3, 2]], dtype=torch.float64)
+    got = krum.Bulyan.aggregate(x, n=7, f=1, m=3)
+    np.testing.assert_allclose(got, [16 / 3, 17 / 3], rtol=1e-12)  # as krum 0.9.1 has it
 
 
 def test_krums_scores() -> None:

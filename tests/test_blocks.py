@@ -35,7 +35,7 @@ def test_segments_are_columns(kernels: Kernels, dtype: np.dtype[Any], borders: l
     """Selections and weighted sums concatenate to the same bits; Grams and distances add up."""
     x = make_rows("nan", 7, 1000, dtype)
     segmented = cut(x, borders)
-    for window, nearest in ((Window(3, 4), None), (Window(2, 5), None), (Window(3, 4), 5)):
+    for window, nearest in ((Window(3, 4), None), (Window(2, 5), None), (Window(3, 4), 5), (Window(2, 5), 5)):
         want, whole_out = one_row(1000, dtype)
         whole = kernels.select_columns(Rows.of(x), window, nearest=nearest, out=whole_out, distances=True)
         got = np.full((1, 1000), 77, dtype=dtype)

@@ -202,6 +202,7 @@ def test_mixtures_of_every_number_of_rows(emulation: Any, dtype: np.dtype[Any], 
             {"window": Window((k - 1) // 2, k // 2 + 1)},
             {"window": Window(k // 4, k - k // 4)},
             {"window": Window((k - 1) // 2, k // 2 + 1), "nearest": k // 2 + 1},
+            {"window": Window(k // 4, k - k // 4), "nearest": k - k // 4},
         ):
             results = []
             for backend, rows in ((kernels, x), (kernels, shifted), (reference, x)):
@@ -275,6 +276,7 @@ def _everything(kernels: Kernels, x: Array) -> Iterator[bytes]:
         {"window": Window((n - 1) // 2, n // 2 + 1)},
         {"window": Window(n // 4, n - n // 4)},
         {"window": Window((n - 1) // 2, n // 2 + 1), "nearest": n // 2 + 1},
+        {"window": Window(n // 4, n - n // 4), "nearest": n - n // 4},
         {"window": Window((total - 1) // 2, total // 2 + 1), "multiplicities": cells},
         {"window": Window(half, half + 1), "mix": mix, "measure": mix},
         {"window": Window(half, half + 1), "mix": mix},

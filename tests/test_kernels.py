@@ -66,6 +66,8 @@ def oracle_nearest(x: Array, window: Window, nearest: int) -> Array:
     with np.errstate(all="ignore"):
         wide = np.sort(x.astype(np.longdouble), axis=0)
         centre = (wide[lo] + wide[hi - 1]) / 2
+        if hi - lo > 2:
+            centre = wide[lo:hi].sum(axis=0) / (hi - lo)
         away = np.abs(wide - centre)
         above = wide > centre
         rank = np.broadcast_to(np.arange(len(x))[:, None], x.shape)
@@ -241,8 +243,9 @@ def test_nearest_values_match_the_oracle(kernels: Kernels, dtype: np.dtype[Any],
     for n, d in [*SIZES, (32, 20), (34, 17), (65, 9), (256, 7), (300, 17)]:
         x = make_rows(kind, n, d, dtype, seed=n)
         before = x.tobytes()
-        for lo in {(n - 1) // 2, n // 2}:
-            window = Window(lo, n // 2 + 1)
+        for window in {*(Window(lo, n // 2 + 1) for lo in ((n - 1) // 2, n // 2)), Window(n // 4, n - n // 4)}:
+            if window.hi - window.lo > 2 and kind == "subnormal" and dtype == np.float64:
+                continue  # of which means are within one unit, says the contract
             for nearest in {1, (n + 2) // 3, n // 2 + 1, n - n // 4, n}:
                 got, out = one_row(d, dtype)
                 found = kernels.select_columns(Rows.of(x), window, nearest=nearest, out=out)
@@ -259,11 +262,11 @@ def test_nearest_values_for_every_number_of_rows(fast: Kernels) -> None:
     for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
         for n in ALL_N:
             x = np.random.default_rng(n).integers(-9, 10, (n, 67)).astype(dtype)
-            window = Window((n - 1) // 2, n // 2 + 1)
             for nearest in range(1, n + 1) if n <= 40 else {1, 2, n // 5, n // 2, n - n // 3, n - 2, n - 1, n}:
-                got, out = one_row(67, dtype)
-                fast.select_columns(Rows.of(x), window, nearest=nearest, out=out)
-                assert_close(got, oracle_nearest(x, window, nearest), x)
+                for window in (Window((n - 1) // 2, n // 2 + 1), Window(n // 3, n - n // 3)):
+                    got, out = one_row(67, dtype)
+                    fast.select_columns(Rows.of(x), window, nearest=nearest, out=out)
+                    assert_close(got, oracle_nearest(x, window, nearest), x)
 
 
 @pytest.mark.parametrize("n", [7, 40, 300])
@@ -315,11 +318,12 @@ def test_nearest_values_that_would_be_nan(kernels: Kernels) -> None:
         x = np.ascontiguousarray(x[::-1])
         assert np.isnan(x).sum(axis=0).tolist() == list(range(n - 1, -1, -1))
         for lo, nearest in [(0, 1), (0, n // 2), (n // 2, 2), (n // 2, n - n // 4), (0, n)]:
-            got, out = one_row(n, x.dtype)
-            kernels.select_columns(Rows.of(x), Window(lo, lo + 1), nearest=nearest, out=out)
-            numbers = np.arange(1, n + 1)
-            assert np.array_equal(np.isnan(got), numbers < max(nearest, lo + 1))
-            assert_close(got, oracle_nearest(x, Window(lo, lo + 1), nearest), x)
+            for window in (Window(lo, lo + 1), Window(lo, min(lo + 5, n))):
+                got, out = one_row(n, x.dtype)
+                kernels.select_columns(Rows.of(x), window, nearest=nearest, out=out)
+                numbers = np.arange(1, n + 1)
+                assert np.array_equal(np.isnan(got), numbers < max(nearest, window.hi))
+                assert_close(got, oracle_nearest(x, window, nearest), x)
 
 
 @pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "nan", "inf"])
@@ -644,9 +648,9 @@ def test_bindings_refuse_other_arrays() -> None:
     for few in (-1, 5):
         with pytest.raises(ValueError, match="no more values can be near than are selected"):
             call(nearest=few)
-    for several in ({"hi": 4}, {"multiplicities": np.ones(4, dtype=np.int64)}):
-        with pytest.raises(ValueError, match="a centre of at most two cells, and no multiplicities"):
-            call(nearest=2, **several)
+    call(hi=4, nearest=2)
+    with pytest.raises(ValueError, match="nearest values are taken without multiplicities"):
+        call(nearest=2, multiplicities=np.ones(4, dtype=np.int64))
     for cells, message in (
         (np.zeros(4, dtype=np.int64), "some row must have"),
         (np.arange(-1, 3), "must not be negative"),

@@ -121,6 +121,7 @@ def test_rule_objects() -> None:
         "monna",
         "multi_krum",
         "nnm",
+        "phocas",
         "rfa",
         "smea",
         "spectral",

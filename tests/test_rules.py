@@ -28,6 +28,7 @@ HAND_RESULTS = {
     "trimmed_mean": [2.5, 1, 4],
     # Medians 2.5, 1, 4; farthest are 100, -100, and of 1 and 7, which are equally far, the higher one.
     "mean_around_median": [2, 2, 3],
+    "phocas": [2, 2, 3],  # trimmed means 2.5, 1, 4
     "ctma(mean)": [2, 2, 3],
     "ctma(median)": [2, 2, 3],
     "ctma(trimmed_mean)": [2, 2, 3],
@@ -151,6 +152,10 @@ def _slow(rule: str, x: Array, f: int) -> Array:
         away = np.abs(x - (np.sort(x, axis=0)[(n - 1) // 2] + np.sort(x, axis=0)[n // 2]) / 2)
         order = np.lexsort((x, away), axis=0)[: n - f]
         return np.take_along_axis(x, order, axis=0).mean(axis=0)
+    if rule == "phocas":
+        away = np.abs(x - np.sort(x, axis=0)[f : n - f].mean(axis=0))
+        order = np.lexsort((x, away), axis=0)[: n - f]
+        return np.take_along_axis(x, order, axis=0).mean(axis=0)
     if rule == "geometric_median":
         return slow_geometric_median(x)
     if rule.startswith("bulyan"):
@@ -213,6 +218,7 @@ def _slow(rule: str, x: Array, f: int) -> Array:
         "median",
         "trimmed_mean",
         "mean_around_median",
+        "phocas",
         "geometric_median",
         "krum",
         "multi_krum",
@@ -233,6 +239,7 @@ def _slow(rule: str, x: Array, f: int) -> Array:
         "ctma(median)",
         "ctma(bulyan)",
         "ctma(mean_around_median)",
+        "ctma(phocas)",
         "ctma(geometric_median)",
         "ctma(nnm | trimmed_mean)",
         "nnm | mean",

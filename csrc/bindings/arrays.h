@@ -104,8 +104,7 @@ inline Select select_of(const Rows& rows, std::int64_t lo, std::int64_t hi, std:
   require(0 <= lo && lo < hi && hi <= cells, "the window must be a non-empty range of the cells");
   require(0 <= nearest && nearest <= static_cast<std::int64_t>(selected),
           "no more values can be near than are selected");
-  require(nearest == 0 || (hi - lo <= 2 && !multiplicities),
-          "nearest values need a centre of at most two cells, and no multiplicities");
+  require(nearest == 0 || !multiplicities, "nearest values are taken without multiplicities");
   require(!out || (out->shape(0) == static_cast<std::size_t>(rows.n_segments) && out->shape(1) == 1),
           "one output for each segment");
   require(!sq_distances || sq_distances->shape(0) == (measure ? measure->shape(0) : n),

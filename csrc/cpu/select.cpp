@@ -85,20 +85,64 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   }
 }
 
-// Whether low + high < a + b, which are rounded to the same number, by what the roundings lose. Halves do not overflow.
+// The mean of sorted[lo..hi) per lane, and what its rounding lost; 0 where it is no number.
 template <class C>
-__attribute__((noinline)) typename Simd<C>::Index less_exactly(typename Simd<C>::V low, typename Simd<C>::V high,
-                                                               typename Simd<C>::V a, typename Simd<C>::V b) {
-  using V = typename Simd<C>::V;
-  const V middle = a + b;
-  const V scale = middle - middle == 0 ? V{} + static_cast<C>(1) : V{} + static_cast<C>(0.5);
-  V sum, lost, other, other_lost;
-  two_sum(low * scale, high * scale, sum, lost);
-  two_sum(a * scale, b * scale, other, other_lost);
-  return (sum < other) | ((sum == other) & (lost < other_lost));
+void store_doubled_mean(const typename Simd<C>::V* sorted, int64_t lo, int64_t hi, C* rounded, double* rest) {
+  constexpr int lanes = Simd<C>::lanes;
+  const C* cells = reinterpret_cast<const C*>(sorted);
+  const Divisor count(static_cast<double>(hi - lo));
+  for (int part = 0; part < lanes; part += kDoubles) {
+    const auto value = [&](int64_t r) { return load_double(cells + r * lanes + part); };
+    const F64 base = value(lo);
+    F64 sum{}, lost;
+    for (int64_t r = lo + 1; r < hi; ++r) sum += value(r) - base;
+    F64 mean = moved(base, sum, count, lost);
+    if (__builtin_expect(any_nan(mean * 0.0), false)) {
+      DoubledSum shrunken{};
+      for (int64_t r = lo; r < hi; ++r) add(shrunken, value(r) * kRoom);
+      mean = mean - mean == 0 ? mean : shrunken_mean(shrunken, static_cast<double>(hi - lo));
+    }
+    store_rounded(rounded + part, mean);
+    lost += mean - load_double(rounded + part);
+    store(rest + part, lost - lost == 0 ? lost : F64{});
+  }
 }
 
-// Mean of the window.nearest values nearest to the window's middle, written to out; sorted[0, n) is overwritten.
+// Twice a middle, times a scale: a power of two, so that it does not overflow; and what its rounding lost, of a mean as
+// float64, because float32 may not hold it.
+template <class C>
+struct Twice {
+  using V = typename Simd<C>::V;
+  V total, lost, scale;
+  bool wide;  // of a mean
+  double rest[Simd<C>::lanes];
+
+  Twice(V a, V b) : scale(a + b - (a + b) == 0 ? V{} + static_cast<C>(1) : V{} + static_cast<C>(0.5)), wide(false) {
+    two_sum(a * scale, b * scale, total, lost);
+  }
+  // Of a rounded mean, and what that lost.
+  Twice(V mean, const double* more) : Twice(mean, mean) {
+    wide = true;
+    for (int lane = 0; lane < Simd<C>::lanes; ++lane) {
+      const double rough = total[lane], add = 2 * static_cast<double>(scale[lane]) * more[lane];
+      total[lane] = static_cast<C>(rough + add);
+      rest[lane] = (rough - static_cast<double>(total[lane])) + add;
+    }
+  }
+
+  // Whether low + high is less, which is rounded to the same number, by what the roundings lose.
+  __attribute__((noinline)) typename Simd<C>::Index more_than(V low, V high) const {
+    V sum, sum_lost;
+    two_sum(low * scale, high * scale, sum, sum_lost);
+    typename Simd<C>::Index less = (sum < total) | ((sum == total) & (sum_lost < lost));
+    for (int lane = 0; wide && lane < Simd<C>::lanes; ++lane)
+      if (sum[lane] == total[lane]) less[lane] = static_cast<double>(sum_lost[lane]) < rest[lane] ? -1 : 0;
+    return less;
+  }
+};
+
+// Mean of the window.nearest values nearest to the middle of the window's ends, or to the mean of more than two cells,
+// written to out; sorted[0, n) is overwritten.
 // Ranks that lie `nearest` apart compete: of each pair the nearer one goes on to the place of the upper, so that the
 // last `nearest` places end up with the values taken. Where a lower rank stays, all above it that compete with it do.
 template <class C>
@@ -106,13 +150,21 @@ __attribute__((noinline)) void store_nearest_mean(const Window& window, typename
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
   const int64_t n = window.n, nearest = window.nearest;
-  const V a = sorted[window.lo], b = sorted[window.hi - 1], middle = a + b;
+  V a = sorted[window.lo], b = sorted[window.hi - 1];
+  Twice<C> twice(a, b);
+  if (window.hi - window.lo > 2) {
+    double rest[Simd<C>::lanes];
+    store_doubled_mean<C>(sorted, window.lo, window.hi, out, rest);
+    a = b = load(out);
+    twice = Twice<C>(a, rest);
+  }
+  const V middle = a + b - (a + b) == 0 ? twice.total : a + b;
   for (int64_t k = 0; k + nearest < n; ++k) {
-    const V low = sorted[k], high = sorted[k + nearest], sum = low + high;
+    const V lower = sorted[k], upper = sorted[k + nearest], sum = lower + upper;
     Index nearer = sum < middle;
     const Index tied = sum == middle;
-    if (__builtin_expect(any_set(tied), false)) nearer |= tied & less_exactly<C>(low, high, a, b);
-    sorted[k + nearest] = nearer ? high : low;
+    if (__builtin_expect(any_set(tied), false)) nearer |= tied & twice.more_than(lower, upper);
+    sorted[k + nearest] = nearer ? upper : lower;
   }
   store_window_mean<C>(sorted, n - nearest, n, window.narrow, out);
   const V unusual = (a - a) + (b - b);  // an infinite middle is itself the result
@@ -320,11 +372,11 @@ RK_INLINE void find_ends(const Window& window, const V* x, const Parts& parts, V
 }
 
 // Consecutive ranks of a column: the values in [from, below), `copies_high` copies of `high`, and for the rest copies
-// of `low`; low_tied where there are any.
+// of `low`.
 template <class C>
 struct Run {
   typename Simd<C>::V low, high, from, below;
-  typename Simd<C>::Index low_tied, copies_high;
+  typename Simd<C>::Index copies_high;
 };
 
 // The run of the `nearest` values nearest to the middle of a and b, neighbours in rank; distances are put in the n
@@ -383,94 +435,29 @@ Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename 
   // Of equally far values the lower ones come first.
   const Index missing = cut.tied & (static_cast<I>(nearest) - cut.below);
   const Index copies_low = missing < tied_low ? missing : tied_low, any_inside = cut.below > 0;
-  run.low_tied = copies_low > 0;
   run.copies_high = missing - copies_low;
   run.from = first;
   run.below = any_inside ? next_above<C>(last) : -none;
-  run.low = run.low_tied ? low : any_inside ? first : high;
+  run.low = copies_low > 0 ? low : any_inside ? first : high;
   run.high = high;
   return run;
 }
 
-// Mean of the cells [lo, hi) of n values, or of those nearest to it, which may be reordered; no value is a NaN.
+// Mean of the cells of a run of n values, of which `copies_high` are copies of its last one, written to out.
 template <class C>
-void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out, Ahead& ahead) {
+void store_run_mean(const typename Simd<C>::V* x, int64_t n, const Run<C>& run, int64_t cells, bool narrow, C* out) {
   using V = typename Simd<C>::V;
   using Index = typename Simd<C>::Index;
-  using I = typename Simd<C>::IndexScalar;
-  constexpr int lanes = Simd<C>::lanes;
-  const int64_t n = window.n;
-  int64_t cells = window.hi - window.lo;
-  const auto is = [](Index mask, V yes, V no) { return mask ? yes : no; };
-  // The first and the last value of the window; values in [from, below) lie inside, and so do some copies of the two.
-  V low = {}, high = {}, from = V{} - infinity<C>(), below = V{} + static_cast<C>(__builtin_nan(""));
-  V centre = {};
-  Index low_tied = {}, copies_high = {};
-  if (n <= kSortedRows) {
-    const Parts parts(n);
-    sort_parts(x, n, parts, V{} + infinity<C>(), ahead);
-    if (window.nearest) {
-      join_parts(x, parts, V{} + infinity<C>(), ahead);
-      store_nearest_mean<C>(window, x, out);
-      return;
-    }
-    V ends[2];
-    find_ends(window, x, parts, ends);
-    low = ends[0];
-    high = ends[1];
-    if (cells > 2) {
-      from = next_above<C>(low);
-      below = high;
-      low_tied = Index{} - 1;
-      copies_high = static_cast<I>(window.hi) - count_below<C>(x, n, high);
-    }
-  } else if (cells <= 2) {
-    // One cell has a cut on either side; two have one between them.
-    const int64_t least = cells == 2 ? window.lo + 1 : max64(window.lo, 1);
-    const int64_t most = cells == 2 ? least : min64(window.hi, n - 1);
-    const Cut<C> cut = find_cut<C>(x, n, least, most, guess[0]);
-    low = is(cut.tied, cut.at, largest_below<C>(x, n, cut.at)) + static_cast<C>(0);
-    high = is(cut.tied, cut.at, smallest_from<C>(x, n, cut.at)) + static_cast<C>(0);
-    if (cells == 1) low = high = is(cut.below == static_cast<I>(window.hi), low, high);
-  } else {
-    if (window.lo > 0) {
-      const Cut<C> cut = find_cut<C>(x, n, window.lo, window.lo, guess[0]);
-      low_tied = cut.tied;
-      low = cut.at;
-      from = is(cut.tied, next_above<C>(cut.at), cut.at);
-    }
-    low = is(low_tied, low, smallest_from<C>(x, n, from));
-    if (window.hi < n) {
-      const Cut<C> cut = find_cut<C>(x, n, window.hi, window.hi, guess[1]);
-      below = high = cut.at;
-      copies_high = cut.tied & (static_cast<I>(window.hi) - cut.below);
-    }
-  }
-  if (cells <= 2) {
-    const V ends[2] = {low, high};
-    store_window_mean<C>(ends, 0, cells, window.narrow, out);
-    if (!window.nearest) return;
-    centre = load(out);
-    cells = window.nearest;
-    const Index usual = centre - centre == 0;
-    const Run<C> run = nearest_run<C>(x, n, cells, is(usual, low, V{}), is(usual, high, V{}), guess[1]);
-    low = run.low;
-    high = run.high;
-    from = run.from;
-    below = run.below;
-    low_tied = run.low_tied;
-    copies_high = run.copies_high;
-  }
-  constexpr int parts = lanes / kDoubles;
+  constexpr int lanes = Simd<C>::lanes, parts = lanes / kDoubles;
   constexpr bool kCentred = sizeof(C) == 8;  // as in store_window_mean
   C lows[lanes], highs[lanes], copies[lanes], values[lanes];
-  store(lows, low);
-  store(highs, high);
-  store(copies, __builtin_convertvector(copies_high, V));
+  store(lows, run.low);
+  store(highs, run.high);
+  store(copies, __builtin_convertvector(run.copies_high, V));
   F64 sum[parts] = {};
   for (int64_t i = 0; i < n; ++i) {
-    const Index outside = (x[i] < from) | (x[i] >= below);
-    store(values, is(outside, low, x[i]));
+    const Index outside = (x[i] < run.from) | (x[i] >= run.below);
+    store(values, outside ? run.low : x[i]);
     for (int part = 0; part < parts; ++part) {
       const F64 value = load_double(values + part * kDoubles);
       sum[part] += kCentred ? value - load_double(lows + part * kDoubles) : value;
@@ -489,14 +476,118 @@ void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* 
         const C* column = reinterpret_cast<const C*>(x) + lane;
         int64_t inside = 0;
         for (int64_t i = 0; i < n; ++i)
-          inside += column[i * lanes] >= from[lane] && !(column[i * lanes] >= below[lane]);
-        const int64_t copied_high = copies_high[lane];
-        mean[at] = careful_window_mean<C>(column, n, cells, from[lane], below[lane], cells - inside - copied_high,
-                                          first[at], copied_high, last[at]);
+          inside += column[i * lanes] >= run.from[lane] && !(column[i * lanes] >= run.below[lane]);
+        const int64_t copied_high = run.copies_high[lane];
+        mean[at] = careful_window_mean<C>(column, n, cells, run.from[lane], run.below[lane],
+                                          cells - inside - copied_high, first[at], copied_high, last[at]);
       }
-    store_rounded(out + part * kDoubles, window.narrow ? to_odd(mean) : mean);
+    store_rounded(out + part * kDoubles, narrow ? to_odd(mean) : mean);
   }
-  store(out, centre - centre == 0 ? load(out) : centre);  // that of a window is a zero
+}
+
+// The window's cells in two sorted parts of n values; of one or two only the ends.
+template <class C>
+Run<C> sorted_run(const Window& window, typename Simd<C>::V* x, const Parts& parts) {
+  using I = typename Simd<C>::IndexScalar;
+  typename Simd<C>::V ends[2];
+  find_ends(window, x, parts, ends);
+  Run<C> run{};
+  run.low = ends[0];
+  run.high = ends[1];
+  if (window.hi - window.lo <= 2) return run;
+  run.from = next_above<C>(run.low);
+  run.below = run.high;
+  run.copies_high = static_cast<I>(window.hi) - count_below<C>(x, window.n, run.high);
+  return run;
+}
+
+// One or two cells [lo, hi) in the middle of n values: only the ends.
+template <class C>
+Run<C> counted_ends(const Window& window, const typename Simd<C>::V* x, Guess<C>& guess) {
+  using V = typename Simd<C>::V;
+  using I = typename Simd<C>::IndexScalar;
+  const int64_t n = window.n, cells = window.hi - window.lo;
+  // One cell has a cut on either side; two have one between them.
+  const int64_t least = cells == 2 ? window.lo + 1 : max64(window.lo, 1);
+  const int64_t most = cells == 2 ? least : min64(window.hi, n - 1);
+  const Cut<C> cut = find_cut<C>(x, n, least, most, guess);
+  const V below = largest_below<C>(x, n, cut.at), from = smallest_from<C>(x, n, cut.at);
+  Run<C> run{};
+  run.low = (cut.tied ? cut.at : below) + static_cast<C>(0);
+  run.high = (cut.tied ? cut.at : from) + static_cast<C>(0);
+  if (cells == 1) run.low = run.high = cut.below == static_cast<I>(window.hi) ? run.low : run.high;
+  return run;
+}
+
+// More cells [lo, hi) of n values: what lies between two cuts.
+template <class C>
+Run<C> counted_run(const Window& window, const typename Simd<C>::V* x, Guess<C>* guess) {
+  using V = typename Simd<C>::V;
+  using Index = typename Simd<C>::Index;
+  using I = typename Simd<C>::IndexScalar;
+  Run<C> run{};
+  Index low_tied = {};
+  run.from = V{} - infinity<C>();
+  run.below = V{} + static_cast<C>(__builtin_nan(""));
+  if (window.lo > 0) {
+    const Cut<C> cut = find_cut<C>(x, window.n, window.lo, window.lo, guess[0]);
+    low_tied = cut.tied;
+    run.low = cut.at;
+    run.from = cut.tied ? next_above<C>(cut.at) : cut.at;
+  }
+  run.low = low_tied ? run.low : smallest_from<C>(x, window.n, run.from);
+  if (window.hi < window.n) {
+    const Cut<C> cut = find_cut<C>(x, window.n, window.hi, window.hi, guess[1]);
+    run.below = run.high = cut.at;
+    run.copies_high = cut.tied & (static_cast<I>(window.hi) - cut.below);
+  }
+  return run;
+}
+
+template <class C>
+void sort_values(const Window& window, typename Simd<C>::V* x) {
+  const Comparator* net = static_cast<const Comparator*>(window.network);
+  for (int64_t c = 0; c < window.comparators; ++c) {
+    const typename Simd<C>::V low = x[net[c].low], high = x[net[c].high];
+    x[net[c].low] = vmin(low, high);
+    x[net[c].high] = vmax(low, high);
+  }
+}
+
+// Mean of the cells [lo, hi) of n values, or of those nearest to it, which may be reordered; no value is a NaN.
+template <class C>
+void store_mean_of_many(const Window& window, typename Simd<C>::V* x, Guess<C>* guess, C* out, Ahead& ahead) {
+  using V = typename Simd<C>::V;
+  const int64_t n = window.n, cells = window.hi - window.lo;
+  Run<C> run;
+  if (n <= kSortedRows) {
+    const Parts parts(n);
+    sort_parts(x, n, parts, V{} + infinity<C>(), ahead);
+    if (window.nearest) {
+      join_parts(x, parts, V{} + infinity<C>(), ahead);
+      store_nearest_mean<C>(window, x, out);
+      return;
+    }
+    run = sorted_run<C>(window, x, parts);
+  } else if (window.network) {
+    sort_values<C>(window, x);
+    store_nearest_mean<C>(window, x, out);
+    return;
+  } else {
+    run = cells <= 2 ? counted_ends<C>(window, x, guess[0]) : counted_run<C>(window, x, guess);
+  }
+  if (cells > 2) {
+    store_run_mean<C>(x, n, run, cells, window.narrow, out);
+    return;
+  }
+  const V ends[2] = {run.low, run.high};
+  store_window_mean<C>(ends, 0, cells, window.narrow, out);
+  if (!window.nearest) return;
+  const V centre = load(out);
+  const auto usual = centre - centre == 0;
+  run = nearest_run<C>(x, n, window.nearest, usual ? run.low : V{}, usual ? run.high : V{}, guess[1]);
+  store_run_mean<C>(x, n, run, window.nearest, window.narrow, out);
+  store(out, usual ? load(out) : centre);
 }
 
 template <class S>
@@ -731,9 +822,8 @@ Selector<S> selector_for(const Window& window) {
 
 }  // namespace
 
-bool prepare_window(Window& window) {
-  window.total = window.n;
-  if (!window.multiplicities) return true;
+// The sum of the multiplicities, and them in units of their greatest common divisor; false: out of memory.
+static bool prepare_cells(Window& window) {
   window.total = 0;
   int64_t divisor = 0;
   for (int64_t i = 0; i < window.n; ++i) {
@@ -744,14 +834,22 @@ bool prepare_window(Window& window) {
       rest = next;
     }
   }
-  if (window.hi - window.lo <= 2) {
-    window.reduced = static_cast<int64_t*>(malloc(sizeof(int64_t) * static_cast<size_t>(window.n)));
-    if (!window.reduced) return false;
-    for (int64_t i = 0; i < window.n; ++i) window.reduced[i] = window.multiplicities[i] / divisor;
-    window.reduced_total = window.total / divisor;
-    window.first_cell = window.lo / divisor;
-    window.last_cell = (window.hi - 1) / divisor;
-  }
+  if (window.hi - window.lo > 2) return true;
+  window.reduced = static_cast<int64_t*>(malloc(sizeof(int64_t) * static_cast<size_t>(window.n)));
+  if (!window.reduced) return false;
+  for (int64_t i = 0; i < window.n; ++i) window.reduced[i] = window.multiplicities[i] / divisor;
+  window.reduced_total = window.total / divisor;
+  window.first_cell = window.lo / divisor;
+  window.last_cell = (window.hi - 1) / divisor;
+  return true;
+}
+
+bool prepare_window(Window& window) {
+  window.total = window.n;
+  // Many rows are cut at a value; what is near to the mean of a window is found among sorted ones.
+  const bool sorts = window.nearest && window.hi - window.lo > 2 && window.n > kSortedRows;
+  if (!window.multiplicities && !sorts) return true;
+  if (window.multiplicities && !prepare_cells(window)) return false;
   const int n = static_cast<int>(window.n);
   int count = 0;
   sorting_network(n, [&](int, int) { ++count; });

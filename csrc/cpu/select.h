@@ -13,7 +13,7 @@ struct Window {
   int64_t nearest = 0;      // 0: the mean of the window itself
   bool narrow = false;      // results go on to be rounded to 16 bits
   int64_t total = 0;        // their sum
-  void* network = nullptr;  // owned, with multiplicities
+  void* network = nullptr;  // owned; where all rows are sorted, and there are too many to unroll
   int64_t comparators = 0;
   // With multiplicities and at most two cells: them and the window's first and last cell in units of their greatest
   // common divisor, which often makes them small. Owned; null for wider windows.

@@ -79,12 +79,19 @@ RK_INLINE F64 divided(const DoubledSum& sum, F64 divisor) {
   const F64 near = sum.high / divisor;
   return near + (remainder(sum.high, near, divisor) + sum.low) / divisor;
 }
-// base + sum / divisor, rounded once.
-RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by) {
+// base + sum / divisor, rounded once, and what that loses.
+RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by, F64& lost) {
   const F64 near = divided(sum, by), rest = remainder(sum, near, by.value);
-  F64 total, lost;
+  F64 total;
   two_sum(base, near, total, lost);
-  return total + fmadd(rest, by.reciprocal, lost);
+  lost = fmadd(rest, by.reciprocal, lost);
+  const F64 result = total + lost;
+  lost -= result - total;
+  return result;
+}
+RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by) {
+  F64 lost;
+  return moved(base, sum, by, lost);
 }
 
 // The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity

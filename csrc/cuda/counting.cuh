@@ -186,9 +186,11 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
       return found;
     };
 
-    // The ends of the window [lo, hi), whose cells are in a second round the values nearest to the first one's mean.
+    // The ends of the window [lo, hi) and its mean; in a second round the cells are the values nearest to what the
+    // first one found: the middle of the ends where these are all, or else the mean.
     Count lo = static_cast<Count>(args.lo), hi = static_cast<Count>(args.hi), up_to_first;
     Bits first, last;
+    double value = 0, lost = 0;
     double unusual = 0;  // a centre that is no finite number is itself the result
 #pragma unroll 1
     for (bool near = false;; near = true) {
@@ -205,14 +207,65 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
         next = tally.joined(next, [](Bits a, Bits b) { return a < b ? a : b; });
         if (up_to_first < hi) last = next;
       }
+      if (near || !args.nearest || !few) {
+        const Count below_last = count([&](Bits key) { return key < last; });
+        const double low = static_cast<double>(value_of<C>(first)), high = static_cast<double>(value_of<C>(last));
+        const double copies_low = static_cast<double>((up_to_first < hi ? up_to_first : hi) - lo);
+        const double copies_high = first == last ? 0 : static_cast<double>(hi - below_last);
+        const double share = 1.0 / static_cast<double>(hi - lo);  // of a cell in the mean
+        double sum = 0;
+        values.each([&](Bits key, int row) {
+          if (key > first && key < last)
+            sum += static_cast<double>(weight(row)) * (static_cast<double>(value_of<C>(key)) - low);
+        });
+        sum = tally.sum(sum) + (copies_high > 0 ? copies_high * (high - low) : 0);
+        const bool plainly = !is_finite(sum) || !is_finite(low);
+        double plain = 0;
+        if (__syncthreads_or(plainly)) {  // differences overflow, or meet an infinity
+          values.each([&](Bits key, int row) {
+            if (key > first && key < last)
+              plain += static_cast<double>(value_of<C>(key)) * share * static_cast<double>(weight(row));
+          });
+          plain = low * share * copies_low + tally.sum(plain);
+          if (copies_high > 0) plain += high * share * copies_high;
+        }
+        const double mean = plainly ? plain : moved(low, sum, static_cast<double>(hi - lo), lost);
+        if (plainly) lost = 0;
+        value = mean < low ? low : mean > high ? high : mean;
+        if (up_to_first == below_last && copies_low == copies_high)
+          value = static_cast<double>(middle_of(value_of<C>(first), value_of<C>(last)));
+        if (first == last) value = low;
+      }
       if (near || !args.nearest) break;
+      const Count nearest = static_cast<Count>(args.nearest);
+      if (!few) {
+        // The lowest rank of which the value so many ranks above is no nearer to the mean: found bit by bit.
+        const C mean = static_cast<C>(is_finite(value) ? value : 0.0);
+        const Twice<C> middle(mean, mean, (value - static_cast<double>(mean)) + lost);
+        const Count last_rank = static_cast<Count>(args.rows.n) - 1, places = last_rank + 1 - nearest;
+        if (!is_finite(value)) unusual = value;
+        const C farthest = value_of<C>(find([](Bits key) { return key; }, nearest - 1));
+        if (farthest != farthest) unusual = static_cast<double>(farthest);
+        lo = 0;
+        Count step = 1;
+        while (step <= places / 2) step *= 2;
+#pragma unroll 1
+        for (; step != 0 && places != 0; step /= 2) {
+          const Count rank = lo + step - 1;
+          const C lower = value_of<C>(find([](Bits key) { return key; }, rank < last_rank ? rank : last_rank));
+          const Count above = rank + nearest < last_rank ? rank + nearest : last_rank;
+          const C upper = value_of<C>(find([](Bits key) { return key; }, above));
+          if (rank < places && middle.more_than(lower, upper)) lo += step;
+        }
+        hi = lo + nearest;
+        continue;
+      }
       const C a = value_of<C>(first), b = value_of<C>(last);
       const bool usual = is_finite(a) && is_finite(b);
       if (!usual) unusual = static_cast<double>(a + b);
       const Distances<C> distances(usual ? a : C{0}, usual ? b : C{0});
       // The values taken have consecutive ranks, and the lowest follows from how many lower ones are left out: those
       // farther than the cut, and of those as far as it the ones that find no room.
-      const Count nearest = static_cast<Count>(args.nearest);
       const auto away = [&](Bits key) { return distances.key(value_of<C>(key)); };
       const Bits cut = find(away, nearest - 1);
       Count missing = nearest - count([&](Bits key) { return away(key) < cut; });
@@ -232,31 +285,6 @@ __global__ void __launch_bounds__(kWarp* kMaxWarps, 1) select_by_counting(const 
       hi = lo + nearest;
       if (cut == ~Bits{0}) unusual = 0;  // a NaN is taken
     }
-    const Count below_last = count([&](Bits key) { return key < last; });
-    const double low = static_cast<double>(value_of<C>(first)), high = static_cast<double>(value_of<C>(last));
-    const double copies_low = static_cast<double>((up_to_first < hi ? up_to_first : hi) - lo);
-    const double copies_high = first == last ? 0 : static_cast<double>(hi - below_last);
-    double sum = 0;
-    values.each([&](Bits key, int row) {
-      if (key > first && key < last)
-        sum += static_cast<double>(weight(row)) * (static_cast<double>(value_of<C>(key)) - low);
-    });
-    sum = tally.sum(sum) + (copies_high > 0 ? copies_high * (high - low) : 0);
-    const bool plainly = !is_finite(sum) || !is_finite(low);
-    double plain = 0;
-    if (__syncthreads_or(plainly)) {  // differences overflow, or meet an infinity
-      values.each([&](Bits key, int row) {
-        if (key > first && key < last)
-          plain += static_cast<double>(value_of<C>(key)) * args.share * static_cast<double>(weight(row));
-      });
-      plain = low * args.share * copies_low + tally.sum(plain);
-      if (copies_high > 0) plain += high * args.share * copies_high;
-    }
-    const double mean = plainly ? plain : moved(low, sum, static_cast<double>(hi - lo));
-    double value = mean < low ? low : mean > high ? high : mean;
-    if (up_to_first == below_last && copies_low == copies_high)
-      value = static_cast<double>(middle_of(value_of<C>(first), value_of<C>(last)));
-    if (first == last) value = low;
     if (unusual != 0) value = unusual;
     const S stored = rounded<S>(value);
     if (threadIdx.x < kWarp && valid) {

@@ -185,12 +185,19 @@ __device__ __forceinline__ double divided(const DoubledSum& sum, double divisor)
   const double near = sum.high / divisor;
   return near + (fma(-near, divisor, sum.high) + sum.low) / divisor;
 }
-// base + sum / divisor
-__device__ __forceinline__ double moved(double base, double sum, double divisor) {
+// base + sum / divisor, rounded once, and what that loses.
+__device__ __forceinline__ double moved(double base, double sum, double divisor, double& lost) {
   const double near = sum / divisor, rest = fma(-near, divisor, sum);
-  double total, lost;
+  double total;
   two_sum(base, near, total, lost);
-  return total + (lost + rest / divisor);
+  lost += rest / divisor;
+  const double result = total + lost;
+  lost -= result - total;
+  return result;
+}
+__device__ __forceinline__ double moved(double base, double sum, double divisor) {
+  double lost;
+  return moved(base, sum, divisor, lost);
 }
 // The quotient of a sum of values times kRoom: finite where the values are and it is an average. A sum of an infinity
 // or a NaN is itself the result.

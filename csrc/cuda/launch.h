@@ -25,7 +25,6 @@ inline Selection selection_of(const Select& select) {
   args.lo = select.lo;
   args.hi = select.hi;
   args.nearest = select.nearest;
-  args.share = 1 / static_cast<double>(select.nearest ? select.nearest : select.hi - select.lo);
   args.scale = select.scale;
   return args;
 }

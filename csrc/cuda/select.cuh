@@ -11,7 +11,6 @@ struct Selection {
   void* const* out;               // (n_segments), or one that begins where the run does, or null
   const int64_t* multiplicities;  // (n), or null
   int64_t lo, hi, nearest;
-  double share;  // of a cell in the mean
   double scale;
   double* partials;  // (blocks, n) squared distances, or null
   unsigned* flags;   // (n) rows that hold a NaN or Inf
@@ -32,45 +31,57 @@ struct Sorted {
   __device__ __forceinline__ C& operator[](int64_t rank) const { return cell[rank * kStride]; }
 };
 
-// Mean of sorted[lo..hi): summed as differences from the smallest, so that a common offset costs no digits and equal
-// values come back. It never leaves the range of its values.
+// Mean of sorted[lo..hi), and what its rounding lost: summed as differences from the smallest, so that a common offset
+// costs no digits and equal values come back. It never leaves the range of its values.
 template <class C, int kStride>
-__device__ double window_mean(const Sorted<C, kStride>& sorted, int64_t lo, int64_t hi) {
+__device__ double window_mean(const Sorted<C, kStride>& sorted, int64_t lo, int64_t hi, double& lost) {
   const C first = sorted[lo], last = sorted[hi - 1];
+  lost = 0;
   if (first == last) return static_cast<double>(first);
   if (hi - lo == 2) return static_cast<double>(middle_of(first, last));
   const double low = static_cast<double>(first), high = static_cast<double>(last);
   const double count = static_cast<double>(hi - lo);
   double sum = 0;
   for (int64_t r = lo + 1; r < hi; ++r) sum += static_cast<double>(sorted[r]) - low;
-  double mean = moved(low, sum, count);
+  double mean = moved(low, sum, count, lost);
   if (!is_finite(mean)) {  // differences overflow, or meet an infinity
     DoubledSum shrunken{0, 0};
     for (int64_t r = lo; r < hi; ++r) shrunken.add(static_cast<double>(sorted[r]) * kRoom, 0);
     mean = grown(shrunken, count, false);
+    lost = 0;
   }
   return mean < low ? low : mean > high ? high : mean;
 }
 
-// Whether low + high < a + b, exactly: where both are rounded to the same number, by what that loses. Halves do not
-// overflow.
+// Twice a middle, times a scale: a power of two, so that it does not overflow. `lost` is what its rounding lost.
 template <class C>
-__device__ __forceinline__ bool is_less(C low, C high, C a, C b) {
-  C sum = low + high, other = a + b, lost, other_lost;
-  if (sum != other) return sum < other;
-  const C half = is_finite(other) ? C{1} : static_cast<C>(0.5);
-  two_sum(low * half, high * half, sum, lost);
-  two_sum(a * half, b * half, other, other_lost);
-  return sum < other || (sum == other && lost < other_lost);
-}
+struct Twice {
+  C total, scale;
+  double lost;
 
-// The rank from which on the `nearest` values nearest to the middle of the ends of [lo, hi) lie: they are consecutive,
-// and one is not among them where that many ranks above lies a value nearer to the middle.
+  // Of the middle of a and b, and a rest that is added to it.
+  __device__ __forceinline__ Twice(C a, C b, double rest) : scale(is_finite(a + b) ? C{1} : static_cast<C>(0.5)) {
+    C rough, of_sum;
+    two_sum(a * scale, b * scale, rough, of_sum);
+    const double more = static_cast<double>(of_sum) + rest * static_cast<double>(scale + scale);
+    total = static_cast<C>(static_cast<double>(rough) + more);
+    lost = (static_cast<double>(rough) - static_cast<double>(total)) + more;
+  }
+  // Whether low + high is less, exactly: where both are rounded to the same number, by what that loses.
+  __device__ __forceinline__ bool more_than(C low, C high) const {
+    C sum = low * scale + high * scale, sum_lost;
+    if (sum != total) return sum < total;
+    two_sum(low * scale, high * scale, sum, sum_lost);
+    return static_cast<double>(sum_lost) < lost;
+  }
+};
+
+// The rank from which on the `nearest` values nearest to a middle lie: they are consecutive, and one is not among them
+// where that many ranks above lies a value nearer to it.
 template <class C, int kStride>
-__device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, int64_t lo, int64_t hi, int64_t nearest) {
-  const C a = sorted[lo], b = sorted[hi - 1];
+__device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, const Twice<C>& middle, int64_t nearest) {
   int64_t begin = 0;
-  for (int64_t k = 0; k + nearest < n; ++k) begin += is_less<C>(sorted[k], sorted[k + nearest], a, b);
+  for (int64_t k = 0; k + nearest < n; ++k) begin += middle.more_than(sorted[k], sorted[k + nearest]);
   return begin;
 }
 
@@ -85,11 +96,23 @@ __device__ __forceinline__ O median_of(C low, C high, int n, int nan_cells, cons
 }
 template <class O, class C, int kStride>
 __device__ __forceinline__ O window_of(const Sorted<C, kStride>& sorted, int n, int nan_cells, const Selection& args) {
-  const double ends = static_cast<double>(sorted[args.lo] + sorted[args.hi - 1]);
-  const bool usual = is_finite(sorted[args.lo]) && is_finite(sorted[args.hi - 1]);
-  const int64_t lo = args.nearest ? nearest_rank(sorted, n, args.lo, args.hi, args.nearest) : args.lo;
-  const double mean = window_mean(sorted, lo, args.nearest ? lo + args.nearest : args.hi);
-  const double value = usual || !args.nearest ? mean : ends;  // an infinite middle is itself the result
+  int64_t lo = args.lo, hi = args.hi;
+  double value;
+#pragma unroll 1
+  for (bool near = args.nearest == 0;; near = true) {
+    C a = sorted[lo], b = sorted[hi - 1];
+    double rest = 0;
+    value = static_cast<double>(a + b);
+    if (near || hi - lo > 2) {
+      double lost;
+      value = window_mean(sorted, lo, hi, lost);
+      a = b = static_cast<C>(value);
+      rest = (value - static_cast<double>(a)) + lost;
+    }
+    if (near || !is_finite(a) || !is_finite(b)) break;  // an infinite middle is itself the result
+    lo = nearest_rank(sorted, n, Twice<C>(a, b, rest), args.nearest);
+    hi = lo + args.nearest;
+  }
   return rounded<O>(is_spoilt(nan_cells, n, args) ? not_a_number<double>() : value);
 }
 // The same for the values of a column, of which the NaN are now infinities and counted; a full sort leaves them in

@@ -1,8 +1,7 @@
 """``hdmedians`` 0.14: `geomedian`, `medoid`, `nangeomedian` and `nanmedoid` of arrays whose columns are observations.
 
 ``from robustkern.adapters import hdmedians as hd``. `axis` is the one along which observations lie, 1 by default as
-there. What differs: results are arrays of their own; a `nangeomedian` leaves out whole observations that hold NaN,
-where there single coordinates are skipped.
+there. What differs: results are arrays of their own.
 """
 
 from __future__ import annotations

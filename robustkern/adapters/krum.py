@@ -287,7 +287,7 @@ class NearestNeighborAverage(Aggregator):
 
 @dataclass(frozen=True)
 class _BulyanMeans(Mixer):
-    """The n-2f-2 means that Bulyan collects: each of the best by Krum's score, of which the nearest row then goes."""
+    """The n-2f-2 means that Bulyan collects: each of the best by Krum's score, of which the nearest to it then goes."""
 
     m: int
     name: ClassVar[str] = "bulyan_means"
@@ -305,8 +305,8 @@ class _BulyanMeans(Mixer):
                 min(self.m, n - f - 2 - i),
             )
             shares[i, best] = 1.0
-            away = geometry.sq_distances_to(shares[i] / len(best))[left]
-            left = np.delete(left, int(away.argmin()))
+            away = geometry.sq_distances_to(shares[i] / len(best))[best]
+            left = left[left != best[int(away.argmin())]]
         return Mixture(shares, shares.sum(axis=1))
 
     def rows_after(self, n: int, f: int | None) -> int:

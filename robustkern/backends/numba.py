@@ -200,24 +200,52 @@ def _store_mean(x, lo, hi, count, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def _doubled_mean(x, lo, hi, j):  # type: ignore[no-untyped-def]
+    """Return the mean of a column's ranks, and what its rounding lost."""
+    base = np.float64(x[lo, j])
+    total = 0.0
+    for r in range(lo + 1, hi):
+        total += np.float64(x[r, j]) - base
+    mean = _moved(base, total, np.float64(hi - lo))
+    if mean - mean != 0:
+        return _careful_mean(x, NO_ROWS, NO_CELLS, lo, hi, j), 0.0
+    near = total / np.float64(hi - lo)
+    product = near * np.float64(hi - lo)
+    rest = ((total - product) - _product_error(near, np.float64(hi - lo), product)) / np.float64(hi - lo)
+    rough, lost = _two_sum(base, near)
+    return mean, (lost + rest) - (mean - rough)
+
+
+@_compiled
 def _store_nearest_mean(x, lo, hi, nearest, count, out):  # type: ignore[no-untyped-def]
     """Let ranks `nearest` apart compete by exact distances for a place in the last rows of the sorted x."""
     first, last = x[lo].copy(), x[hi - 1].copy()
-    scale, one, half = np.empty_like(first), x.dtype.type(1), x.dtype.type(0.5)
+    scale, middle, middle_lost = np.empty_like(first), np.empty_like(first), np.empty_like(first)
+    rest, one, half = np.zeros(count), x.dtype.type(1), x.dtype.type(0.5)
     for j in range(count):
+        lost = 0.0
+        if hi - lo > 2:
+            mean, lost = _doubled_mean(x, lo, hi, j)
+            first[j] = last[j] = mean
+            lost += mean - np.float64(first[j]) if mean - mean == 0 else 0.0
         scale[j] = one if (first[j] + last[j]) - (first[j] + last[j]) == 0 else half  # halves do not overflow
+        middle[j], middle_lost[j] = _two_sum(first[j] * scale[j], last[j] * scale[j])
+        if hi - lo > 2:  # float32 may not hold what its rounding lost
+            rough, more = np.float64(middle[j]), lost * np.float64(scale[j] + scale[j])
+            middle[j] = rough + more
+            rest[j] = (rough - np.float64(middle[j])) + more
     for k in range(len(x) - nearest):
         low, high = x[k], x[k + nearest]
         for j in range(count):
-            middle, middle_lost = _two_sum(first[j] * scale[j], last[j] * scale[j])
             total, lost = _two_sum(low[j] * scale[j], high[j] * scale[j])
-            nearer = (total < middle) | ((total == middle) & (lost < middle_lost))
+            nearer = (total < middle[j]) | ((total == middle[j]) & (lost < middle_lost[j]))
+            if hi - lo > 2 and total == middle[j]:
+                nearer = np.float64(lost) < rest[j]
             high[j] = high[j] if nearer else low[j]
     _store_mean(x, len(x) - nearest, len(x), count, out)
     for j in range(count):
-        middle = np.float64(first[j]) + np.float64(last[j])
         if first[j] - first[j] != 0 or last[j] - last[j] != 0:
-            out[j] = middle
+            out[j] = np.float64(first[j]) + np.float64(last[j])
 
 
 @_compiled

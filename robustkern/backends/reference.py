@@ -247,13 +247,21 @@ def _mixed(weights: Matrix, divisors: Vector | None, x: Matrix) -> Matrix:
 
 
 def _nearest_mean(x: Matrix, window: Window, nearest: int) -> Vector:
-    """Mean of the values of each column nearest to its window's middle, by exact distances."""
+    """Mean of the values of each column nearest to its window's middle or mean, by exact distances."""
     ranked = np.sort(x, axis=0)
     first, last = ranked[window.lo], ranked[window.hi - 1]
+    rest = np.zeros(x.shape[1])
+    if window.hi - window.lo > 2:
+        first = last = _window_mean(x, window, None)
+        high, low = _sum(ranked[window.lo : window.hi], np.zeros((window.hi - window.lo, x.shape[1])))
+        product, lost = _product(first, np.full(len(first), float(window.hi - window.lo)))
+        rest = (((high - product) - lost) + low) / (window.hi - window.lo)
+        rest[~np.isfinite(rest)] = 0.0
     low, high = ranked[: len(x) - nearest], ranked[nearest:]
     # Halves of sums do not overflow; they are taken only where sums do, because halves may vanish.
     half = np.where(np.isfinite(first + last), 1.0, 0.5)
     middle, middle_lost = _two_sum(first * half, last * half)
+    middle_lost += rest * (half + half)
     total, lost = _two_sum(low * half, high * half)
     # True for the first ranks of a column only: the values above it take the places of those below.
     nearer = (total < middle) | ((total == middle) & (lost < middle_lost))

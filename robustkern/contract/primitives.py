@@ -70,8 +70,8 @@ class Kernels(Protocol):
             Ranks [lo, hi) that are averaged, ``0 <= lo < hi <=`` number of cells. A row is one cell, or with
             `multiplicities` as many equal cells as its entry says.
         nearest : int, optional
-            Average the so many values nearest to the window's middle instead, which then has at most two cells; at
-            least 1, at most the number of selected rows, and not together with `multiplicities`.
+            Average the so many values nearest to the window's middle instead; at least 1, at most the number of
+            selected rows, and not together with `multiplicities`.
         multiplicities : (k,) int64, optional
             Non-negative, one for each selected row; the sum is below 2**62.
         mix : (k, n) float64, optional
@@ -110,12 +110,14 @@ class Kernels(Protocol):
         differences are summed, from the smallest of a window or from a row that is mixed, so that roundings are those
         of the values' spread. They do not overflow: an average of numbers is a number.
 
-        Nearest values: distances to the exact middle of the window's ends a and b are compared exactly, whatever the
-        dtype, so that all backends take the same values. Of two values equally far on either side the lower one is
-        taken first, of several on one side the one next to the middle in rank: `nearest` consecutive ranks are taken,
-        the lowest ones [k, k + nearest) for which ``x[k] + x[k + nearest] < a + b`` is false. An infinite value is
-        farther than any number; a NaN is farthest, and where one would be taken the result is NaN. Otherwise, where
-        a + b is no number because a or b is none, it is itself the result.
+        Nearest values: distances to the middle of a and b are compared exactly, whatever the dtype, so that all
+        backends take the same values. Of a window of one or two cells a and b are the ends; of a wider one a + b is
+        twice its mean, to within the rounding of a float64 sum of the differences from the smallest (and of subnormal
+        float64 values to a unit). Of two values
+        equally far on either side the lower one is taken first, of several on one side the one next to the middle in
+        rank: `nearest` consecutive ranks are taken, the lowest ones [k, k + nearest) for which ``x[k] + x[k + nearest]
+        < a + b`` is false. An infinite value is farther than any number; a NaN is farthest, and where one would be
+        taken the result is NaN. Otherwise, where a + b is no number because a or b is none, it is itself the result.
         """
 
     def gram(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from robustkern.rules.base import Aggregator, Chain, Mixer, Rule, parse_rule, register
 from robustkern.rules.clipping import ARC, CentredClipping, Clipping
-from robustkern.rules.coordinate import MeanAroundMedian, Median, TrimmedMean
+from robustkern.rules.coordinate import MeanAroundMedian, Median, Phocas, TrimmedMean
 from robustkern.rules.ctma import CTMA
 from robustkern.rules.diameter import MDA
 from robustkern.rules.filters import CAF, FABA, SMEA, Aksel, Spectral
@@ -49,6 +49,7 @@ __all__ = [
     "Mixture",
     "MoNNA",
     "MultiKrum",
+    "Phocas",
     "Reference",
     "Rule",
     "Solution",

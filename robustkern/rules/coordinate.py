@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from robustkern.rules.base import Aggregator, Goals, register
 from robustkern.rules.view import Solution, View
 
-__all__ = ["MeanAroundMedian", "Median", "TrimmedMean"]
+__all__ = ["MeanAroundMedian", "Median", "Phocas", "TrimmedMean"]
 
 _SELECTION: Mapping[int, float] = {16: 1.1, 32: 1.25, 64: 1.5, 128: 2.0, 256: 2.5, 1024: 4.0}
 
@@ -166,4 +166,28 @@ class MeanAroundMedian(_Selection):
         ranked, (lo, hi) = np.sort(x, axis=0), _middle(len(x), self.even)
         away = np.abs(ranked - ranked[lo:hi].astype(np.float64).mean(axis=0))
         nearest = np.argsort(away, axis=0, kind="stable")[: self.count or len(x) - f]
+        return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))
+
+
+@register
+@dataclass(frozen=True)
+class Phocas(_Selection):
+    """Coordinate-wise mean of the n-f values nearest to the trimmed mean; 2f < n (Xie, Koyejo & Gupta 2018)."""
+
+    name: ClassVar[str] = "phocas"
+    summary: ClassVar[str] = "per coordinate, of the n-f values nearest to the trimmed mean"
+    advice: ClassVar[str] = "as `mean_around_median`, around a centre of less variance; no constant is known"
+    goals: ClassVar[Goals] = {"phocas": {16: 1.3, 32: 1.6, 64: 2.0}}
+
+    def solve(self, view: View) -> Solution:
+        """Select the cells between the cuts, and the values around their mean."""
+        view.require_no_weights(self.name)
+        f = view.require_f(self.name)
+        return view.window(f, view.n - f, nearest=view.n - f)
+
+    def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
+        """Sort by the distance to the trimmed mean; of equally far values the lower one comes first."""
+        ranked = np.sort(x, axis=0)
+        away = np.abs(ranked - ranked[f : len(x) - f].astype(np.float64).mean(axis=0))
+        nearest = np.argsort(away, axis=0, kind="stable")[: len(x) - f]
         return np.asarray(np.take_along_axis(ranked, nearest, axis=0).mean(axis=0))
