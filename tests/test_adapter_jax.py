@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,30 @@ def test_pytrees_weights_and_a_centre() -> None:
     np.testing.assert_allclose(value, want.sum(), rtol=1e-5)
     assert of_rows.any()
     assert not of_centre.any()
+
+
+def test_leaves_match_by_name() -> None:
+    """In whatever order and class of mapping; the result, and each row's gradient, has its own structure."""
+    plain = [{"w": jnp.asarray(row[:8]), "b": jnp.asarray(row[8:])} for row in X]
+    mixed: list[Any] = [collections.OrderedDict(list(row.items())[:: (-1) ** i]) for i, row in enumerate(plain)]
+    got = jax.jit(lambda rows: aggregate(rows, "ctma(median)", f=2))(mixed)
+    assert list(got) == ["w", "b"]
+    want = rk.aggregate(X, "ctma(median)", f=2)
+    assert np.array_equal(np.concatenate([got["w"], got["b"]]), want)
+    near = aggregate(mixed, "centred_clipping(tau=2.0)", centre=mixed[1])
+    wanted = rk.aggregate(X, "centred_clipping(tau=2.0)", centre=X[1])
+    assert np.array_equal(np.concatenate([near["w"], near["b"]]), wanted)
+    for rows in (mixed, plain):
+        found = jax.grad(lambda rows: aggregate(rows, "mean")["w"].sum())(rows)
+        assert all((row["w"] == jnp.float32(1 / 9)).all() and not row["b"].any() for row in found)
+    with pytest.raises(ValueError, match=r"rows: row 3 has other leaves than row 0, first \['b'\]"):
+        aggregate([*plain[:3], {"w": plain[3]["w"], "c": plain[3]["b"]}], "mean")
+    with pytest.raises(ValueError, match=r"centre has other leaves than row 0, first \['b'\]"):
+        aggregate(plain, "mean", centre={"w": plain[0]["w"]})
+    with pytest.raises(ValueError, match=r"rows: expected at least one; got none"):
+        aggregate([], "mean")
+    with pytest.raises(Exception, match=r"leaf|shape"):
+        jax.block_until_ready(aggregate([*plain[:3], {"w": plain[3]["w"], "b": plain[3]["b"][:2]}], "mean"))
 
 
 def test_what_is_drawn_is_differentiated_as_it_was_drawn() -> None:

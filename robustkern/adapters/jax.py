@@ -25,6 +25,7 @@ with needs("jax"):
     import jax.numpy as jnp
 
 from robustkern.adapters.gradients import Options, gradients_of_rows
+from robustkern.errors import plain
 from robustkern.functions import aggregate as _aggregate
 from robustkern.rules import Aggregator, parse_rule
 
@@ -108,16 +109,37 @@ def aggregate(
     """
     stacked = hasattr(rows, "shape") and len(rows.shape) > 1  # numbers are rows one by one
     parts = jnp.asarray(rows) if stacked else tuple(rows)
+    if not stacked and not parts:
+        raise ValueError("rows: expected at least one; got none")
+    first = None if stacked or hasattr(parts[0], "shape") else parts[0]
+    names = None if first is None else sorted(_named(first))
+    if names is not None:
+        parts = tuple(_like_first(row, f"rows: row {i}", names) for i, row in enumerate(parts))
+        centre = None if centre is None else _like_first(centre, "centre", names)
     if weights is not None:
         weights = jnp.asarray(weights, dtype=jnp.result_type(float))
-    names, first = None, None if stacked or not parts else parts[0]
-    if first is not None and not hasattr(first, "shape"):
-        names = tuple(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(first)[0])
     text = rule if isinstance(rule, str) else str(rule)
     count = 0 if stacked else len(parts)
-    call = _Call(text, f, delta, seed, count, names, weights is not None, centre is not None)
+    wanted = None if names is None else tuple(names)
+    call = _Call(text, f, delta, seed, count, wanted, weights is not None, centre is not None)
     result, _ = _operator(call, parts, weights, centre)
-    return result
+    if names is None:
+        return result
+    structure = jax.tree_util.tree_structure(first)
+    return jax.tree_util.tree_unflatten(structure, [result[name] for name in _named(first)])
+
+
+def _named(row: Any) -> dict[str, Any]:
+    """Return a pytree's leaves by where they are."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(row)[0]}
+
+
+def _like_first(row: Any, what: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return leaves by name, in the order in which JAX takes them; raise where they are not those of the first row."""
+    found = _named(row)
+    if odd := sorted(found.keys() ^ set(names)):
+        raise ValueError(f"{what} has other leaves than row 0, first {plain(odd[0], 100)}")
+    return {name: found[name] for name in names}
 
 
 # ---- compiled programs -----------------------------------------------------------------------------------------
