@@ -30,11 +30,11 @@ X[:2] += 3
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """How compiled programs call a rule; what was compiled for the other way is forgotten."""
     if request.param == "callback":
-        monkeypatch.setattr(adapter, "WITHOUT_FFI", "a test's wish")
-    elif adapter.WITHOUT_FFI is not None:
+        monkeypatch.setattr(adapter, "without_ffi", lambda: "a test's wish")
+    elif (reason := adapter.without_ffi()) is not None:
         if "jax-ffi" in REQUIRED:
-            pytest.fail(f"ROBUSTKERN_REQUIRE has jax-ffi, but {adapter.WITHOUT_FFI}")
-        pytest.skip(adapter.WITHOUT_FFI)
+            pytest.fail(f"ROBUSTKERN_REQUIRE has jax-ffi, but {reason}")
+        pytest.skip(reason)
     adapter._called.clear_cache()
     yield request.param
     adapter._called.clear_cache()
@@ -183,16 +183,23 @@ def test_threads_call_at_once() -> None:
                 assert np.array_equal(got, want)
 
 
-def test_why_there_is_no_ffi(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert adapter._register() is None or "jax-ffi" not in REQUIRED
+def test_why_there_is_no_ffi(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """A handler that does not fit is refused, and JAX goes on: registered before there is a backend, it would not."""
+    if way == "callback":
+        return
+    order: list[str] = []
+    monkeypatch.setattr(jax, "devices", order.append)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("version 9.9")
+        order.append("registered")
+        raise RuntimeError("the handler's API version (0.3) is incompatible with the framework's API version (0.1)")
 
-    if adapter._register() is None:
-        monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
-        assert "does not take version (0, " in str(adapter._register())
-        assert "version 9.9" in str(adapter._register())
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    reason = str(adapter.without_ffi.__wrapped__())
+    assert reason.startswith("this jaxlib does not take version (0, ")
+    assert reason.endswith("the framework's API version (0.1)")
+    assert order == ["cpu", "registered"]
     monkeypatch.setitem(sys.modules, "robustkern._jax", None)
     monkeypatch.delattr(rk, "_jax", raising=False)
-    assert "without the headers of jaxlib (install it from its source, with RK_JAX=ON" in str(adapter._register())
+    reason = str(adapter.without_ffi.__wrapped__())
+    assert "without the headers of jaxlib (install it from its source, with RK_JAX=ON" in reason

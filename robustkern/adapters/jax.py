@@ -1,7 +1,7 @@
 """Rules in JAX: under ``jax.jit``, ``jax.grad`` and ``jax.vmap``, on the processor.
 
 Compiled programs on the processor call the rule through XLA's foreign function interface, which hands it rows and
-result where they lie. Elsewhere, and where robustkern was built without jaxlib's headers (`WITHOUT_FFI` says why), by a
+result where they lie. Elsewhere, and where robustkern was built without jaxlib's headers (`without_ffi` says why), by a
 callback, for which rows and result are copied. Gradients are those of the rule as a function of the rows, see
 `robustkern.adapters.gradients`.
 """
@@ -29,7 +29,7 @@ from robustkern.errors import plain
 from robustkern.functions import aggregate as _aggregate
 from robustkern.rules import Aggregator, parse_rule
 
-__all__ = ["WITHOUT_FFI", "aggregate"]
+__all__ = ["aggregate", "without_ffi"]
 
 _WORD = (1 << 31) - 1
 _TARGET = "robustkern_call"
@@ -194,9 +194,30 @@ def _called(call: _Call, shapes: Sequence[Any], *operands: Any) -> Any:
         on_processor = jax.ffi.ffi_call(_TARGET, shapes, vmap_method="sequential")
         return on_processor(*operands, call=json.dumps(call._asdict()))
 
-    if WITHOUT_FFI is not None:
+    if without_ffi() is not None:
         return by_callback(*operands)
     return jax.lax.platform_dependent(*operands, cpu=by_ffi, default=by_callback)
+
+
+@functools.cache
+def without_ffi() -> str | None:
+    """Return why compiled programs on the processor do not call rules directly; None where they do.
+
+    Asked for the first time it makes JAX's backends: what does not fit a backend that is there is refused with an
+    error, but what waits for one that it does not fit would leave JAX without that.
+    """
+    try:
+        from robustkern import _jax
+    except ImportError:
+        remedy = "install it from its source, with RK_JAX=ON in the environment"
+        return f"robustkern was built without the headers of jaxlib ({remedy})"
+    try:
+        jax.devices("cpu")
+        jax.ffi.register_ffi_target(_TARGET, _jax.handler(_in_place), platform="cpu")
+    except Exception as error:  # whatever a jaxlib of another time says
+        text = plain(str(error), 300)
+        return f"this jaxlib does not take version {_jax.api_version} of its interface (jax {jax.__version__}): {text}"
+    return None
 
 
 # ---- on the host -----------------------------------------------------------------------------------------------
@@ -296,21 +317,3 @@ def _write_gradients(
             leaf = next(given)
             leaf[...] = row[begin : begin + leaf.size].reshape(leaf.shape)
             begin += leaf.size
-
-
-def _register() -> str | None:
-    """Let XLA call `_in_place`; return why that is impossible, where it is."""
-    try:
-        from robustkern import _jax
-    except ImportError:
-        remedy = "install it from its source, with RK_JAX=ON in the environment"
-        return f"robustkern was built without the headers of jaxlib ({remedy})"
-    try:
-        jax.ffi.register_ffi_target(_TARGET, _jax.handler(_in_place), platform="cpu")
-    except Exception as error:  # whatever a jaxlib of another time says
-        return f"this jaxlib does not take version {_jax.api_version} of its interface: {error}"
-    return None
-
-
-#: Why compiled programs on the processor do not call rules directly; None where they do.
-WITHOUT_FFI = _register()
