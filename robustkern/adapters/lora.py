@@ -103,7 +103,10 @@ def lora_gram(adapters: Sequence[Adapter], *, scalings: ArrayLike | None = None)
         O(n^2 r^2 (in + out)) operations a module; no product is ever formed.
     """
     rows = _checked(adapters)
-    scale = _scales(rows, scalings)
+    return _gram_of(rows, _scales(rows, scalings))
+
+
+def _gram_of(rows: Sequence[Mapping[str, Pair]], scale: Vector) -> NDArray[np.float64]:
     gram = np.zeros((len(rows), len(rows)))
     with np.errstate(all="ignore"):
         for name in rows[0]:
@@ -171,7 +174,7 @@ def aggregate_lora(
     """
     rows = _checked(adapters)
     scale = _scales(rows, scalings)
-    shares = weights_of(rule, lora_gram(adapters, scalings=scalings), f=f, delta=delta, weights=weights, seed=seed)
+    shares = weights_of(rule, _gram_of(rows, scale), f=f, delta=delta, weights=weights, seed=seed)
     kept = np.flatnonzero(shares)
     pairs: dict[str, Pair] = {}
     for name in rows[0]:

@@ -147,7 +147,9 @@ def _config(path: Path) -> dict[str, Any]:
             )
     for key in config.keys() - {*OWN, *NOTES, *PLACES, *KEPT}:
         if config[key] is True or (not isinstance(config[key], (bool, int, float, type(None))) and config[key]):
-            raise ValueError(f"{name} has {plain(key, 100)}, so that its products alone do not say what it does")
+            raise ValueError(
+                f"{name} has {plain(key, 100)}, so that its products alone do not say what it does (leave it out)"
+            )
     return config
 
 

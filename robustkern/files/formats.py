@@ -517,7 +517,7 @@ def _archive(held: Held) -> zipfile.ZipFile:
         if member.flag_bits & ~_FLAGS or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"its member {shown(member.filename)} is encrypted, or compressed in an unusual way")
         if member.file_size and (member.external_attr & _FOLDER or member.orig_filename.endswith("/")):
-            raise ValueError(f"its member {shown(member.filename)} is a folder, and has bytes")
+            raise ValueError(f"its member {shown(member.filename)} is a folder, and has bytes (save the file again)")
     return archive
 
 
