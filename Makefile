@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # Without what it merges models with (transformers, datasets and some hundred more): its merge methods need none of it.
 MERGEKIT ?= mergekit==0.1.5
 # Backends and what else tests may not skip; jax-ffi: JAX's calls without callbacks; cuda-static (the compiled CUDA kernels) needs a CUDA compiler, cuda a GPU.
-REQUIRE ?= cpp,numba,cuda-emulated,jax-ffi,fuzzer,$(subst $(space),$(comma),$(WATCHED:%=watched-%))$(if $(shell command -v nvcc),$(comma)cuda-static)
+REQUIRE ?= cpp,numba,cuda-emulated,jax-ffi,fuzzer,$(subst $(space),$(comma),$(WATCHED:%=watched-%) $(EMULATED:%=emulated-%))$(if $(shell command -v nvcc),$(comma)cuda-static)
 # Processes that run tests side by side.
 WORKERS ?= 2
 comma := ,
@@ -18,8 +18,9 @@ SOURCES := pyproject.toml CMakeLists.txt packaging/build_backend.py $(shell find
 COUNTED := $(patsubst %,tests/test_%.py,kernels momenta means blocks rules registry arrays leaves files workers benchmark)
 CLANG_FORMATTED = $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
-# Which builds of the CPU kernels the tests watch, see build/watched; make check-all: all.
+# Which builds the tests watch, of the kernels for the CPU (build/watched) and of the emulated ones; make check-all: all.
 WATCHED ?= address
+EMULATED ?= address
 
 .PHONY: demo test lint format bench bench-compare check-speed docs wheel reproduction emulation gpu-report clean \
 	fuzz soak mutation coverage check-all
@@ -27,7 +28,7 @@ WATCHED ?= address
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
 
-test: $(VENV)/dev.stamp $(EMULATIONS) $(WATCHED:%=build/watched/%/built)
+test: $(VENV)/dev.stamp $(patsubst %,build/emulation/%/built,plain $(EMULATED)) $(WATCHED:%=build/watched/%/built)
 	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -70,7 +71,7 @@ coverage: $(VENV)/dev.stamp build/watched/coverage-levels/built
 
 # Everything that can be checked here, for hours: every sanitizer at every instruction set, and all of the above.
 check-all: lint check-speed
-	$(MAKE) test WATCHED="address address-levels thread"
+	$(MAKE) test WATCHED="address address-levels thread" EMULATED="address thread"
 	$(MAKE) fuzz soak mutation coverage docs wheel
 
 # The site, into build/docs; runs the gallery's scripts where they changed.

@@ -40,7 +40,7 @@ RESERVED = 1024  # bytes of shared memory that are the system's from compute cap
 #: Names of a kernel's flags, by their place among its arguments.
 FLAGS = {
     "select_by_network": {2: ("sort", "median")},
-    "select_by_halves": {1: ("sort", "median")},
+    "select_by_merging": {2: ("sort", "median")},
     "select_mixed_rows": {2: ("sort", "median")},
     "select_by_counting": {1: ("plain", "weighted"), 2: ("reread", "kept")},
 }

@@ -95,7 +95,37 @@ def test_rules_agree_with_the_cpu(device: Device, dtype: np.dtype[Any], kind: st
 
 
 @pytest.mark.parametrize(
-    "n", [1, 2, 3, 5, 8, 9, 16, 31, 32, 33, 48, 49, 63, 64, 65, 96, 127, 128, 129, 257, 449, 1024, 1025]
+    "n",
+    [
+        1,
+        2,
+        3,
+        5,
+        8,
+        9,
+        16,
+        31,
+        32,
+        33,
+        48,
+        49,
+        63,
+        64,
+        65,
+        96,
+        127,
+        128,
+        129,
+        255,
+        256,
+        257,
+        511,
+        512,
+        513,
+        1023,
+        1024,
+        1025,
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.name)
 def test_medians_agree_to_the_last_bit(device: Device, dtype: np.dtype[Any], n: int) -> None:
@@ -109,8 +139,8 @@ def test_medians_agree_to_the_last_bit(device: Device, dtype: np.dtype[Any], n: 
 
 def test_weights_agree_with_the_cpu(device: Device) -> None:
     for dtype in DTYPES:
-        for n in (5, 17, 70):
-            x = make_rows("normal", n, 77, dtype, seed=n)
+        for n in (5, 8, 9, 17, 24, 25, 32, 33, 48, 49, 70, 130):
+            x = make_rows("normal", n, 300 if n < 9 else 77, dtype, seed=n)
             weights = np.random.default_rng(n).integers(1, 9, n)
             for rule in ("mean", "median", "trimmed_mean", "geometric_median", "ctma(median)"):
                 got = device.take(rk.aggregate(device.put(x), rule, delta=0.3, weights=weights))
@@ -376,8 +406,8 @@ def test_pairs_of_tiles_in_several_launches(emulation: Any) -> None:
 @pytest.mark.parametrize("variant", ["address", "thread"])
 def test_sanitizers_find_nothing(variant: str) -> None:
     if not list(emulated.FOLDER.with_name(variant).glob("_cuda*.so")):
-        if "cuda-emulated" in REQUIRED:
-            pytest.fail("ROBUSTKERN_REQUIRE=cuda-emulated, but there is no build to watch (run: make emulation)")
+        if f"emulated-{variant}" in REQUIRED:
+            pytest.fail(f"ROBUSTKERN_REQUIRE=emulated-{variant}, but it is not built (run: make emulation)")
         pytest.skip("no build to watch (run: make emulation)")
     variables = {"ROBUSTKERN_EMULATION": variant, "ROBUSTKERN_REQUIRE": "cuda-emulated"}
     done = watched.run(variant, ["-k", "test_every_kernel", __file__], variables)
@@ -498,7 +528,9 @@ def test_a_device_that_is_not_there(emulation: Any) -> None:
 
 CASES: dict[str, Callable[[Any], Any]] = {
     "select_by_network": rk.median,
-    "select_by_counting": lambda x: rk.median(x, weights=[1, 2, 3]),
+    "select_weighted": lambda x: rk.median(x, weights=[1, 2, 3]),
+    "select_by_merging": rk.median,
+    "select_by_counting": lambda x: rk.median(x, weights=np.arange(1, 67)),
     "gram_of_few": rk.geometric_median,
     "weighted_sums": rk.mean,
     "row_sq_distances_of": lambda x: rk.kernels.row_sq_distances(x, x[0]),
@@ -507,10 +539,11 @@ CASES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("kernel", CASES)
 def test_a_launch_that_fails_names_kernel_and_sizes(emulation: Any, kernel: str) -> None:
-    x = OnDevice(np.arange(12, dtype=np.float32).reshape(3, 4))
+    n = 66 if kernel in ("select_by_merging", "select_by_counting") else 3
+    x = OnDevice(np.arange(4 * n, dtype=np.float32).reshape(n, 4))
     expected = CASES[kernel](x)
     emulation.fail_launch(1, 719)
-    with pytest.raises(RuntimeError, match=rf"{kernel} failed for n=3 rows of d=4 float32 columns on device 0: "
+    with pytest.raises(RuntimeError, match=rf"{kernel} failed for n={n} rows of d=4 float32 columns on device 0: "
                        r"unspecified launch failure \(cudaErrorLaunchFailure\)"):  # fmt: skip
         CASES[kernel](x)
     again = CASES[kernel](x)  # the process goes on

@@ -85,57 +85,69 @@ RK_INLINE void store_window_mean(const typename Simd<C>::V* sorted, int64_t lo, 
   }
 }
 
-// The mean of sorted[lo..hi) per lane, and what its rounding lost; 0 where it is no number.
+// The scale of a doubled middle that is no number otherwise: a power of two.
 template <class C>
-void store_doubled_mean(const typename Simd<C>::V* sorted, int64_t lo, int64_t hi, C* rounded, double* rest) {
+RK_INLINE typename Simd<C>::V scale_of(typename Simd<C>::V doubled) {
+  using V = typename Simd<C>::V;
+  return doubled - doubled == 0 ? V{} + static_cast<C>(1) : V{} + static_cast<C>(0.5);
+}
+
+// The mean of sorted[lo..hi) per lane, its double times a scale (scale_of), and what the roundings of that lost; 0
+// where it is no number.
+template <class C>
+void store_doubled_mean(const typename Simd<C>::V* sorted, int64_t lo, int64_t hi, C* rounded, C* total, double* rest) {
+  using V = typename Simd<C>::V;
   constexpr int lanes = Simd<C>::lanes;
   const C* cells = reinterpret_cast<const C*>(sorted);
   const Divisor count(static_cast<double>(hi - lo));
+  F64 means[lanes / kDoubles], lost[lanes / kDoubles];
   for (int part = 0; part < lanes; part += kDoubles) {
     const auto value = [&](int64_t r) { return load_double(cells + r * lanes + part); };
     const F64 base = value(lo);
-    F64 sum{}, lost;
-    for (int64_t r = lo + 1; r < hi; ++r) sum += value(r) - base;
-    F64 mean = moved(base, sum, count, lost);
+    F64 sum[4] = {};
+    int64_t r = lo + 1;
+    for (; r + 4 <= hi; r += 4)
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) sum[k] += value(r + k) - base;
+    for (; r < hi; ++r) sum[0] += value(r) - base;
+    F64& mean = means[part / kDoubles];
+    mean = moved(base, (sum[0] + sum[1]) + (sum[2] + sum[3]), count, lost[part / kDoubles]);
     if (__builtin_expect(any_nan(mean * 0.0), false)) {
       DoubledSum shrunken{};
-      for (int64_t r = lo; r < hi; ++r) add(shrunken, value(r) * kRoom);
+      for (r = lo; r < hi; ++r) add(shrunken, value(r) * kRoom);
       mean = mean - mean == 0 ? mean : shrunken_mean(shrunken, static_cast<double>(hi - lo));
     }
     store_rounded(rounded + part, mean);
-    lost += mean - load_double(rounded + part);
-    store(rest + part, lost - lost == 0 ? lost : F64{});
+  }
+  const V once = load(rounded);
+  C scale[lanes];
+  store(scale, scale_of<C>(once + once));
+  for (int part = 0; part < lanes; part += kDoubles) {
+    const F64 twice = load_double(scale + part) * 2.0, doubled = means[part / kDoubles] * twice;
+    store_rounded(total + part, doubled);
+    const F64 left = (doubled - load_double(total + part)) + lost[part / kDoubles] * twice;
+    store(rest + part, left - left == 0 ? left : F64{});
   }
 }
 
-// Twice a middle, times a scale: a power of two, so that it does not overflow; and what its rounding lost, of a mean as
-// float64, because float32 may not hold it.
+// Twice a middle, times a scale, so that it does not overflow; and what its rounding lost, of a mean as float64,
+// because float32 may not hold it.
 template <class C>
 struct Twice {
   using V = typename Simd<C>::V;
-  V total, lost, scale;
-  bool wide;  // of a mean
-  double rest[Simd<C>::lanes];
+  V total, lost{}, scale;
+  const double* rest = nullptr;  // of a mean
 
-  Twice(V a, V b) : scale(a + b - (a + b) == 0 ? V{} + static_cast<C>(1) : V{} + static_cast<C>(0.5)), wide(false) {
-    two_sum(a * scale, b * scale, total, lost);
-  }
-  // Of a rounded mean, and what that lost.
-  Twice(V mean, const double* more) : Twice(mean, mean) {
-    wide = true;
-    for (int lane = 0; lane < Simd<C>::lanes; ++lane) {
-      const double rough = total[lane], add = 2 * static_cast<double>(scale[lane]) * more[lane];
-      total[lane] = static_cast<C>(rough + add);
-      rest[lane] = (rough - static_cast<double>(total[lane])) + add;
-    }
-  }
+  Twice(V a, V b) : scale(scale_of<C>(a + b)) { two_sum(a * scale, b * scale, total, lost); }
+  Twice(V mean, const C* doubled, const double* lost_of_it)
+      : total(load(doubled)), scale(scale_of<C>(mean + mean)), rest(lost_of_it) {}
 
   // Whether low + high is less, which is rounded to the same number, by what the roundings lose.
   __attribute__((noinline)) typename Simd<C>::Index more_than(V low, V high) const {
     V sum, sum_lost;
     two_sum(low * scale, high * scale, sum, sum_lost);
     typename Simd<C>::Index less = (sum < total) | ((sum == total) & (sum_lost < lost));
-    for (int lane = 0; wide && lane < Simd<C>::lanes; ++lane)
+    for (int lane = 0; rest && lane < Simd<C>::lanes; ++lane)
       if (sum[lane] == total[lane]) less[lane] = static_cast<double>(sum_lost[lane]) < rest[lane] ? -1 : 0;
     return less;
   }
@@ -152,11 +164,12 @@ __attribute__((noinline)) void store_nearest_mean(const Window& window, typename
   const int64_t n = window.n, nearest = window.nearest;
   V a = sorted[window.lo], b = sorted[window.hi - 1];
   Twice<C> twice(a, b);
+  C total[Simd<C>::lanes];
+  double rest[Simd<C>::lanes];
   if (window.hi - window.lo > 2) {
-    double rest[Simd<C>::lanes];
-    store_doubled_mean<C>(sorted, window.lo, window.hi, out, rest);
+    store_doubled_mean<C>(sorted, window.lo, window.hi, out, total, rest);
     a = b = load(out);
-    twice = Twice<C>(a, rest);
+    twice = Twice<C>(a, total, rest);
   }
   const V middle = a + b - (a + b) == 0 ? twice.total : a + b;
   for (int64_t k = 0; k + nearest < n; ++k) {

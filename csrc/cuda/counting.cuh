@@ -1,5 +1,5 @@
-// Device code of select_columns for more rows than a thread can sort, and for rows that stand for several cells: the
-// value of a rank is found bit by bit, by counting how many lie below.
+// Device code of select_columns for more rows than a warp can sort, or than a thread of rows that stand for several
+// cells: the value of a rank is found bit by bit, by counting how many lie below.
 #pragma once
 #include "select.cuh"
 

@@ -118,7 +118,7 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
     };
     if (sizeof(P) == 8 && tensor) {
       if (how.fused)
-        by_network_size(FewSizes{}, m, [&](auto size) {
+        by_size(FewSizes{}, m, [&](auto size) {
           constexpr int N = decltype(size)::value;
           args.low_pads = median_pads(N, n);
           launch("gram_of_few", &gram_of_few<S, N>);
@@ -126,7 +126,7 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
       else
         launch("gram_of_pairs", &gram_of_pairs<S>);
     } else if (how.fused) {
-      by_network_size(GramSizes{}, n, [&](auto size) {
+      by_size(GramSizes{}, n, [&](auto size) {
         constexpr int N = decltype(size)::value;
         args.low_pads = median_pads(N, n);
         launch("gram_products", &gram_products<S, P, N>);

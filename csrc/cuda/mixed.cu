@@ -64,7 +64,7 @@ void select_mixed_by_network(const Rows& rows, const Select& select, Queue& queu
     by_dtype(rows.dtype, [&](auto s) {
       using S = decltype(s);
       if constexpr (sizeof(S) < 8)
-        by_network_size(MixedSizes{}, k, [&](auto size) {
+        by_size(MixedSizes{}, k, [&](auto size) {
           constexpr int N = decltype(size)::value;
           if (is_median(select, k)) {
             args.low_pads = median_pads(N, k);

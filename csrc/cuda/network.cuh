@@ -53,9 +53,9 @@ constexpr int least_rows(int size, std::integer_sequence<int, kSizes...>) {
   return least;
 }
 
-// call(std::integral_constant) for the size that sorts n rows.
+// call(std::integral_constant) for the least size that is enough for n.
 template <class F, int... kSizes>
-void by_network_size(std::integer_sequence<int, kSizes...>, int64_t n, F&& call) {
+void by_size(std::integer_sequence<int, kSizes...>, int64_t n, F&& call) {
   bool found = false;
   ((!found && n <= kSizes ? (found = true, call(std::integral_constant<int, kSizes>{})) : void()), ...);
 }

@@ -2,14 +2,16 @@
 #include "counting.cuh"
 #include "host.h"
 #include "launch.h"
+#include "merging.cuh"
 #include "sums.cuh"
+#include "weighted.cuh"
 
 namespace rk {
 namespace cuda {
 namespace {
 
-// What every GPU of compute capability 7.5 or more lets a block have, less what the kernel needs besides: 448 rows of
-// float32, half as many of float64. Of more rows the values are read again and again.
+// What every GPU of compute capability 7.5 or more lets a block that counts have, less what the kernel needs besides:
+// 448 rows of float32, half as many of float64. Of more rows the values are read again and again.
 constexpr std::size_t kKeptBytes = 56 << 10;
 constexpr std::size_t kUnaskedBytes = 40 << 10;  // and this much, of 48 KiB in all, without being asked
 // Mixtures, and rows measured as float64, are made of so many bytes of columns at a time, which stay in a GPU's cache.
@@ -22,10 +24,12 @@ class Selector {
  public:
   Selector(const Select& select, int64_t n) : select_(select), n_(n) {
     const bool median = is_median(select, n);
-    if (select.multiplicities || n > (sizeof(S) == 8 ? kNetworkRows : 2 * kHalfRows))
+    if (select.multiplicities && n <= kWeightedRows)
+      weighted();
+    else if (select.multiplicities || n > kMergedRows)
       by_counting();
     else if (n > kNetworkRows)
-      by_halves(median);
+      by_merging(median);
     else if (median)
       with_network<true>();
     else
@@ -42,7 +46,7 @@ class Selector {
  private:
   template <bool kMedian>
   void with_network() {
-    by_network_size(std::conditional_t<kMedian, MedianSizes, SortSizes>{}, n_, [&](auto size) {
+    by_size(std::conditional_t<kMedian, MedianSizes, SortSizes>{}, n_, [&](auto size) {
       constexpr int N = decltype(size)::value;
       using Shape = NetworkShape<S, N, kMedian>;
       kernel_ = &select_by_network<S, N, kMedian>;
@@ -52,24 +56,38 @@ class Selector {
     });
     name_ = "select_by_network";
   }
-  void by_halves(bool median) {
-    if constexpr (sizeof(S) < 8) kernel_ = median ? &select_by_halves<S, true> : &select_by_halves<S, false>;
-    threads_ = kHalfThreads;
-    width_ = kHalfWidth;
-    low_pads_ = median ? median_pads(2 * kHalfRows, n_) : 0;
-    name_ = "select_by_halves";
+  void by_merging(bool median) {
+    by_size(std::integer_sequence<int, 4, 8, 16, 32>{}, (n_ + kRunRows - 1) / kRunRows, [&](auto size) {
+      constexpr int kRuns = decltype(size)::value;
+      using Shape = MergeShape<S, kRuns>;
+      kernel_ = median ? &select_by_merging<S, kRuns, true> : &select_by_merging<S, kRuns, false>;
+      threads_ = Shape::kThreads;
+      width_ = Shape::kColumns;
+      low_pads_ = median ? median_pads(kRuns * kRunRows, n_) : 0;
+    });
+    name_ = "select_by_merging";
+  }
+  void weighted() {
+    by_size(SortSizes{}, n_, [&](auto size) {
+      constexpr int N = decltype(size)::value;
+      if constexpr (N <= kWeightedRows) {
+        kernel_ = &select_weighted<S, N>;
+        threads_ = WeightedShape<S, N>::kThreads;
+        width_ = WeightedShape<S, N>::kWidth;
+      }
+    });
+    name_ = "select_weighted";
   }
   void by_counting() {
     const int64_t warps = (n_ + kRowsOfWarp - 1) / kRowsOfWarp;
     threads_ = kWarp * static_cast<int>(warps < kMaxWarps ? warps : kMaxWarps);
     width_ = kCountedColumns;
     shared_bytes_ = static_cast<std::size_t>(n_) * kCountedColumns * sizeof(C);
-    const bool keeps = shared_bytes_ <= kKeptBytes;
+    const bool keeps = select_.multiplicities && shared_bytes_ <= kKeptBytes;  // without them rows are too many
     if (!keeps) shared_bytes_ = 0;
-    if (select_.multiplicities)
-      kernel_ = keeps ? &select_by_counting<S, true, true> : &select_by_counting<S, true, false>;
-    else
-      kernel_ = keeps ? &select_by_counting<S, false, true> : &select_by_counting<S, false, false>;
+    kernel_ = keeps                    ? &select_by_counting<S, true, true>
+              : select_.multiplicities ? &select_by_counting<S, true, false>
+                                       : &select_by_counting<S, false, false>;
     name_ = "select_by_counting";
   }
 

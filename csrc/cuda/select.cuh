@@ -31,18 +31,36 @@ struct Sorted {
   __device__ __forceinline__ C& operator[](int64_t rank) const { return cell[rank * kStride]; }
 };
 
+// Threads of a warp that share a column: each takes every kLanes-th of what is to be done, and all get the sums. The
+// warp's other threads do the same for theirs at the same time.
+template <int kLanes>
+struct Lanes {
+  int lane;
+  template <class T>
+  __device__ __forceinline__ T sum(T x) const {
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  }
+  template <class F>
+  __device__ __forceinline__ void each(int64_t begin, int64_t end, F&& call) const {
+    for (int64_t i = begin + lane; i < end; i += kLanes) call(i);
+  }
+};
+
 // Mean of sorted[lo..hi), and what its rounding lost: summed as differences from the smallest, so that a common offset
 // costs no digits and equal values come back. It never leaves the range of its values.
-template <class C, int kStride>
-__device__ double window_mean(const Sorted<C, kStride>& sorted, int64_t lo, int64_t hi, double& lost) {
+template <class C, class Values, int kLanes>
+__device__ double window_mean(const Values& sorted, const Lanes<kLanes>& lanes, int64_t lo, int64_t hi, double& lost) {
   const C first = sorted[lo], last = sorted[hi - 1];
-  lost = 0;
-  if (first == last) return static_cast<double>(first);
-  if (hi - lo == 2) return static_cast<double>(middle_of(first, last));
   const double low = static_cast<double>(first), high = static_cast<double>(last);
   const double count = static_cast<double>(hi - lo);
   double sum = 0;
-  for (int64_t r = lo + 1; r < hi; ++r) sum += static_cast<double>(sorted[r]) - low;
+  lanes.each(lo + 1, hi, [&](int64_t r) { sum += static_cast<double>(sorted[r]) - low; });
+  sum = lanes.sum(sum);
+  lost = 0;
+  if (first == last) return low;
+  if (hi - lo == 2) return static_cast<double>(middle_of(first, last));
   double mean = moved(low, sum, count, lost);
   if (!is_finite(mean)) {  // differences overflow, or meet an infinity
     DoubledSum shrunken{0, 0};
@@ -78,11 +96,12 @@ struct Twice {
 
 // The rank from which on the `nearest` values nearest to a middle lie: they are consecutive, and one is not among them
 // where that many ranks above lies a value nearer to it.
-template <class C, int kStride>
-__device__ int64_t nearest_rank(const Sorted<C, kStride>& sorted, int64_t n, const Twice<C>& middle, int64_t nearest) {
-  int64_t begin = 0;
-  for (int64_t k = 0; k + nearest < n; ++k) begin += middle.more_than(sorted[k], sorted[k + nearest]);
-  return begin;
+template <class C, class Values, int kLanes>
+__device__ int nearest_rank(const Values& sorted, const Lanes<kLanes>& lanes, int64_t n, const Twice<C>& middle,
+                            int64_t nearest) {
+  int begin = 0;
+  lanes.each(0, n - nearest, [&](int64_t k) { begin += middle.more_than(sorted[k], sorted[k + nearest]); });
+  return lanes.sum(begin);
 }
 
 // What a selection gives: a NaN where its window reaches one, or where one is among the nearest values.
@@ -94,24 +113,25 @@ __device__ __forceinline__ O median_of(C low, C high, int n, int nan_cells, cons
   const C value = args.hi - args.lo == 2 ? middle_of(low, high) : args.lo == (n - 1) / 2 ? low : high;
   return narrowed<O>(is_spoilt(nan_cells, n, args) ? not_a_number<C>() : value);
 }
-template <class O, class C, int kStride>
-__device__ __forceinline__ O window_of(const Sorted<C, kStride>& sorted, int n, int nan_cells, const Selection& args) {
-  int64_t lo = args.lo, hi = args.hi;
-  double value;
-#pragma unroll 1
-  for (bool near = args.nearest == 0;; near = true) {
-    C a = sorted[lo], b = sorted[hi - 1];
-    double rest = 0;
-    value = static_cast<double>(a + b);
-    if (near || hi - lo > 2) {
-      double lost;
-      value = window_mean(sorted, lo, hi, lost);
-      a = b = static_cast<C>(value);
-      rest = (value - static_cast<double>(a)) + lost;
-    }
-    if (near || !is_finite(a) || !is_finite(b)) break;  // an infinite middle is itself the result
-    lo = nearest_rank(sorted, n, Twice<C>(a, b, rest), args.nearest);
-    hi = lo + args.nearest;
+template <class O, class C, class Values, int kLanes>
+__device__ __forceinline__ O window_of(const Values& sorted, const Lanes<kLanes>& lanes, int n, int nan_cells,
+                                       const Selection& args) {
+  const int64_t lo = args.lo, hi = args.hi;
+  C a = sorted[lo], b = sorted[hi - 1];
+  double value = static_cast<double>(a + b), rest = 0;
+  if (!args.nearest || hi - lo > 2) {
+    double lost;
+    value = window_mean<C>(sorted, lanes, lo, hi, lost);
+    a = b = static_cast<C>(value);
+    rest = (value - static_cast<double>(a)) + lost;
+  }
+  if (args.nearest) {  // an infinite middle is itself the result
+    const bool usual = is_finite(a) && is_finite(b);
+    const Twice<C> middle(usual ? a : C{0}, usual ? b : C{0}, usual ? rest : 0.0);
+    const int64_t begin = nearest_rank<C>(sorted, lanes, n, middle, args.nearest);
+    double lost;
+    const double near = window_mean<C>(sorted, lanes, begin, begin + args.nearest, lost);
+    value = usual ? near : value;
   }
   return rounded<O>(is_spoilt(nan_cells, n, args) ? not_a_number<double>() : value);
 }
@@ -126,7 +146,7 @@ __device__ __forceinline__ O selected(C (&x)[N], int n, int nan_cells, const Sel
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) sorted[i] = x[i];
-    return window_of<O>(sorted, n, nan_cells, args);
+    return window_of<O, C>(sorted, Lanes<1>{0}, n, nan_cells, args);
   }
 }
 
@@ -236,96 +256,6 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
     }
   }
   if (Shape::kKeeps && args.partials)
-    for (int i = threadIdx.x; i < n; i += blockDim.x) args.partials[blockIdx.x * rows.n + i] = distances[i];
-}
-
-// ---- 65 to 128 rows of up to 32 bits: two threads sort 64 values each, and then tell the lower half from the upper
-// ---
-
-constexpr int kHalfRows = 64, kHalfColumns = kWarp / 2;  // columns of a warp
-constexpr int kHalfThreads = 128, kHalfWidth = kHalfThreads / 2;
-
-template <class S, bool kMedian>
-__global__ void __launch_bounds__(kHalfThreads, sizeof(S) == 2 ? 2 : 3) select_by_halves(const Selection args) {
-  using C = float;
-  RK_SHARED(double, centre, [kHalfWidth]);
-  RK_SHARED(double, distances, [2 * kHalfRows]);
-  RK_SHARED(C, cells, [(kMedian ? 1 : 2 * kHalfRows) * kHalfWidth]);
-  const Table& rows = args.rows;
-  const int n = static_cast<int>(rows.n), lane = threadIdx.x % kWarp;
-  const int half = lane / kHalfColumns, at = threadIdx.x / kWarp * kHalfColumns + lane % kHalfColumns;
-  for (int i = threadIdx.x; i < n; i += kHalfThreads) distances[i] = 0;
-  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
-    const Tile tile = tile_at(rows, t, kHalfWidth);
-    const bool valid = at < tile.count;
-    const int64_t column = tile.first + (valid ? at : tile.count - 1);
-    C x[kHalfRows], check = 0;
-#pragma unroll
-    for (int i = 0; i < kHalfRows; ++i) {  // without a branch: the last row stands for those that are not there
-      const int row = half * kHalfRows + i;
-      x[i] = widened(rows.row<S>(tile.segment, row < n ? row : n - 1)[column]);
-    }
-#pragma unroll
-    for (int i = 0; i < kHalfRows; ++i) {
-      check = checked(x[i], check);
-      const int row = half * kHalfRows + i;
-      if (row >= n) x[i] = row < n + args.low_pads ? -infinity<C>() : infinity<C>();
-    }
-    int nan_cells = 0;
-    if (check != 0) {
-      for (int row = half * kHalfRows; row < n && row < (half + 1) * kHalfRows; ++row)
-        if (!is_finite(widened(rows.row<S>(tile.segment, row)[column]))) set_flag(args.flags, row);
-      nan_cells = replace_nan(x);
-    }
-    __syncwarp();
-    nan_cells += __shfl_xor_sync(0xffffffffu, nan_cells, kHalfColumns);
-    sort_wires<Network<kHalfRows, false>>(x);
-    // Of two ascending halves, one read backwards, the smaller values of all pairs are the lower half of both.
-#pragma unroll
-    for (int i = 0; i < kHalfRows / 2; ++i) {
-      const int k = kHalfRows - 1 - i;
-      C low = x[i], high = __shfl_xor_sync(0xffffffffu, x[k], kHalfColumns);
-      C also_low = x[k], also_high = __shfl_xor_sync(0xffffffffu, x[i], kHalfColumns);
-      exchange(low, high);
-      exchange(also_low, also_high);
-      x[i] = half ? high : low;
-      x[k] = half ? also_high : also_low;
-    }
-    S result{};
-    if constexpr (kMedian) {
-      C edge = x[0];  // the lower half's greatest value, and the upper half's least
-#pragma unroll
-      for (int i = 1; i < kHalfRows; ++i) {
-        C low = edge, high = x[i];
-        exchange(low, high);
-        edge = half ? low : high;
-      }
-      const C other = __shfl_xor_sync(0xffffffffu, edge, kHalfColumns);
-      result = median_of<S>(half ? other : edge, half ? edge : other, n, nan_cells, args);
-    } else {
-#pragma unroll
-      for (int step = kHalfRows / 2; step > 0; step /= 2)
-#pragma unroll
-        for (int i = 0; i < kHalfRows; ++i)
-          if ((i & step) == 0) exchange(x[i], x[i + step]);
-      const Sorted<C, kHalfWidth> sorted{cells + at};
-#pragma unroll
-      for (int i = 0; i < kHalfRows; ++i) sorted[half * kHalfRows + i] = x[i];
-      __syncwarp();
-      if (half == 0) result = window_of<S>(sorted, n, nan_cells, args);
-      __syncwarp();
-    }
-    if (half == 0 && valid) {
-      if (args.out) static_cast<S*>(args.out[tile.segment])[column - rows.first] = result;
-      if (args.partials) centre[at] = widened(result);
-    }
-    if (args.partials) {
-      __syncthreads();
-      add_sq_distances<S>(rows, tile, centre, args.scale, distances);
-      __syncthreads();
-    }
-  }
-  if (args.partials)
     for (int i = threadIdx.x; i < n; i += blockDim.x) args.partials[blockIdx.x * rows.n + i] = distances[i];
 }
 
