@@ -31,6 +31,13 @@ and its reason stands below the table. Peers were measured on the first columns 
 The suites compare two calls made in turn, again by medians; small calls by the least times of many. Memory is the peak
 of a fresh process besides rows and result, by the operating system's account.
 
+The suite `worst` has every rule on three inputs (normal values; attackers three standard deviations away; gradients
+of distinct workers) in three layouts (one array with an odd d, one with a multiple of 4096, separate arrays), and
+shows the slowest of the nine beside what it must take at least here, its **limit**: of each pass the longer of the
+time of its bytes, in read passes, and that of its operations, at the rate at which NumPy's BLAS multiplies matrices
+in the same run (a minimum, a maximum, an addition and a multiply-add count one each; selections by a pruned sorting
+network, up to 64 rows). The goal there is that of the table, or 1.2 times the limit where that is more.
+
 To measure your machine: `robustkern bench --suite all` (some minutes), `robustkern bench --help` for less or for peers.
 
 Two runs are compared by `robustkern bench --compare before.json after.json`; `make bench-compare` does the same. The

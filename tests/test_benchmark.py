@@ -21,7 +21,7 @@ from robustkern.backends import registry
 from robustkern.backends.cpp import Cpp
 from robustkern.cli import app
 from robustkern.contract.rows import DTYPES, Rows
-from robustkern.measure import peers, suites
+from robustkern.measure import limits, peers, roofline, suites
 from robustkern.measure import reads as benchmark
 from robustkern.measure.reads import Line
 from robustkern.rules import Median
@@ -300,6 +300,77 @@ def test_each_suite_yields_figures_and_goals(suite: str) -> None:
             compared |= line.unit == "reads of all rows" or line.what.endswith("through the caches")
             assert line.goal is not None or compared
             assert line.floor == line.what.endswith(("all threads", "torch"))
+
+
+def test_the_limit_counts_bytes_and_operations() -> None:
+    """By hand: what is read and written where operations cost nothing, and the operations where bytes do not."""
+    free, slow = limits.Rates(1e30, 1e30), limits.Rates(1e3, 1e3)
+    for case, reads in {
+        "gram": 1,
+        "median": 1 + 1 / 8,
+        "weighted median": 1 + 1 / 8,
+        "mean_around_median": 1 + 1 / 8,
+        "ctma(median)": 1 + 6 / 8 + 1 / 8,
+        "krum": 1 + 1 / 8 + 1 / 8,
+        "multi_krum": 1 + 6 / 8 + 1 / 8,
+        "geometric_median": 2 + 1 / 8,
+        "nnm | median": 2 + 1 / 8,
+    }.items():
+        assert limits.least_reads_of(case, 8, 2, free, 1e-9) == pytest.approx(reads)
+    network = sum(1 for _ in roofline._sort(0, 8, 8))
+    assert network == 19
+    median = roofline.selection_network(8, 3, 5)[1]
+    for case, operations in {
+        "gram": 36 + 16,
+        "median": median,
+        "weighted median": 5 * network,
+        "mean_around_median": 2 * network + 6,
+        "ctma(median)": median + 16 + 6,
+        "multi_krum": 36 + 16 + 6,
+        "nnm | median": 36 + 16 + median + 64,
+    }.items():
+        assert limits.least_reads_of(case, 8, 2, slow, 1e-9) * 1e-6 == pytest.approx(operations, rel=1e-5)
+    assert limits.least_reads_of("median", 128, 2, slow, 1e-9) == pytest.approx(1 + 1 / 128)  # bytes alone
+    assert 1e8 < limits.measured_rates(256, 2).double < 1e14
+
+
+def test_gradients_of_workers_are_those_of_torch() -> None:
+    torch = pytest.importorskip("torch")
+    d, width = 300, 4
+    rows = limits.gradient_rows(3, d, seed=5)
+    rng = np.random.default_rng(5)
+    first, second = (
+        torch.tensor(rng.standard_normal(shape, dtype=np.float32) / np.float32(np.sqrt(shape[0])), requires_grad=True)
+        for shape in ((64, width), (width, 10))
+    )
+    bias = torch.zeros(width, requires_grad=True)
+    for row in rows:
+        images = torch.relu(torch.tensor(rng.standard_normal((8, 64), dtype=np.float32)))
+        labels = torch.tensor(rng.integers(10, size=8))
+        loss = torch.nn.functional.cross_entropy(torch.relu(images @ first + bias) @ second, labels)
+        found = torch.cat([part.ravel() for part in torch.autograd.grad(loss, (first, bias, second))])
+        np.testing.assert_allclose(row, found[:d], atol=1e-6)
+
+
+def test_a_wrong_result_on_the_worst_inputs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(rows: Any, rule: str, **options: Any) -> Any:
+        found: Any = rk.aggregate(rows, rule, **options)
+        return (found[0] + np.float32(0.01), found[1]) if rule == "krum" else found
+
+    monkeypatch.setattr(limits, "cases", lambda: ("median", "krum"))
+    monkeypatch.setattr(limits, "aggregate", late)
+    with pytest.raises(RuntimeError, match=r"krum, n=8, normal, stacked, odd d: the result differs by 1.0e-02 from "):
+        list(limits.worst(8, 1, 5000))
+
+
+def test_layouts_are_what_they_say() -> None:
+    rows = limits.gradient_rows(3, 8300)
+    odd, multiple, apart = (limits._laid_out(rows, layout) for layout in limits.LAYOUTS)
+    assert odd.shape == (3, 8299)
+    assert odd.strides[0] == 8299 * 4
+    assert multiple.shape == (3, 8192)
+    assert isinstance(apart, list)
+    assert [row.base is None for row in apart] == [True] * 3
 
 
 def test_a_floor_is_missed_from_below() -> None:

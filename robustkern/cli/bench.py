@@ -52,8 +52,10 @@ def bench(
     64-bit rows against float32 (dtypes), small Python calls against NumPy and
     torch (calls), pytrees against one array (trees), memory besides the rows
     (memory), what threads bring (threads), the update of momenta against torch
-    (momenta), Numba against compiled code (numba). --rules, --n, --dtype,
-    --against and --plot are for rules alone. Ctrl-C keeps what was measured.
+    (momenta), Numba against compiled code (numba), every rule on the worst of
+    three inputs in three layouts against the machine's limit (worst: minutes).
+    --rules, --n, --dtype, --against and --plot are for rules alone. Ctrl-C
+    keeps what was measured.
 
     --compare takes two files, each of --save or of pytest --benchmark-json. It
     exits with 1 where something got slower: by more than --slack, and by more

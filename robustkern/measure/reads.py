@@ -33,6 +33,7 @@ __all__ = [
     "Line",
     "Measured",
     "cases",
+    "check_close",
     "facts",
     "goal",
     "goals",
@@ -192,7 +193,7 @@ def _cpp() -> Cpp:
     return kernels
 
 
-def read_pass(rows: Array) -> Callable[[], Any]:
+def read_pass(rows: Array | Sequence[Array]) -> Callable[[], Any]:
     """Return the yardstick for these rows; it reads them all, once, with all threads.
 
     Raises
@@ -204,30 +205,30 @@ def read_pass(rows: Array) -> Callable[[], Any]:
     return lambda: kernels.read_pass(pointers)
 
 
-def job(rule: str, rows: Array, f: int, backend: str = "auto") -> tuple[Callable[[], Any], Array]:
+def job(rule: str, rows: Array | Sequence[Array], f: int, backend: str = "auto") -> tuple[Callable[[], Any], Array]:
     """Return a call that runs a rule on the rows, and the array that receives its result.
 
     Parameters
     ----------
     rule : str
         A rule in its text form, or "gram", or "weighted median".
-    rows : (n, d) array
+    rows : (n, d) array, or n arrays
         The updates.
     f : int
         Tolerated Byzantine rows.
     backend : str
         As for `aggregate`.
     """
-    n, d = rows.shape
+    n, d, dtype = len(rows), len(rows[0]), rows[0].dtype
     if rule == "gram":
-        kernels = choose(backend, {rows.dtype})
+        kernels = choose(backend, {dtype})
         pointers, gram = Rows.of(rows), np.empty((n, n))
 
         def run_gram() -> None:
             gram[:] = kernels.gram(pointers, single=True)  # what rules ask for first
 
         return run_gram, gram
-    options: dict[str, Any] = {"f": f, "out": np.zeros(d, dtype=rows.dtype), "backend": backend}
+    options: dict[str, Any] = {"f": f, "out": np.zeros(d, dtype=dtype), "backend": backend}
     if rule == "weighted median":
         rule, options["weights"] = "median", np.arange(n) % 7 + 1.0
     plan = robustkern.parse_rule(rule)
@@ -239,6 +240,20 @@ def seconds_of(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+def check_close(what: str, got: Any, want: Any, atol: float, rtol: float = 0.0) -> None:
+    """Compare the result of what was timed with another one.
+
+    Raises
+    ------
+    RuntimeError
+        If they differ.
+    """
+    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
+    if not np.allclose(got, want, atol=atol, rtol=rtol):
+        worst = float(np.abs(got - want).max())
+        raise RuntimeError(f"{what}: the result differs by {worst:.1e} from another one; please report this")
 
 
 def compare(call: Callable[[], Any], read: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:

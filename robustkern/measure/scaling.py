@@ -23,9 +23,9 @@ import robustkern
 from robustkern.contract.rows import DTYPES
 from robustkern.measure.devices import Device, host_bytes
 from robustkern.measure.peers import plain_form
-from robustkern.measure.reads import Array, machine, make_rows
+from robustkern.measure.reads import Array, check_close, machine, make_rows
 from robustkern.measure.roofline import LABEL, MODELS, model_seconds
-from robustkern.measure.suites import check_close, on_threads
+from robustkern.measure.suites import on_threads
 
 __all__ = ["RULES", "Crossover", "Plan", "Point", "crossovers", "points_of", "repeated_rows", "save", "study"]
 

@@ -1,4 +1,4 @@
-"""What counts besides read passes: dtypes, small calls, trees, memory, threads, arrivals, files, momenta, Numba; goals.
+"""What counts besides reads: dtypes, calls, trees, memory, threads, arrivals, files, momenta, Numba, the worst inputs.
 
 A suite is a function that measures one case and the tuple of its cases. Every case compares what it timed with another
 result, and a ratio is the median over calls made in turn. Where something cannot be measured, its line says why.
@@ -27,12 +27,25 @@ from robustkern.errors import BackendUnavailable
 from robustkern.files import aggregate_files
 from robustkern.functions import aggregate
 from robustkern.kernels import update_momenta
+from robustkern.measure.limits import SIZES, worst
 from robustkern.measure.peers import load
-from robustkern.measure.reads import VALUES, Array, Line, _dtype, cases, job, machine, make_rows, read_pass, seconds_of
+from robustkern.measure.reads import (
+    VALUES,
+    Array,
+    Line,
+    _dtype,
+    cases,
+    check_close,
+    job,
+    machine,
+    make_rows,
+    read_pass,
+    seconds_of,
+)
 from robustkern.rules import available_rules, parse_rule
 from robustkern.server import Server
 
-__all__ = ["SUITES", "check_close", "extra_memory", "on_threads", "tree_sizes"]
+__all__ = ["SUITES", "extra_memory", "on_threads", "tree_sizes"]
 
 #: Values (n times d) where times are compared; `benchmark.VALUES` where memory is.
 COMPARED = 80_000_000
@@ -55,20 +68,6 @@ def _ratio(call: Call, other: Call, rounds: int) -> float:
     """Return the median of the time of a call over that of another one right before it."""
     times = _times(other, call, rounds=rounds)
     return float(np.median(times[:, 1] / times[:, 0]))
-
-
-def check_close(what: str, got: Any, want: Any, atol: float, rtol: float = 0.0) -> None:
-    """Compare the result of what was timed with another one.
-
-    Raises
-    ------
-    RuntimeError
-        If they differ.
-    """
-    got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
-    if not np.allclose(got, want, atol=atol, rtol=rtol):
-        worst = float(np.abs(got - want).max())
-        raise RuntimeError(f"{what}: the result differs by {worst:.1e} from another one; please report this")
 
 
 # ---- dtypes ----------------------------------------------------------------------------------------------------
@@ -466,4 +465,5 @@ SUITES: dict[str, tuple[Callable[..., Iterator[Line]], tuple[tuple[Any, ...], ..
     "files": (files, tuple((rule,) for rule in FILE_GOALS)),
     "momenta": (momenta, (("mu2sgd",), ("momentum",))),
     "numba": (numba, ((8,), (16,), (32,), (64,))),
+    "worst": (worst, tuple((n,) for n in SIZES)),
 }
