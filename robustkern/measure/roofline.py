@@ -1,4 +1,4 @@
-"""A model of what a GPU could do at best: bytes over its bandwidth, against the operations of the selection network.
+"""A model of what a GPU could do at best: bytes over its bandwidth, against the operations of the kernels that select.
 
 Nothing here is measured, and wherever it is shown it says so. The model knows no launch, no latency and no cache, nor
 the products of the Gram matrix: a GPU is slower than its model.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from robustkern.rules import Chain, parse_rule
 
-__all__ = ["LABEL", "MODELS", "Gpu", "model_seconds", "selection_network"]
+__all__ = ["LABEL", "MODELS", "Gpu", "Operations", "model_seconds", "selection", "selection_network"]
 
 LABEL = "model, not measured"
 
@@ -89,6 +90,48 @@ def selection_network(n: int, lo: int, hi: int) -> tuple[int, int]:
     return comparators, results
 
 
+class Operations(NamedTuple):
+    """Of a selection in one column.
+
+    Attributes
+    ----------
+    comparisons, results : float, float
+        Pairs of values compared, and minima and maxima that are needed.
+    alone : float
+        Those of the results of which a thread takes one and another thread the other: a comparison and a selection,
+        where a minimum or maximum is one instruction.
+    """
+
+    comparisons: float
+    results: float
+    alone: float = 0.0
+
+
+#: As csrc/cuda has it: up to so many rows a thread sorts a column, up to so many a warp merges runs.
+NETWORK_ROWS, RUN, MERGED_ROWS = 64, 32, 1024
+
+
+def selection(n: int, lo: int, hi: int) -> Operations:
+    """Count the operations of the kernel that finds the ranks [lo, hi) of n values, as `csrc/cuda` does it."""
+    if n <= NETWORK_ROWS:
+        return Operations(*selection_network(n, lo, hi))
+    if n > MERGED_ROWS:  # the value of a rank is found bit by bit: a comparison and an addition for each
+        ranks = 1 if hi - lo <= 2 else 2
+        return Operations(32 * ranks * n, 32 * ranks * n, 32 * ranks * n)
+    runs = 4
+    while runs * RUN < n:
+        runs *= 2
+    median = lo >= (n - 1) // 2 and hi <= n // 2 + 1
+    inside = runs * selection_network(RUN, 0, RUN)[0]
+    between, group = 0, 2
+    while group <= runs:
+        last = median and group == runs  # told apart, and no longer sorted
+        between += runs * RUN * (1 if last else group.bit_length() - 1)
+        inside += 0 if last else runs * RUN // 2 * (RUN.bit_length() - 1)
+        group *= 2
+    return Operations(inside + between, 2 * inside + between, between)
+
+
 def model_seconds(gpu: Gpu, rule: str, n: int, d: int, f: int, itemsize: int) -> float | None:
     """Return the least time of a rule by the model, None for a rule that it does not know.
 
@@ -111,12 +154,10 @@ def model_seconds(gpu: Gpu, rule: str, n: int, d: int, f: int, itemsize: int) ->
     moved = (n, again + 1) if again else (n + 1, 0)  # rows in the first pass and in the second, the result as one
     first, second = (rows * d * itemsize / gpu.bandwidth for rows in moved)
     if window is not None:
-        comparators, results = selection_network(n, *window)
-        # Two 16-bit values go together. float64 has no minimum: one comparison, and selections of 32 bits beside it.
-        clocks = {
-            2: results / 2 / gpu.minmax,
-            4: results / gpu.minmax,
-            8: max(comparators / gpu.float64, 2 * results / gpu.minmax),
-        }[itemsize]
+        found = selection(n, *window)
+        if itemsize < 8:
+            clocks = (found.results + found.alone) / gpu.minmax
+        else:  # which has no minimum: one comparison, and selections of 32 bits beside it
+            clocks = max(found.comparisons / gpu.float64, 2 * found.results / gpu.minmax)
         first = max(first, clocks * d / (gpu.multiprocessors * gpu.hertz))
     return first + second
