@@ -123,6 +123,17 @@ def comparison(saved: dict[str, Any]) -> list[str]:
     return lines
 
 
+def worst(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
+    """Rules on the slowest of their inputs and layouts, as a table of rules and rows."""
+    results = []
+    for line in saved["lines"]:
+        rule, _, n = line["what"].rpartition(", n=")
+        reads = {"rule": rule, "n": int(n), "library": "robustkern", "reads": line["figure"], "goal": line["goal"]}
+        results.append(reads)
+    lines = [*heading(saved, "worst of nine", "Read passes / goal"), *table(results, "robustkern"), ""]
+    return [*lines, f"- *: {reasons['worst']}", ""]
+
+
 def suites(saved: dict[str, Any], reasons: dict[str, str]) -> list[str]:
     """Every line of the suites beside its goal, and the reasons of those that miss it."""
     lines = [*heading(saved, "suites", "Figure and goal"), "| suite | what | figure | goal | unit |", "|---" * 5 + "|"]
@@ -148,8 +159,12 @@ def main() -> None:
         if saved["results"]:
             alone = all(r["library"] == "robustkern" for r in saved["results"])
             lines += section(saved, reasons) if alone else comparison(saved)
-        if saved.get("lines"):
-            lines += suites(saved, reasons)
+        slowest = [line for line in saved.get("lines", ()) if line["name"] == "worst"]
+        others = [line for line in saved.get("lines", ()) if line["name"] != "worst"]
+        if slowest:
+            lines += worst(saved | {"lines": slowest}, reasons)
+        if others:
+            lines += suites(saved | {"lines": others}, reasons)
     PAGE.write_text("\n".join(lines).rstrip("\n") + "\n")
     print(PAGE)
 

@@ -449,6 +449,8 @@ def test_the_page_shows_both_groups_of_several_runs(monkeypatch: pytest.MonkeyPa
     saved["results"] = []
     saved["lines"] = [
         {"name": "unknown", "what": "thing | part", "figure": 0.5, "unit": "x", "goal": 0.9, "floor": True},
+        {"name": "worst", "what": "nnm | median, n=8", "figure": 4.5, "unit": "x", "goal": 4.0, "floor": False},
+        {"name": "worst", "what": "gram, n=16", "figure": 1.1, "unit": "x", "goal": 1.2, "floor": False},
         {"name": "calls", "what": "torch", "figure": None, "unit": "not measured: why", "goal": None, "floor": False},
     ]
     (tmp_path / "v4.json").write_text(json.dumps(saved))
@@ -458,7 +460,11 @@ def test_the_page_shows_both_groups_of_several_runs(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "argv", ["page.py", str(tmp_path / "v3.json"), str(tmp_path / "v4.json")])
     page.main()
     text = page.PAGE.read_text()
-    rules, lines, other = text.split("\n## ")[1:]
+    rules, lines, slowest, other = text.split("\n## ")[1:]
+    assert slowest.startswith("v4: Other, ")
+    assert "| `nnm \\| median` | 4.50* / 4 |  |" in slowest
+    assert "| `gram` |  | 1.10 / 1.2 |" in slowest
+    assert f"- *: {reasons['worst']}" in slowest
     assert rules.startswith("v3: One, ")
     assert "2 cores. Read passes / goal." in rules
     assert "/ 1.1 |" in rules

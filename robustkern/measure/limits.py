@@ -211,6 +211,6 @@ def worst(n: int, rounds: int, d: int | None) -> Iterator[Line]:
                     limit = least_reads_of(case, n, f, rates, float(np.median(reads)) / columns)
                     most[case] = figure, f"{kind}, {layout}", limit
     for case, (figure, where, limit) in most.items():
-        asked = max(goal(case, n) or 0.0, SLACK * limit)
+        asked = round(max(goal(case, n) or 0.0, SLACK * limit), 2)
         unit = f"reads on {where}: {figure / limit:.2f} times the limit, {limit:.2f}"
         yield Line("worst", f"{case}, n={n}", figure, unit, asked)
