@@ -15,6 +15,7 @@ from support import make_rows, one_row
 from test_rules import RULES
 
 import robustkern as rk
+from robustkern import engine
 from robustkern.backends import registry
 from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
@@ -170,6 +171,35 @@ def attacked(honest: NDArray[Any], f: int, attack: float | str) -> NDArray[Any]:
         noise = np.random.default_rng(1).standard_normal((f, honest.shape[1]))
         x[:f] = (float(attack) * noise).astype(honest.dtype)
     return x
+
+
+@pytest.mark.parametrize("attack", [None, "offset", *ATTACKS])
+@pytest.mark.parametrize("n", [8, 20, 40])
+def test_chains_read_large_rows_twice(monkeypatch: pytest.MonkeyPatch, n: int, attack: float | str | None) -> None:
+    """Above the size where products are float32 first: of averages of most rows they would leave something open."""
+    kernels = registry.load_backend("cpp")
+    honest = np.random.default_rng(n).standard_normal((n, 400_000 // n)).astype(np.float32)
+    f = n // 4
+    x = (
+        honest
+        if attack is None
+        else honest * np.float32(1e-4) + 1
+        if attack == "offset"
+        else attacked(honest, f, attack)
+    )
+    for rule in (
+        "nnm | geometric_median",
+        "nnm | ctma(geometric_median)",
+        "ctma(nnm | geometric_median)",
+        "nnm | krum",
+        "nnm | multi_krum",
+        "nnm | spectral",
+    ):
+        counting = Counting(kernels)
+        monkeypatch.setattr(engine, "choose", lambda *_, counting=counting, **__: counting)
+        rk.aggregate(x, rule, f=f)
+        assert counting.calls.count("gram") == 1
+        assert counting.nbytes <= 2 * x.nbytes, (rule, counting.calls)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -132,9 +132,23 @@ class Aggregator(Rule):
         """Return how many rows the pass that writes the result reads; 0 where the first pass writes it."""
         return n
 
+    def compares(self) -> bool:
+        """Tell whether it decides by inner products between rows, so that rows near each other take finer ones."""
+        return not self.looks_at_no_row
+
 
 class Mixer(Rule):
-    """A rule that replaces the rows by averages of rows."""
+    """A rule that replaces the rows by averages of rows.
+
+    Attributes
+    ----------
+    blurs : bool
+        Whether averages are of most rows, and so near each other that what compares them mostly asks for float64
+        products: these are taken at once then. After nnm, of 8 to 64 rows of normal values or gradients, geometric
+        medians asked in 23 of 24 cases, Krum in 16; two passes for products took 1.4 to 1.8 times as long as one.
+    """
+
+    blurs: ClassVar[bool] = False
 
     def mixing(self, view: View) -> Mixture:
         """Return the new rows as averages of the view's."""
@@ -212,6 +226,8 @@ class Chain(Aggregator):
 
     def solve(self, view: View) -> Solution:
         """Mix in n-space, solve for the mixed rows, and carry the weights back."""
+        if self.last.compares() and any(isinstance(step, Mixer) and step.blurs for step in self.steps):
+            view.expect_double()
         inner, mixture = mixed_by(self.steps[:-1], view)
         solution = self.last.solve(inner)
         inner.check(solution, self.last)

@@ -139,6 +139,10 @@ class CentredClipping(Aggregator):
             raise ValueError(f"centred_clipping: start must be 'centre' or 'zero'; got {self.start!r}")
         object.__setattr__(self, "points", ("origin",) if self.start == "zero" else ("centre",))
 
+    def compares(self) -> bool:
+        """No: a row's pull is a continuous function of its distance."""
+        return False
+
     def solve(self, view: View) -> Solution:
         """Step in n-space: shares of the rows, and what is left of the centre. Rows that are not finite do not pull."""
         everybody = view.weights_or_ones()

@@ -64,6 +64,10 @@ class CTMA(Aggregator):
         """Return n-f."""
         return n - f
 
+    def compares(self) -> bool:
+        """As the anchor: distances to a window of the columns are measured from it."""
+        return self.anchor.compares()
+
     def solve(self, view: View) -> Solution:
         """Solve for the anchor, measure the rows against it, keep the nearest."""
         f, n = view.require_f(self.name), view.n

@@ -307,6 +307,10 @@ class Aksel(Aggregator):
         """Return floor((n+1)/2)."""
         return (n + 1) // 2
 
+    def compares(self) -> bool:
+        """No: distances to the median are measured from it."""
+        return False
+
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Sort the rows by their distance to the median."""
         away = ((x - np.median(x, axis=0)) ** 2).sum(axis=1)

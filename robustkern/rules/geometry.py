@@ -286,6 +286,11 @@ class Given:
             self.geometry, self._needs_double = None, True
         self._draws = 0
 
+    def expect_double(self) -> None:
+        """Take float64 products in the first pass already, where none was made."""
+        if self.geometry is None:
+            self._needs_double = True
+
     @property
     def rounding(self) -> float:
         """Bound of the relative error of sums over the columns."""

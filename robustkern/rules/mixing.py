@@ -32,6 +32,7 @@ class NNM(Mixer):
     count: int | None = None
 
     name: ClassVar[str] = "nnm"
+    blurs: ClassVar[bool] = True
     form: ClassVar[str] = "nnm | rule"
     summary: ClassVar[str] = "each row becomes the mean of its n-f nearest first; `count`"
     advice: ClassVar[str] = "before a rule, where honest rows differ much (heterogeneous data): their spread shrinks"

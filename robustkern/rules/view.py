@@ -140,6 +140,10 @@ class View:
 
     # -- geometry --------------------------------------------------------------------------------------------------
 
+    def expect_double(self) -> None:
+        """Have float64 products taken from the beginning: float32 ones are known to leave something open."""
+        self._given.expect_double()
+
     def geometry(self, *, quick: bool = False) -> Geometry:
         """Return inner products and distances of the rows; one read of the data for all that a call asks for.
 
