@@ -158,22 +158,18 @@ def _laid_out(rows: Array, layout: str) -> Array | list[Array]:
     return np.ascontiguousarray(rows[:, : d - 1 + d % 2 if "odd" in layout else d - d % 4096])
 
 
-def _check(case: str, rows: Array | list[Array], f: int, what: str) -> None:
-    """Compare the first columns of a result with what the call says of it, or with the definition."""
+def _check(case: str, rows: Array | list[Array], f: int, result: Array, what: str) -> None:
+    """Compare the first columns of what is timed with what another call says of it, or with the definition."""
     part = np.stack([row[:CHECKED] for row in rows]).astype(np.float64)
-    got: Any
+    got: Any = result[:CHECKED]
     want: Any
-    if case in ("gram", "weighted median"):
-        call, result = job(case, rows, f)
-        call()
-        if case == "gram":
-            got, want = result[0, 0] + result[1, 1] - 2 * result[0, 1], _sq_distance(rows[0], rows[1])
-        else:
-            got, want = result[:CHECKED], _defined(part, "median", weights=np.arange(len(part)) % 7 + 1.0)
+    if case == "gram":
+        got, want = result[0, 0] + result[1, 1] - 2 * result[0, 1], _sq_distance(rows[0], rows[1])
+    elif case == "weighted median":
+        want = _defined(part, "median", weights=np.arange(len(part)) % 7 + 1.0)
     else:
-        result, info = aggregate(rows, case, f=f, return_info=True)
+        _, info = aggregate(rows, case, f=f, return_info=True)
         mixed = part if info.mixture is None else info.mixture @ part
-        got = result[:CHECKED]
         want = info.weights @ part if info.weights is not None else _defined(mixed, str(_last(case)), f=f)
     check_close(what, got, want, atol=2e-5, rtol=1e-3 if case == "gram" else 2e-5)
 
@@ -203,8 +199,9 @@ def worst(n: int, rounds: int, d: int | None) -> Iterator[Line]:
             columns = len(rows[0])
             read = read_pass(rows)
             for case in wanted:  # each in turn, while the rows are there
-                _check(case, rows, f, f"{case}, n={n}, {kind}, {layout}")
-                call, _ = job(case, rows, f)
+                call, result = job(case, rows, f)
+                call()  # the memory of the result is there from now on
+                _check(case, rows, f, result, f"{case}, n={n}, {kind}, {layout}")
                 calls, reads = compare(call, read, rounds)
                 figure = float(np.median(np.array(calls) / np.array(reads)))
                 if figure > most.get(case, (0.0, "", 0.0))[0]:
