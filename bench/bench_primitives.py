@@ -47,7 +47,7 @@ def calls(rows: rb.Array, out: rb.Array) -> dict[str, tuple[Callable[[], Any], C
         "row_sq_distances": (
             lambda: kernels.row_sq_distances(pointers, Rows.of(zero)),
             lambda got, x: np.testing.assert_allclose(
-                got[:3], [(rows[i].astype(np.float64) ** 2).sum() for i in range(3)], rtol=1e-9
+                got[0, :3], [(rows[i].astype(np.float64) ** 2).sum() for i in range(3)], rtol=1e-9
             ),
         ),
         "weighted_row_sum": (

@@ -54,23 +54,40 @@ struct Momenta {
   const double* correction_scales;  // (n), or null without corrections
 };
 
+// The row that alone counts for a median, -1 where several do.
+inline std::int64_t lone_row(const std::int64_t* multiplicities, std::int64_t n) {
+  std::int64_t found = -1;
+  for (std::int64_t i = 0; multiplicities && i < n; ++i) {
+    if (multiplicities[i] == 0) continue;
+    if (found >= 0) return -1;
+    found = i;
+  }
+  return found;
+}
+
+// Rows with the same segments and dtype as others, which are measured from them; null: the origin, and count is 1.
+struct Centres {
+  const void* const* data;
+  std::int64_t count;
+};
+
 constexpr int kDigestWords = 256;
 
 struct Kernels {
   const char* isa;
   Status (*select_columns)(const Rows&, const Select&, int threads);
-  // (m, m) inner products, m = n + origin, of the rows minus their column-wise lower median, times
+  // (lines, m) inner products, m = n + origin, of the rows minus their column-wise lower median, times
   // scale; the origin is one more row of zeros. Products and sums in float64. Rows that hold a NaN or
-  // Inf get NaN in their row and column of the result.
+  // Inf get NaN in their row and column of the result. Fewer lines than m: of the first rows.
   // multiplicities (n) or null: as in Select, for the median.
   // single: products of 16 and 32-bit rows may be summed in float32, 32 terms at a time, and the centre be the median
   // of every so many rows; an entry's error is then at most 2^-24 * 40 * |x_i| |x_j| of the rows centred so, where
   // none counts as shorter than 2^-50 sqrt(columns), and infinite on the diagonal where squares overflow.
-  Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-                 int threads);
-  // (n) squared distances to centre (same segments and dtype), in doubled float64: correct to the last
-  // bit but for rounding of about 1e-30. A NaN or Inf in the row or the centre gives NaN or Inf.
-  Status (*row_sq_distances)(const Rows&, const void* const* centre, double scale, double* out, int threads);
+  Status (*gram)(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single,
+                 std::int64_t lines, double* out, int threads);
+  // (centres, n) squared distances, in doubled float64: correct to the last bit but for rounding of about 1e-30; or,
+  // not exact, in float64. A NaN or Inf in the row or the centre gives NaN or Inf.
+  Status (*row_sq_distances)(const Rows&, const Centres&, double scale, bool exact, double* out, int threads);
   // out[s * k + j] = segment s of row j of weights (k, n) @ rows / divisors (k, or null: all 1): sums in float64, of
   // float64 rows with what their roundings lose, divided and rounded once. Rows of weight 0 are never read.
   Status (*weighted_row_sum)(const Rows&, const double* weights, const double* divisors, std::int64_t k,

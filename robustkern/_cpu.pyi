@@ -49,8 +49,9 @@ def row_sq_distances(
     data: NDArray[uint64],
     offsets: NDArray[int64],
     dtype: int,
-    centre: NDArray[uint64],
+    centres: NDArray[uint64] | None,
     scale: float,
+    exact: bool,
     out: NDArray[float64],
     threads: int,
 ) -> None: ...

@@ -52,7 +52,7 @@ def row_sq_distances(
     data: NDArray[uint64],
     offsets: NDArray[int64],
     dtype: int,
-    centre: NDArray[uint64],
+    centres: NDArray[uint64] | None,
     scale: float,
     out: NDArray[float64],
 ) -> None: ...

@@ -267,7 +267,7 @@ def _compared(kernels: Kernels, n: int, dtype: np.dtype[np.generic]) -> Iterator
         middle, mean = np.empty((1, x.shape[1]), dtype=dtype), np.empty((1, x.shape[1]), dtype=dtype)
         distances = one.select_columns(rows, window, distances=True, out=Rows.of(middle)).sq_distances
         one.weighted_row_sum(rows, shares, Rows.of(mean), divisors=shares.sum(axis=1))
-        found.append((middle, distances, mean, one.gram(rows), one.row_sq_distances(rows, Rows.of(x[:1]))))
+        found.append((middle, distances, mean, one.gram(rows), one.row_sq_distances(rows, Rows.of(x[:1]))[0]))
     unit = 0.0 if dtype == np.float64 else float(2 * np.abs(np.spacing(dtype.type(1))))
     for what, got, want in zip(("selection", "distances", "sum", "gram", "row distances"), *found, strict=True):
         assert got is not None

@@ -674,7 +674,7 @@ class Passes(Given):
 
     def _is_finite(self, out: Rows) -> bool:
         """Tell whether a result is; one that is has distance 0 to itself."""
-        return not self.kernels.row_sq_distances(out, out).any()
+        return not self.kernels.row_sq_distances(out, out, exact=False).any()
 
 
 def _broken_rows(kernels: Kernels, rows: Rows, n: int) -> NDArray[np.bool_]:

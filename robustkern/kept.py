@@ -19,10 +19,6 @@ from robustkern.rules.geometry import ROWS_PER_COLUMN, Given, as_cells, measurab
 
 __all__ = ["KeptProducts"]
 
-#: Rows whose products are taken together, those that changed among them; a row's new products are one read of all rows
-#: then. On two cores of an EPYC with AVX-512, whose memory is fast, they take the time of 3 to 4 reads, with 8
-#: rows as long, with 32 twice as long; a call on all rows takes 3 to 4 up to 32 rows, 6 at 96, 17 at 256.
-GROUP = 16
 #: Below so many rows all products cost no more: an arrival and its geometric median took 1.5 times a call on all rows
 #: at 32 rows, 1.2 at 64, 0.9 at 96 and 128, 0.25 at 256; and Krum, which mostly asks for float64 products, 1.5, 0.4,
 #: 0.9, 0.25 and 0.25.
@@ -117,23 +113,19 @@ class KeptProducts:
                 columns, Window(middle, middle + 1), multiplicities=None if weights is None else cells, out=centre
             )
             centres.append(centre)
-            products += self._gram(passes, columns, np.arange(n), centre)
+            products += self._gram(passes, columns, np.arange(n), centre, n)
         return centres, products
 
     def _take(self, passes: Given, changed: NDArray[np.intp], centres: Sequence[Rows], products: Matrix) -> None:
-        """Take the products of rows that changed: of a few others with them at a time."""
+        """Take the products of rows that changed, with all."""
         if not len(changed):
             return
-        others = np.setdiff1d(np.arange(passes.n), changed)
-        size = max(GROUP - 1 - len(changed), len(changed))
-        groups = [np.append(changed, others[i : i + size]) for i in range(0, len(others), size)]
-        sums = [np.zeros((len(group), len(group))) for group in groups]
+        order = np.append(changed, np.setdiff1d(np.arange(passes.n), changed))
+        total = np.zeros((len(changed), passes.n))
         for columns, centre in zip(_columns(passes), centres, strict=True):
-            for k, group in enumerate(groups):
-                sums[k] += self._gram(passes, columns, group, centre)
-        for group, total in zip(groups, sums, strict=True):
-            products[np.ix_(group, changed)] = total[:, : len(changed)]
-            products[np.ix_(changed, group)] = total[: len(changed)]
+            total += self._gram(passes, columns, order, centre, len(changed))
+        products[np.ix_(changed, order)] = total
+        products[np.ix_(order, changed)] = total.T
         self._make_copies_alike(passes, changed, products)
 
     @staticmethod
@@ -157,19 +149,19 @@ class KeptProducts:
                 pairs.append((int(i), near, np.zeros(len(near))))
         for columns in _columns(passes) if pairs else ():
             for i, near, apart in pairs:
-                np.add(apart, passes.kernels.row_sq_distances(columns.take(near), columns.take([i])), out=apart)
+                np.add(apart, passes.kernels.row_sq_distances(columns.take(near), columns.take([i]))[0], out=apart)
         for i, near, apart in pairs:
             for j in near[apart == 0][:1]:
                 products[i], products[i, i] = products[j], products[j, j]
                 products[:, i] = products[i]
 
     @staticmethod
-    def _gram(passes: Given, columns: Rows, group: NDArray[np.intp], centre: Rows) -> Matrix:
-        """Products of some rows from the centre: the only row that counts for the median of `Kernels.gram`."""
-        few = columns.take(group).joined(centre)
-        cells = np.zeros(few.n, dtype=np.int64)
+    def _gram(passes: Given, columns: Rows, order: NDArray[np.intp], centre: Rows, lines: int) -> Matrix:
+        """Products of the first rows in an order with all: the centre alone counts for the median of `Kernels.gram`."""
+        rows = columns.take(order).joined(centre)
+        cells = np.zeros(rows.n, dtype=np.int64)
         cells[-1] = 1
-        return passes.kernels.gram(few, multiplicities=cells)[:-1, :-1]
+        return passes.kernels.gram(rows, multiplicities=cells, lines=lines)[:, :-1]
 
 
 class _Source(Of):

@@ -156,14 +156,14 @@ def gram(updates: Any, /, *, origin: bool = False, scale: float = 1.0, backend: 
 
 @in_usual_floats
 def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backend: str = "auto") -> Vector:
-    """Squared distance of each row to a centre.
+    """Squared distance of each row to a centre, or to the origin.
 
     Parameters
     ----------
     updates : array of shape (n, ...), sequence of n arrays, or sequence of n pytrees of arrays
         The rows.
-    centre : like one update
-        Same structure, shapes and dtypes.
+    centre : like one update, or None
+        Same structure, shapes and dtypes; None: the origin.
     scale : float
         Power of two that multiplies rows and centre.
     backend : str
@@ -184,14 +184,15 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     One read of the data.
     """
     rows_of = list(updates) if not isinstance(updates, (str, bytes, dict)) else updates
-    source, _, kernels = _open("row_sq_distances", [*rows_of, centre], None, backend)
-    n = source.n - 1
+    source, _, kernels = _open("row_sq_distances", updates if centre is None else [*rows_of, centre], None, backend)
+    n = source.n - (centre is not None)
     total = np.zeros(n)
     for block in source.blocks():
         for rows in block.rows:
-            total += kernels.row_sq_distances(
-                rows.take(np.arange(n)), rows.take([n]), scale=_scale("row_sq_distances", scale)
-            )
+            there = None if centre is None else rows.take([n])
+            total += kernels.row_sq_distances(rows.take(np.arange(n)), there, scale=_scale("row_sq_distances", scale))[
+                0
+            ]
     return total
 
 

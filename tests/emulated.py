@@ -206,9 +206,10 @@ class StagedCuda(Cuda):
         with _that_takes(self, options):
             return super().gram(self._there(rows), **options)
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, **options: Any) -> Matrix:
         """See the base class."""
-        return super().row_sq_distances(self._there(rows), self._there(centre), scale=scale)
+        there = None if centres is None else self._there(centres)
+        return super().row_sq_distances(self._there(rows), there, **options)
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the base class."""

@@ -100,10 +100,10 @@ class Counting:
         self.nbytes += rows.nbytes
         return self.inner.gram(rows, **options)
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, **options: Any) -> Vector:
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, **options: Any) -> Matrix:
         self.calls.append("row_sq_distances")
         self.nbytes += rows.nbytes
-        return self.inner.row_sq_distances(rows, centre, **options)
+        return self.inner.row_sq_distances(rows, centres, **options)
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         self.calls.append("weighted_row_sum")
@@ -273,7 +273,7 @@ def test_beyond_2_to_the_31_columns_in_a_sparse_file(tmp_path: Path) -> None:
     assert difference == 18
     g = fast.gram(rows)
     assert g[0, 0] + g[1, 1] - 2 * g[0, 1] == difference
-    assert fast.row_sq_distances(rows, rows.take([0])).tolist() == [0, difference]
+    assert fast.row_sq_distances(rows, rows.take([0])).tolist() == [[0, difference]]
     found = fast.select_columns(rows, Window(0, 1), distances=True)
     assert found.sq_distances is not None
     assert found.sq_distances.sum() == difference
@@ -294,7 +294,7 @@ def test_beyond_2_to_the_31_columns_in_segments(fast: Kernels) -> None:
     if fast.name == "cpp":
         zero = np.zeros((1, piece), dtype=np.float32)
         centre = Rows(np.repeat(Rows.of(zero).addresses, segments, axis=0), offsets, zero.dtype, zero)
-        assert fast.row_sq_distances(rows, centre)[0] == rows.d
+        assert fast.row_sq_distances(rows, centre)[0, 0] == rows.d
     elif fast.name != "cuda-emulated":  # which has no hours
         assert fast.gram(rows, origin=True)[1, 1] == rows.d
 

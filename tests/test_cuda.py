@@ -348,7 +348,7 @@ def test_every_kernel_on_small_shapes(emulation: Any, dtype: np.dtype[Any], n: i
                 assert got[0] == want[0]  # the median
     pieces = Rows.of([np.ones(8, dtype=dtype)] * n)
     segments = Rows(np.repeat(pieces.addresses, 5, axis=0), np.array([0, 8, 16, 16, 17, 20]), dtype, pieces)
-    assert kernels.row_sq_distances(segments, segments.take([0])).tolist() == [0.0] * n
+    assert kernels.row_sq_distances(segments, segments.take([0])).tolist() == [[0.0] * n]
     assert kernels.gram(segments, origin=True)[n, n] == 20
     assert kernels.gram(segments, origin=True, multiplicities=np.ones(n, dtype=np.int64))[n, n] == 20
 
@@ -453,7 +453,7 @@ def test_no_columns(device: Device) -> None:
     place = adapt(device.put(np.zeros((5, 3), dtype=np.float32)))[0].direct.rows[0].place
     empty = Rows(np.zeros((1, 5), dtype=np.uint64), np.array([0, 0]), np.dtype(np.float32), None, place)
     assert kernels.gram(empty).tolist() == np.zeros((5, 5)).tolist()
-    assert kernels.row_sq_distances(empty, empty.take([0])).tolist() == [0] * 5
+    assert kernels.row_sq_distances(empty, empty.take([0])).tolist() == [[0] * 5]
     found = kernels.select_columns(empty, Window(0, 5), distances=True, measure=np.eye(5))
     assert found.sq_distances is not None
     assert found.sq_distances.tolist() == [0] * 5

@@ -478,6 +478,38 @@ def test_gram_with_multiplicities_is_centred_on_the_weighted_median(kernels: Ker
         assert np.isnan(got[~finite]).all()
 
 
+def test_lines_of_a_gram_are_those_of_the_whole(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    """For few and many lines, on both sides of a block of rows and of where a Gram is shared among threads."""
+    for n, d in [(1, 5), (3, 70), (9, 300), (33, 70), (65, 33), (140, 300)]:
+        x = make_rows("normal", n, d, dtype, seed=n)
+        for origin, single in [(False, False), (True, False), (False, True)]:
+            whole = kernels.gram(Rows.of(x), origin=origin, single=single)
+            for lines in sorted({1, min(n, 2), min(n, 5), (n + 1) // 2, n, n + origin}):
+                got = kernels.gram(Rows.of(x), origin=origin, single=single, lines=lines)
+                assert got.shape == (lines, n + origin)
+                assert np.array_equal(got[:, :lines], got[:, :lines].T)
+                lengths = np.sqrt(whole.diagonal())
+                bound = (40 * 2.0**-24 if single and dtype != np.float64 else 1e-13) * np.outer(lengths, lengths)
+                assert (abs(got - whole[:lines]) <= 2 * bound[:lines] + 1e-300).all()
+
+
+def test_a_row_that_counts_alone_is_the_centre(kernels: Kernels, dtype: np.dtype[Any]) -> None:
+    """NaN and Inf in it count as 0 there, and stay in the lines of the rows that hold them."""
+    for n, d in [(1, 5), (4, 70), (33, 300), (140, 33)]:
+        x = make_rows("nan", n, d, dtype, seed=n)
+        wide = x.astype(np.longdouble)
+        finite = np.isfinite(wide).all(axis=1)
+        for lone in {0, n - 1, int(np.argmin(finite))}:
+            cells = np.zeros(n, dtype=np.int64)
+            cells[lone] = 7
+            got = kernels.gram(Rows.of(x), multiplicities=cells, lines=(n + 1) // 2)
+            y = wide[finite] - np.where(np.isfinite(wide[lone]), wide[lone], 0)
+            want = np.full((n, n), np.nan)
+            want[np.ix_(finite, finite)] = y @ y.T
+            want = want[: (n + 1) // 2]
+            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12 * np.nanmax(abs(want), initial=1e-300))
+
+
 def test_equal_rows_have_equal_products(kernels: Kernels, dtype: np.dtype[Any]) -> None:
     """Copies of a row are found at distance exactly 0, wherever they stand."""
     for n, d in [(5, 100), (13, 333), (140, 600)]:
@@ -495,10 +527,24 @@ def test_row_sq_distances_are_exact(kernels: Kernels, dtype: np.dtype[Any], kind
         scale = 1.0
         if dtype == np.float64:
             scale = {"extreme": 2.0**-540, "one_huge": 2.0**-540, "subnormal": 2.0**540}.get(kind, 1.0)
-        got = kernels.row_sq_distances(Rows.of(x[:n]), Rows.of(x[n:]), scale=scale)
         wide = x.astype(np.longdouble)
-        want = (((wide[:n] - wide[n]) * np.longdouble(scale)) ** 2).sum(axis=1)
-        np.testing.assert_allclose(got, want.astype(np.float64), rtol=4e-16, atol=1e-320)
+        for centres, points in ((Rows.of(x[n:]), wide[n:]), (Rows.of(x[-6:]), wide[-6:]), (None, 0 * wide[:1])):
+            got = kernels.row_sq_distances(Rows.of(x[:n]), centres, scale=scale)
+            want = (((wide[:n] - points[:, None]) * np.longdouble(scale)) ** 2).sum(axis=2)
+            np.testing.assert_allclose(got, want.astype(np.float64), rtol=4e-16, atol=1e-320)
+            got = kernels.row_sq_distances(Rows.of(x[:n]), centres, scale=scale, exact=False)
+            np.testing.assert_allclose(got, want.astype(np.float64), rtol=256 * 2.0**-53, atol=1e-320)
+
+
+def test_row_sq_distances_in_plain_sums_stay_good_in_many_columns(fast: Kernels) -> None:
+    """Columns that round alike, on both sides of a tile and of a task; five centres, which are more than one group."""
+    for n, d in [(1, 1023), (2, 1025), (3, 2049), (300, 1100), (9, 600_000)]:
+        x = np.full((n, d), 0.1, dtype=np.float32)
+        x *= np.arange(1, n + 1, dtype=np.float32)[:, None]
+        centres = np.repeat(np.float32([[0], [1], [-1], [0.1], [1e-3]]), d, axis=1)
+        got = fast.row_sq_distances(Rows.of(x), Rows.of(centres), exact=False)
+        want = d * (x[:, 0].astype(np.longdouble) - centres[:, :1]) ** 2
+        np.testing.assert_allclose(got, want.astype(np.float64), rtol=256 * 2.0**-53)
 
 
 def test_row_sq_distances_do_not_depend_on_the_order_of_columns(fast: Kernels) -> None:
@@ -507,7 +553,7 @@ def test_row_sq_distances_do_not_depend_on_the_order_of_columns(fast: Kernels) -
     for dtype in (np.float32, np.float64):
         x = rng.standard_normal((1, 4000)).astype(dtype) * np.exp(rng.standard_normal((1, 4000)) * 4).astype(dtype)
         rows = np.concatenate([x[:, rng.permutation(4000)] for _ in range(20)])
-        got = fast.row_sq_distances(Rows.of(rows), Rows.of(np.zeros((1, 4000), dtype=dtype)))
+        got = fast.row_sq_distances(Rows.of(rows), Rows.of(np.zeros((1, 4000), dtype=dtype)))[0]
         assert (got == math.fsum(x[0].astype(np.float64) ** 2) if dtype == np.float32 else got == got[0]).all()
         assert len(set(((rows.astype(np.float64)) ** 2).sum(axis=1))) > 1
 
@@ -516,10 +562,14 @@ def test_row_sq_distances_do_not_depend_on_the_order_of_columns(fast: Kernels) -
 def test_row_sq_distances_of_rows_that_are_not_finite(kernels: Kernels, dtype: np.dtype[Any], bad: float) -> None:
     x = np.ones((4, 40), dtype=dtype)
     x[2, 17] = bad
-    got = kernels.row_sq_distances(Rows.of(x[1:]), Rows.of(x[:1]))
-    assert got[0] == got[2] == 0
-    assert not np.isfinite(got[1])
-    assert not np.isfinite(kernels.row_sq_distances(Rows.of(x[:1]), Rows.of(x[2:3])))
+    for exact in (True, False):
+        got = kernels.row_sq_distances(Rows.of(x[1:]), Rows.of(x[:1]), exact=exact)[0]
+        assert got[0] == got[2] == 0
+        assert not np.isfinite(got[1])
+        assert not np.isfinite(kernels.row_sq_distances(Rows.of(x[:1]), Rows.of(x[2:3]), exact=exact))
+        assert np.isfinite(kernels.row_sq_distances(Rows.of(x), None, exact=exact)).tolist() == [
+            [True, True, False, True]
+        ]
 
 
 @pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "subnormal", "signed_zeros"])

@@ -128,15 +128,20 @@ inline Select select_of(const Rows& rows, std::int64_t lo, std::int64_t hi, std:
 
 inline void check_gram(const Rows& rows, const Cells& multiplicities, bool origin, const Array<double, 2>& out) {
   const std::size_t n = static_cast<std::size_t>(rows.n), m = n + (origin ? 1 : 0);
-  require(out.shape(0) == m && out.shape(1) == m, "out must be square, one row for each row and the origin");
+  require(out.shape(0) >= 1 && out.shape(0) <= m && out.shape(1) == m,
+          "out must have a column for each row and the origin, and at most as many lines");
   require(!multiplicities || multiplicities->shape(0) == n, "one multiplicity for each row");
   require(!multiplicities || cells_of(*multiplicities) >= 1, "some row must have a multiplicity above 0");
 }
 
-inline void check_distances(const Rows& rows, const Addresses& centre, const Array<double, 1>& out) {
-  require(centre.shape(0) == static_cast<std::size_t>(rows.n_segments) && centre.shape(1) == 1,
-          "the centre must have the rows' segments");
-  require(out.shape(0) == static_cast<std::size_t>(rows.n), "one distance for each row");
+// None: the origin.
+inline Centres centres_of(const Rows& rows, const std::optional<Addresses>& centres, const Array<double, 2>& out) {
+  require(!centres || (centres->shape(0) == static_cast<std::size_t>(rows.n_segments) && centres->shape(1) >= 1),
+          "the centres must have the rows' segments");
+  const std::size_t count = centres ? centres->shape(1) : 1;
+  require(out.shape(0) == count && out.shape(1) == static_cast<std::size_t>(rows.n),
+          "one distance for each centre and row");
+  return {centres ? targets(*centres) : nullptr, static_cast<std::int64_t>(count)};
 }
 
 inline void check_sum(const Rows& rows, const Matrix& weights, const Addresses& out) {

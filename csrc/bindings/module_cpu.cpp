@@ -73,21 +73,21 @@ void gram(const char* isa, Addresses data, Offsets offsets, int dtype, Cells mul
   rk::Status status;
   {
     const Outside outside;
-    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single, out.data(),
-                        threads_for(rows, threads));
+    status = table.gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single,
+                        static_cast<std::int64_t>(out.shape(0)), out.data(), threads_for(rows, threads));
   }
   check(status);
 }
 
-void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtype, Addresses centre, double scale,
-                      Array<double, 1> out, int threads) {
+void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtype, std::optional<Addresses> centres,
+                      double scale, bool exact, Array<double, 2> out, int threads) {
   const rk::Kernels& table = kernels(isa);
   const rk::Rows rows = rows_of(data, offsets, dtype);
-  check_distances(rows, centre, out);
+  const rk::Centres from = centres_of(rows, centres, out);
   rk::Status status;
   {
     const Outside outside;
-    status = table.row_sq_distances(rows, targets(centre), scale, out.data(), threads_for(rows, threads));
+    status = table.row_sq_distances(rows, from, scale, exact, out.data(), threads_for(rows, threads));
   }
   check(status);
 }
@@ -254,8 +254,8 @@ NB_MODULE(_cpu, m) {
         "measure_divisors"_a.none(), "scale"_a, "out"_a.none(), "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);
   m.def("gram", &gram, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "multiplicities"_a.none(), "origin"_a, "scale"_a,
         "single"_a, "out"_a, "threads"_a);
-  m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "centre"_a, "scale"_a,
-        "out"_a, "threads"_a);
+  m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "centres"_a.none(), "scale"_a,
+        "exact"_a, "out"_a, "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a,
         "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,

@@ -45,16 +45,16 @@ void gram(int device, std::uintptr_t stream, nb::callable allocator, Addresses d
   const rk::Rows rows = rows_of(data, offsets, dtype);
   check_gram(rows, multiplicities, origin, out);
   nb::gil_scoped_release release;
-  rk::cuda::gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single, out.data(),
-                 call_on(device, stream, allocator));
+  rk::cuda::gram(rows, multiplicities ? multiplicities->data() : nullptr, origin, scale, single,
+                 static_cast<std::int64_t>(out.shape(0)), out.data(), call_on(device, stream, allocator));
 }
 
 void row_sq_distances(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
-                      int dtype, Addresses centre, double scale, Array<double, 1> out) {
+                      int dtype, std::optional<Addresses> centres, double scale, Array<double, 2> out) {
   const rk::Rows rows = rows_of(data, offsets, dtype);
-  check_distances(rows, centre, out);
+  const rk::Centres from = centres_of(rows, centres, out);
   nb::gil_scoped_release release;
-  rk::cuda::row_sq_distances(rows, targets(centre), scale, out.data(), call_on(device, stream, allocator));
+  rk::cuda::row_sq_distances(rows, from, scale, out.data(), call_on(device, stream, allocator));
 }
 
 void weighted_row_sum(int device, std::uintptr_t stream, nb::callable allocator, Addresses data, Offsets offsets,
@@ -102,7 +102,7 @@ NB_MODULE(_cuda, m) {
   m.def("gram", &gram, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
         "multiplicities"_a.none(), "origin"_a, "scale"_a, "single"_a, "out"_a);
   m.def("row_sq_distances", &row_sq_distances, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
-        "centre"_a, "scale"_a, "out"_a);
+        "centres"_a.none(), "scale"_a, "out"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "device"_a, "stream"_a, "allocate"_a, "data"_a, "offsets"_a, "dtype"_a,
         "weights"_a, "divisors"_a.none(), "out"_a);
 #if defined(RK_EMULATED)

@@ -12,7 +12,9 @@ constexpr int64_t kRight =
 constexpr int64_t kCells = kBlock * kBlock;
 constexpr int64_t kBetweenFetches = 4;  // vectors
 constexpr int64_t kTaskGrams = 64;      // partial Grams at most
-constexpr int64_t kTaskRows = 128;      // above, one Gram is shared and its blocks are split among threads
+constexpr int64_t kTaskRows = 128;      // whose Grams tasks have of their own
+constexpr int64_t kTaskCells = (kTaskRows / kBlock + 1) * (kTaskRows / kBlock + 2) / 2 * kCells;  // and the origin's;
+// above, one Gram is shared and its blocks are split among threads.
 
 // A lane's sum in float32 has at most so many terms: with the centring (2), the sum of the lanes (4) and what squares
 // that underflow may take (below 1: 2^-126 a column, of rows that count as 2^-50 a column long), the contract's error
@@ -25,12 +27,22 @@ constexpr int64_t kTile = sizeof(P) == 4 ? kSingleRun * Simd<float>::lanes : 256
 constexpr int64_t kRowBytes = 2048 + 64;  // of a centred tile; no power of two: rows fall into different cache sets
 static_assert(kTile<float> * 4 <= 2048 && kTile<double> * 8 <= 2048, "a row of a tile fits");
 
-// The lower triangle of a Gram, block after block; within a block kRight columns at a time.
-RK_INLINE int64_t block_at(int64_t i, int64_t j) { return (i * (i + 1) / 2 + j) * kCells; }
-RK_INLINE int64_t cell_at(int64_t i, int64_t j) {
-  const int64_t p = i % kBlock, q = j % kBlock;
-  return block_at(i / kBlock, j / kBlock) + q / kRight * (kBlock * kRight) + p * kRight + q % kRight;
-}
+// Where sums are: the lower triangle of a Gram, or its first `lines` columns of blocks, block after block; within a
+// block kRight columns at a time.
+struct Triangle {
+  int64_t blocks, lines;
+
+  RK_INLINE int64_t right_of(int64_t i) const { return min64(i + 1, lines); }  // blocks that block i is multiplied with
+  RK_INLINE int64_t block_at(int64_t i, int64_t j) const {
+    const int64_t whole = min64(i, lines);
+    return (whole * (whole + 1) / 2 + (i - whole) * lines + j) * kCells;
+  }
+  RK_INLINE int64_t cell_at(int64_t i, int64_t j) const {
+    const int64_t p = i % kBlock, q = j % kBlock;
+    return block_at(i / kBlock, j / kBlock) + q / kRight * (kBlock * kRight) + p * kRight + q % kRight;
+  }
+  RK_INLINE int64_t size() const { return block_at(blocks, 0); }
+};
 
 // ---- sums of lanes -------------------------------------------------------------------------------------
 
@@ -110,14 +122,15 @@ RK_INLINE void add_lane_sums<F64>(const F64 (&sums)[8], double* cells) {
 }
 #endif
 
-// Adds the products of the rows of block i with those of all blocks up to it, over the columns of a tile.
+// Adds the products of the rows of block i with those of the blocks up to it, over the columns of a tile.
 template <class P>
-RK_INLINE void add_products(const P* x, int64_t i, int64_t columns, double* cells, Ahead& ahead) {
+RK_INLINE void add_products(const P* x, const Triangle& triangle, int64_t i, int64_t columns, double* cells,
+                            Ahead& ahead) {
   using V = typename Simd<P>::V;
   constexpr int64_t lanes = Simd<P>::lanes, stride = kRowBytes / static_cast<int64_t>(sizeof(P));
   const P* a = x + i * kBlock * stride;
-  double* out = cells + block_at(i, 0);
-  for (int64_t j = 0; j < (i + 1) * kBlock; j += kRight, out += kBlock * kRight) {
+  double* out = cells + triangle.block_at(i, 0);
+  for (int64_t j = 0; j < triangle.right_of(i) * kBlock; j += kRight, out += kBlock * kRight) {
     V sums[kBlock * kRight];
 #pragma GCC unroll 16  // as a loop it would be compiled to a block operation
     for (int64_t k = 0; k < kBlock * kRight; ++k) sums[k] = V{};
@@ -161,6 +174,7 @@ template <class S>
 struct Centring {
   using C = ComputeOf<S>;
   Window window;
+  int64_t lone;   // the row that is the centre; -1: the median is
   int64_t apart;  // every so many rows one has a say in the median; 1: all have
   double scale;
   bool origin;
@@ -174,10 +188,14 @@ struct Centring {
       const int64_t count = min64(kStrip, columns - begin), padded = round_up(count, kStored<S>);
       memset(at.seen, 0, static_cast<size_t>(rows.n));
       read_tile<S>(rows, segment, first + begin, count, kStrip, at.buffer, at.src);
-      for (int64_t i = 0; i < window.n; ++i) at.chosen[i] = at.src[i * apart];
-      select_tile(window, at.chosen, padded, at.network, at.centre, at.seen, none);
+      if (lone >= 0) {
+        widen_run(at.src[lone], padded, at.centre);
+      } else {
+        for (int64_t i = 0; i < window.n; ++i) at.chosen[i] = at.src[i * apart];
+        select_tile(window, at.chosen, padded, at.network, at.centre, at.seen, none);
+      }
       bool careful = false;
-      if (apart > 1)
+      if (lone >= 0 || apart > 1)
         for (int64_t i = 0; i < rows.n; ++i) at.seen[i] = !is_finite_run(at.src[i], padded);
       for (int64_t i = 0; i < rows.n; ++i) careful |= at.seen[i] != 0;
       if (careful) {
@@ -222,19 +240,22 @@ struct Centring {
 
 // Products in type P: float64, or float32.
 template <class S, class P>
-Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, double* out, int threads) {
+Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, int64_t lines, double* out,
+               int threads) {
   using C = ComputeOf<S>;
   const int64_t n = rows.n, m = n + (origin ? 1 : 0), blocks = (m + kBlock - 1) / kBlock;
-  const int64_t triangle = block_at(blocks, 0), tile = n <= 32 ? kTile<P> / 2 : kTile<P>;
-  const bool shared = n > kTaskRows;
+  const Triangle triangle{blocks, (lines + kBlock - 1) / kBlock};
+  const bool shared = triangle.size() > kTaskCells;
+  const int64_t tile = n <= 32 ? kTile<P> / 2 : n > kTaskRows && !shared ? kStrip : kTile<P>;
   int64_t cells = multiplicities ? 0 : n;
   if (multiplicities)
     for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
   const bool sparse = sizeof(P) == 4 && n > kCentreRows * 3 / 2 && !multiplicities;
   const int64_t apart = sparse ? (n + kCentreRows - 1) / kCentreRows : 1;
   const int64_t chosen = (n + apart - 1) / apart, middle = ((sparse ? chosen : cells) - 1) / 2;
-  Centring<S> centring{{chosen, middle, middle + 1, multiplicities}, apart, scale, origin};
-  if (!prepare_window(centring.window)) return Status::out_of_memory;
+  const int64_t lone = lone_row(multiplicities, n);
+  Centring<S> centring{{chosen, middle, middle + 1, multiplicities}, lone, apart, scale, origin};
+  if (lone < 0 && !prepare_window(centring.window)) return Status::out_of_memory;
 
   // Tasks of whole tiles; where the Gram is shared, one task after another is a tile that all threads work on.
   const int64_t per_task = (rows.columns() + kTaskGrams - 1) / kTaskGrams;
@@ -248,13 +269,13 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   const int64_t at_seen = space.reserve<uint8_t>(n), at_bad = space.reserve<uint8_t>(n);
   const int64_t x_bytes = blocks * kBlock * kRowBytes, n_grams = shared ? 1 : grid.n_tasks;
   const int64_t at_x = (shared ? sums : space).reserve<char>(x_bytes);
-  const int64_t at_grams = sums.reserve<double>(n_grams * triangle), at_bad_rows = sums.reserve<uint8_t>(m);
+  const int64_t at_grams = sums.reserve<double>(n_grams * triangle.size()), at_bad_rows = sums.reserve<uint8_t>(m);
   if (!space.allocate(threads) || !sums.allocate(1)) {
     release_window(centring.window);
     return Status::out_of_memory;
   }
   double* grams = sums.part<double>(0, at_grams);
-  memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * triangle));
+  memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * triangle.size()));
   uint8_t* bad_rows = sums.part<uint8_t>(0, at_bad_rows);
   memset(bad_rows, 0, static_cast<size_t>(m));
 
@@ -279,8 +300,9 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
             constexpr int64_t together = kBetweenFetches * Simd<P>::lanes;
             Ahead ahead =
                 ahead_of<S>(rows, segment, first + j + columns, columns,
-                            blocks * (blocks + 1) / 2 * (kBlock / kRight) * (round_up(padded, together) / together));
-            for (int64_t i = 0; i < blocks; ++i) add_products(x, i, padded, grams + task * triangle, ahead);
+                            triangle.size() / kCells * (kBlock / kRight) * (round_up(padded, together) / together));
+            for (int64_t i = 0; i < blocks; ++i)
+              add_products(x, triangle, i, padded, grams + task * triangle.size(), ahead);
           }
         });
     } else {
@@ -295,7 +317,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
             centring.run(rows, segment, first + j, min64(kStrip, count - j), x + j, scratch);
           });
           member.share(blocks, [&](int64_t i) {  // the last, which have most products, first
-            add_products(x, blocks - 1 - i, round_up(count, kStored<S>), grams, none);
+            add_products(x, triangle, blocks - 1 - i, round_up(count, kStored<S>), grams, none);
           });
         });
     }
@@ -303,24 +325,25 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   });
   release_window(centring.window);
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
+    for (int64_t j = 0; j <= i && j < lines; ++j) {
       double sum = 0;
-      for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * triangle + cell_at(i, j)];
+      for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * triangle.size() + triangle.cell_at(i, j)];
       if (bad_rows[i] || bad_rows[j]) sum = __builtin_nan("");
-      out[i * m + j] = out[j * m + i] = sum;
+      out[j * m + i] = sum;
+      if (i < lines) out[i * m + j] = sum;
     }
   return Status::ok;
 }
 
 }  // namespace
 
-Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-            int threads) {
+Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, int64_t lines,
+            double* out, int threads) {
   return by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
     if constexpr (sizeof(S) < 8)
-      if (single) return gram_of<S, float>(rows, multiplicities, origin, scale, out, threads);
-    return gram_of<S, double>(rows, multiplicities, origin, scale, out, threads);
+      if (single) return gram_of<S, float>(rows, multiplicities, origin, scale, lines, out, threads);
+    return gram_of<S, double>(rows, multiplicities, origin, scale, lines, out, threads);
   });
 }
 

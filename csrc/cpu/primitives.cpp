@@ -335,7 +335,10 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 
 // ---- row_sq_distances ----------------------------------------------------------------------------------
 
-constexpr int64_t kChains = 4;  // sums of a row, because each waits for the one before
+// Columns of a tile. Of 128 rows at a time, 256 bytes of a row took 5.6 reads, exact or not; 4096 take 3.0 and 1.5.
+constexpr int64_t kDistanceColumns = 1024;
+constexpr int64_t kTogether = 4;  // centres that a row is measured from at a time
+constexpr int64_t kChains = 4;    // sums of a row, because each waits for the one before
 
 RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
   const double sum = high + more_high, virtual_b = sum - high;
@@ -343,67 +346,136 @@ RK_INLINE void add_doubled(double& high, double& low, double more_high, double m
   high = sum;
 }
 
+// Adds the squared distance of a row times scale to a centre over a tile, exactly.
 template <class S>
-Status row_sq_distances_of(const Rows& rows, const void* const* centre_data, double scale, double* out, int threads) {
-  const int64_t n = rows.n, tile = round_up(tile_columns(n + 1, sizeof(S)), kStored<S>);
-  const Grid base = streaming_grid(rows, tile);
-  const Grid grid = make_grid(base.columns, max64(base.task_columns, (1023 + tile) / tile * tile));
-  const Rows centre_row{centre_data, rows.offsets, rows.n_segments, 1, rows.dtype};
+RK_INLINE void add_exactly(const S* x, const double* centre, int64_t columns, double scale, DoubledSum* total) {
+  DoubledSum sum[kChains];
+  memcpy(sum, total, sizeof(sum));
+  int64_t j = 0;
+  for (; j + kChains * kDoubles <= columns; j += kChains * kDoubles)
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kChains; ++v)
+      add_square(sum[v], load_double(x + j + v * kDoubles) * scale, load(centre + j + v * kDoubles));
+  for (; j < columns; j += kDoubles)  // padding: zeros on both sides
+    add_square(sum[0], load_double(x + j) * scale, load(centre + j));
+  memcpy(total, sum, sizeof(sum));
+}
+
+// The squared distances of a row times scale to some centres over a tile, in float64. Meanwhile the next row is
+// fetched.
+template <int64_t kCentres, class S>
+RK_INLINE void sq_distances(const S* x, const S* next, const double* centres, int64_t columns, double scale,
+                            double* out) {
+  constexpr int64_t kVectors = kCentres == 1 ? 4 : 2, step = kVectors * kDoubles;
+  F64 sum[kCentres][kVectors] = {};
+  const auto add = [&](int64_t j, int64_t v) {
+    F64 value = load_double(x + j);
+    if (scale != 1) value *= scale;
+#pragma GCC unroll 4
+    for (int64_t p = 0; p < kCentres; ++p) {
+      const F64 difference = value - load(centres + p * kDistanceColumns + j);
+      sum[p][v] = fmadd(difference, difference, sum[p][v]);
+    }
+  };
+  int64_t j = 0;
+  for (; j + step <= columns; j += step) {
+    for (int64_t line = 0; line < step * static_cast<int64_t>(sizeof(S)); line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next + j) + line);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) add(j + v * kDoubles, v);
+  }
+  for (; j < columns; j += kDoubles) add(j, 0);
+#pragma GCC unroll 4
+  for (int64_t p = 0; p < kCentres; ++p) {
+    F64 total = sum[p][0];
+    for (int64_t v = 1; v < kVectors; ++v) total += sum[p][v];
+    out[p] = sum_lanes(total);
+  }
+}
+template <class S>
+RK_INLINE void sq_distances(int64_t count, const S* x, const S* next, const double* centres, int64_t columns,
+                            double scale, double* out) {
+  switch (count) {
+    case 1:
+      return sq_distances<1>(x, next, centres, columns, scale, out);
+    case 2:
+      return sq_distances<2>(x, next, centres, columns, scale, out);
+    case 3:
+      return sq_distances<3>(x, next, centres, columns, scale, out);
+    default:
+      return sq_distances<kTogether>(x, next, centres, columns, scale, out);
+  }
+}
+
+template <class S, bool kExact>
+Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, double* out, int threads) {
+  const int64_t n = rows.n, count = from.count * n;
+  const Grid grid = streaming_grid(rows, kDistanceColumns);
+  const Rows centre_rows{from.data, rows.offsets, rows.n_segments, from.count, rows.dtype};
   Workspace space, sums;
   const int64_t at_buffer = space.reserve<S>(n * kStored<S>), at_src = space.reserve<const S*>(n);
-  const int64_t at_centre = space.reserve<S>(kStored<S>), at_total = space.reserve<DoubledSum>(n * kChains);
-  const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
+  const int64_t at_tails = space.reserve<S>(from.count * kStored<S>), at_from = space.reserve<const S*>(from.count);
+  const int64_t at_centres = space.reserve<double>(kTogether * kDistanceColumns);
+  const int64_t at_total = space.reserve<DoubledSum>(kExact ? count * kChains : 0);
+  const int64_t at_partials = sums.reserve<double>(grid.n_tasks * count * 2);
   if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
   double* partials = sums.part<double>(0, at_partials);
+  memset(partials, 0, sizeof(double) * static_cast<size_t>(grid.n_tasks * count * 2));
 
   int64_t next = 0;
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     S* buffer = space.part<S>(thread, at_buffer);
     const S** src = space.part<const S*>(thread, at_src);
-    S* centre_buffer = space.part<S>(thread, at_centre);
+    S* tails = space.part<S>(thread, at_tails);
+    const S** centre_src = space.part<const S*>(thread, at_from);
+    double* centres = space.part<double>(thread, at_centres);
+    memset(centres, 0, sizeof(double) * kTogether * kDistanceColumns);
     DoubledSum* total = space.part<DoubledSum>(thread, at_total);
     for (int64_t task; (task = take(next)) < grid.n_tasks;) {
-      memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(n * kChains));
+      double* partial = partials + 2 * task * count;
+      if (kExact) memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(count * kChains));
       const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
-        const S* centre;
+        const int64_t padded = round_up(columns, kStored<S>);
         read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
-        read_tile<S>(centre_row, segment, first, columns, kStored<S>, centre_buffer, &centre);
-        for (int64_t i = 0; i < n; ++i) {
-          DoubledSum sum[kChains];
-          memcpy(sum, total + i * kChains, sizeof(sum));
-          int64_t j = 0;
-          for (; j + kChains * kDoubles <= columns; j += kChains * kDoubles)
-#pragma GCC unroll 4
-            for (int64_t v = 0; v < kChains; ++v)
-              add_square(sum[v], load_double(src[i] + j + v * kDoubles) * scale,
-                         load_double(centre + j + v * kDoubles) * scale);
-          for (; j < columns; j += kDoubles)  // padding: zeros on both sides
-            add_square(sum[0], load_double(src[i] + j) * scale, load_double(centre + j) * scale);
-          memcpy(total + i * kChains, sum, sizeof(sum));
+        if (from.data) read_tile<S>(centre_rows, segment, first, columns, kStored<S>, tails, centre_src);
+        for (int64_t c = 0; c < from.count; c += kTogether) {
+          const int64_t together = min64(kTogether, from.count - c);
+          for (int64_t p = 0; from.data && p < together; ++p)
+            for (int64_t j = 0; j < padded; j += kDoubles)
+              store(centres + p * kDistanceColumns + j, load_double(centre_src[c + p] + j) * scale);
+          for (int64_t i = 0; i < n; ++i) {
+            double found[kTogether];
+            if (!kExact) sq_distances(together, src[i], src[i + 1 < n ? i + 1 : i], centres, padded, scale, found);
+            for (int64_t p = 0; p < together; ++p) {
+              const int64_t at = (c + p) * n + i;
+              if (kExact)
+                add_exactly(src[i], centres + p * kDistanceColumns, padded, scale, total + at * kChains);
+              else
+                add_doubled(partial[2 * at], partial[2 * at + 1], found[p], 0);
+            }
+          }
         }
       };
-      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-        const int64_t whole = count / kStored<S> * kStored<S>;
-        for (int64_t j = 0; j < whole; j += tile) run_tile(segment, first + j, min64(tile, whole - j));
-        if (whole < count) run_tile(segment, first + whole, count - whole);
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t columns) {
+        const int64_t whole = columns / kStored<S> * kStored<S>;
+        for (int64_t j = 0; j < whole; j += kDistanceColumns)
+          run_tile(segment, first + j, min64(kDistanceColumns, whole - j));
+        if (whole < columns) run_tile(segment, first + whole, columns - whole);
       });
-      for (int64_t i = 0; i < n; ++i) {
-        double high = 0, low = 0;
-        for (int64_t v = i * kChains; v < (i + 1) * kChains; ++v)
-          for (int lane = 0; lane < kDoubles; ++lane) add_doubled(high, low, total[v].high[lane], total[v].low[lane]);
-        partials[2 * (task * n + i)] = high;
-        partials[2 * (task * n + i) + 1] = low;
-      }
+      for (int64_t at = 0; kExact && at < count; ++at)
+        for (int64_t v = at * kChains; v < (at + 1) * kChains; ++v)
+          for (int lane = 0; lane < kDoubles; ++lane)
+            add_doubled(partial[2 * at], partial[2 * at + 1], total[v].high[lane], total[v].low[lane]);
     }
   });
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t at = 0; at < count; ++at) {
     double high = 0, low = 0, plain = 0;
     for (int64_t task = 0; task < grid.n_tasks; ++task) {
-      add_doubled(high, low, partials[2 * (task * n + i)], partials[2 * (task * n + i) + 1]);
-      plain += partials[2 * (task * n + i)];
+      add_doubled(high, low, partials[2 * (task * count + at)], partials[2 * (task * count + at) + 1]);
+      plain += partials[2 * (task * count + at)];
     }
-    out[i] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
+    out[at] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
   }
   return Status::ok;
 }
@@ -669,9 +741,11 @@ Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const*
 Status select_columns(const Rows& rows, const Select& select, int threads) {
   return by_dtype(rows.dtype, [&](auto s) { return select_columns_of<decltype(s)>(rows, select, threads); });
 }
-Status row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, int threads) {
-  return by_dtype(rows.dtype,
-                  [&](auto s) { return row_sq_distances_of<decltype(s)>(rows, centre, scale, out, threads); });
+Status row_sq_distances(const Rows& rows, const Centres& centres, double scale, bool exact, double* out, int threads) {
+  return by_dtype(rows.dtype, [&](auto s) {
+    return exact ? row_sq_distances_of<decltype(s), true>(rows, centres, scale, out, threads)
+                 : row_sq_distances_of<decltype(s), false>(rows, centres, scale, out, threads);
+  });
 }
 Status weighted_row_sum(const Rows& rows, const double* weights, const double* divisors, int64_t k, void* const* out,
                         int threads) {
@@ -685,8 +759,8 @@ Status update_momenta(const Rows& gradients, const Momenta& how, void* const* mo
 
 }  // namespace
 
-Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-            int threads);                                                               // gram.cpp
+Status gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, int64_t lines,
+            double* out, int threads);                                                  // gram.cpp
 uint64_t read_pass(const Rows& rows, int threads);                                      // read_pass.cpp
 uint64_t digest(const void* data, int64_t bytes, const uint32_t* key, uint64_t point);  // digest.cpp
 

@@ -67,11 +67,13 @@ Plan plan(int64_t m, bool weighted) {
 
 // Products in P: float64, or float32. `tensor`: by tensor instructions for float64.
 template <class S, class P>
-void products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, double* out,
-              Queue& queue) {
+void products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, int64_t lines,
+              double* out, Queue& queue) {
   const int64_t n = rows.n, m = n + (origin ? 1 : 0);
   const Plan how = tensor ? tensor_plan<S>(m, multiplicities != nullptr) : plan<P>(m, multiplicities != nullptr);
-  const int64_t tiles = tiles_of(m, how.tile_rows), pairs = tiles * (tiles + 1) / 2;
+  const int64_t tiles = tiles_of(m, how.tile_rows), line_tiles = tiles_of(lines, how.tile_rows);
+  const int64_t pairs = line_tiles * (line_tiles + 1) / 2 + (tiles - line_tiles) * line_tiles;
+  const int64_t lone = lone_row(multiplicities, n);
 
   Workspace space;
   const auto flags = space.zeros<unsigned>(n);
@@ -81,10 +83,14 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
                                         how.all_sums, 4, how.most_blocks);
   const auto partials = space.zeros<double>(blocks * m * m);
   constexpr int64_t kAligned = 16 / sizeof(S);  // every segment's centre begins at a multiple of 16 bytes
-  const auto centre = space.scratch<S>(how.fused ? 0 : rows.columns() + rows.n_segments * kAligned);
-  const auto centre_rows = space.pointers(how.fused ? 0 : rows.n_segments);
+  const auto centre = space.scratch<S>(how.fused || lone >= 0 ? 0 : rows.columns() + rows.n_segments * kAligned);
+  std::vector<const void*> lone_centre;  // that row itself
+  if (lone >= 0)
+    for (int64_t s = 0; s < rows.n_segments; ++s) lone_centre.push_back(rows.data[s * n + lone]);
+  const auto centre_rows =
+      lone >= 0 ? space.upload(lone_centre.data(), rows.n_segments) : space.pointers(how.fused ? 0 : rows.n_segments);
   space.allocate(queue);
-  if (!how.fused) {
+  if (!how.fused && lone < 0) {
     std::vector<void*> targets;
     for (int64_t s = 0; s < rows.n_segments; ++s) {
       const int64_t at = (rows.offsets[s] + kAligned - 1) / kAligned * kAligned + s * kAligned;
@@ -103,6 +109,7 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
     args.scale = scale;
     args.partials = space[partials];
     args.flags = space[flags];
+    args.line_tiles = static_cast<short>(line_tiles);
     args.pairs = static_cast<int>(pairs);
     args.width = how.width;
     args.slices = how.slices;
@@ -147,26 +154,27 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
     return flag != 0;
   };
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
+    for (int64_t j = 0; j <= i && j < lines; ++j) {
       double sum;
       std::memcpy(&sum, entries + (i * m + j) * static_cast<int64_t>(sizeof(sum)), sizeof(sum));
       if (is_bad(i) || is_bad(j)) sum = std::nan("");
-      out[i * m + j] = out[j * m + i] = sum;
+      out[j * m + i] = sum;
+      if (i < lines) out[i * m + j] = sum;
     }
 }
 
 }  // namespace
 
-void gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-          const Call& call) {
+void gram(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool single, int64_t lines,
+          double* out, const Call& call) {
   Queue queue(rows, call);
   const bool tensor = has_fast_doubles(call.device);
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
     if constexpr (sizeof(S) < 8)
       if (single && !tensor && scale == 1)
-        return products<S, float>(rows, multiplicities, origin, scale, false, out, queue);
-    products<S, double>(rows, multiplicities, origin, scale, tensor, out, queue);
+        return products<S, float>(rows, multiplicities, origin, scale, false, lines, out, queue);
+    products<S, double>(rows, multiplicities, origin, scale, tensor, lines, out, queue);
   });
 }
 

@@ -23,11 +23,12 @@ struct GramArgs {
   double scale;
   double* partials;  // (blocks, m, m), lower triangle
   unsigned* flags;
-  int first_pair;   // of tiles, in this launch
-  int pairs;        // of tiles, in all
-  bool vectorised;  // rows and centre are aligned to 16 bytes
-  int width;        // columns of a tile
-  int slices;       // that share the columns of a pair of blocks: a power of two
+  int first_pair;    // of tiles, in this launch
+  int pairs;         // of tiles, in all
+  bool vectorised;   // rows and centre are aligned to 16 bytes
+  short line_tiles;  // of the first rows, with which all are multiplied; short, for 8 bytes more made registers spill
+  int width;         // columns of a tile
+  int slices;        // that share the columns of a pair of blocks: a power of two
   int low_pads;
 };
 
@@ -39,6 +40,11 @@ __device__ __forceinline__ BlockPair lower_pair(int index) {
   int i = 0;
   while (index > i) index -= ++i;
   return {i, index};
+}
+// Of those whose second is below `most`.
+__device__ __forceinline__ BlockPair lower_pair(int index, int most) {
+  const int whole = most * (most + 1) / 2;
+  return index < whole ? lower_pair(index) : BlockPair{most + (index - whole) / most, (index - whole) % most};
 }
 
 template <class P>
@@ -121,7 +127,8 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(S) == 8 ? 1 : 2) gram_pro
   RK_DYNAMIC_SHARED(double, memory);
   P* x = reinterpret_cast<P*>(memory);
   const Table& rows = args.rows;
-  const BlockPair tiles = lower_pair(args.first_pair + static_cast<int>(blockIdx.y));
+  const BlockPair tiles = N > 0 ? lower_pair(args.first_pair + static_cast<int>(blockIdx.y))
+                                : lower_pair(args.first_pair + static_cast<int>(blockIdx.y), args.line_tiles);
   const bool diagonal = tiles.i == tiles.j;
   const int thread = threadIdx.x, stride = args.width + 1;  // no power of two: rows fall into different banks
   const auto count_of = [&](int tile) {

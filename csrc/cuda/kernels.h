@@ -28,9 +28,10 @@ class Error : public std::runtime_error {
 };
 
 void select_columns(const Rows&, const Select&, const Call&);
-void gram(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, double* out,
-          const Call&);
-void row_sq_distances(const Rows&, const void* const* centre, double scale, double* out, const Call&);
+void gram(const Rows&, const std::int64_t* multiplicities, bool origin, double scale, bool single, std::int64_t lines,
+          double* out, const Call&);
+// Always exact; reads the rows once for each centre.
+void row_sq_distances(const Rows&, const Centres&, double scale, double* out, const Call&);
 // Reads the rows once for each sum: grouped sums (of mixtures) cost less, and are not as exact.
 void weighted_row_sum(const Rows&, const double* weights, const double* divisors, std::int64_t k, void* const* out,
                       const Call&);

@@ -22,26 +22,32 @@ void weighted_row_sum(const Rows& rows, const double* weights, const double* div
   });
 }
 
-void row_sq_distances(const Rows& rows, const void* const* centre, double scale, double* out, const Call& call) {
+void row_sq_distances(const Rows& rows, const Centres& centres, double scale, double* out, const Call& call) {
   Queue queue(rows, call);
-  for (int64_t i = 0; i < rows.n; ++i) out[i] = 0;
+  const int64_t n = rows.n, count = centres.count * n;
+  for (int64_t at = 0; at < count; ++at) out[at] = 0;
   if (rows.columns() == 0) return;
   by_dtype(rows.dtype, [&](auto s) {
     using S = decltype(s);
     Workspace space;
     const UploadedRows uploaded(space, rows, kDoubledColumns);
-    const auto centre_row = space.upload(centre, rows.n_segments);
-    const int64_t blocks = summing_blocks(uploaded.n_tiles(), 2 * rows.n);
-    const auto partials = space.scratch<DoubledSum>(blocks * rows.n);
-    const auto sums = space.scratch<double>(rows.n);
+    std::vector<const void*> pointers;  // segment after segment of each centre
+    for (int64_t c = 0; centres.data && c < centres.count; ++c)
+      for (int64_t s = 0; s < rows.n_segments; ++s) pointers.push_back(centres.data[s * centres.count + c]);
+    const auto centre_rows = space.upload(pointers.data(), static_cast<int64_t>(pointers.size()));
+    const int64_t blocks = summing_blocks(uploaded.n_tiles(), 2 * n);
+    const auto partials = space.scratch<DoubledSum>(blocks * n);
+    const auto sums = space.scratch<double>(count);
     space.allocate(queue);
     space.send(queue);
-    queue.launch("row_sq_distances_of", &row_sq_distances_of<S>, dim3(grid_for(blocks), static_cast<unsigned>(rows.n)),
-                 dim3(kSumThreads), 0, uploaded.table(), space[centre_row], scale, space[partials]);
-    queue.launch("add_doubled_blocks", &add_doubled_blocks<double>,
-                 dim3(static_cast<unsigned>(tiles_of(rows.n, kWarp))), dim3(kAddThreads), 0, space[partials], blocks,
-                 rows.n, space[sums]);
-    queue.download(out, space[sums], static_cast<std::size_t>(rows.n) * sizeof(double), "row_sq_distances");
+    for (int64_t c = 0; c < centres.count; ++c) {
+      const void* const* centre = centres.data ? space[centre_rows] + c * rows.n_segments : nullptr;
+      queue.launch("row_sq_distances_of", &row_sq_distances_of<S>, dim3(grid_for(blocks), static_cast<unsigned>(n)),
+                   dim3(kSumThreads), 0, uploaded.table(), centre, scale, space[partials]);
+      queue.launch("add_doubled_blocks", &add_doubled_blocks<double>, dim3(static_cast<unsigned>(tiles_of(n, kWarp))),
+                   dim3(kAddThreads), 0, space[partials], blocks, n, space[sums] + c * n);
+    }
+    queue.download(out, space[sums], static_cast<std::size_t>(count) * sizeof(double), "row_sq_distances");
   });
 }
 

@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kSumThreads, 1)
 
 constexpr int kDoubledColumns = 8 * kSumThreads;  // of a tile
 
-// partials[block, i] = squared distance of row i = blockIdx.y, in the block's columns.
+// partials[block, i] = squared distance of row i = blockIdx.y to a centre, or where that is null to the origin, in the
+// block's columns.
 template <class S>
 __global__ void __launch_bounds__(kSumThreads, 1)
     row_sq_distances_of(const Table rows, const void* const* centre, double scale, DoubledSum* partials) {
@@ -170,9 +171,9 @@ __global__ void __launch_bounds__(kSumThreads, 1)
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, kDoubledColumns);
     const S* x = rows.row<S>(tile.segment, i) + tile.first;
-    const S* y = static_cast<const S*>(centre[tile.segment]) + tile.first;
+    const S* y = centre ? static_cast<const S*>(centre[tile.segment]) + tile.first : nullptr;
     for (int c = threadIdx.x; c < tile.count; c += kSumThreads)
-      total.add_square(static_cast<double>(widened(x[c])) * scale, static_cast<double>(widened(y[c])) * scale);
+      total.add_square(static_cast<double>(widened(x[c])) * scale, y ? static_cast<double>(widened(y[c])) * scale : 0);
   }
   sums[threadIdx.x] = total;
   for (int step = kSumThreads / 2; step > 0; step /= 2) {

@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kPairWarps* kWarp, 1) gram_of_pairs(const Gram
   const int lane = threadIdx.x % kWarp, row = lane / kDepth, quarter = lane % kDepth;
   const int pair = args.first_pair + static_cast<int>(blockIdx.y * (blockDim.x / kWarp) + threadIdx.x / kWarp);
   if (pair >= args.pairs) return;
-  const BlockPair tiles = lower_pair(pair);
+  const BlockPair tiles = lower_pair(pair, args.line_tiles);
   const int64_t upper = int64_t{tiles.i} * kPairRows, lower = int64_t{tiles.j} * kPairRows;
   double sums[kBlocks][kBlocks][2] = {};
 

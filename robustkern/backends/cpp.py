@@ -115,10 +115,11 @@ class Cpp:
         origin: bool = False,
         scale: float = 1.0,
         single: bool = False,
+        lines: int | None = None,
     ) -> Matrix:
         """See the contract."""
         m = rows.addresses.shape[1] + origin
-        out = np.zeros((m, m))
+        out = np.zeros((m if lines is None else lines, m))
         self._cpu.gram(
             self.isa,
             rows.addresses,
@@ -133,16 +134,17 @@ class Cpp:
         )
         return out
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
         """See the contract."""
-        out = np.zeros(rows.n)
+        out = np.zeros((1 if centres is None else centres.n, rows.n))
         self._cpu.row_sq_distances(
             self.isa,
             rows.addresses,
             rows.offsets,
             _CODES[rows.dtype],
-            centre.addresses,
+            None if centres is None else centres.addresses,
             scale,
+            exact,
             out,
             requested_threads(),
         )

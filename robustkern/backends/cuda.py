@@ -140,16 +140,18 @@ class Cuda:
         origin: bool = False,
         scale: float = 1.0,
         single: bool = False,
+        lines: int | None = None,
     ) -> Matrix:
         """See the contract."""
-        out = np.zeros((rows.n + origin, rows.n + origin))
+        m = rows.n + origin
+        out = np.zeros((m if lines is None else lines, m))
         self._call("gram", rows, multiplicities, origin, scale, single, out)
         return out
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
-        """See the contract."""
-        out = np.zeros(rows.n)
-        self._call("row_sq_distances", rows, centre.addresses, scale, out)
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
+        """See the contract; always exact."""
+        out = np.zeros((1 if centres is None else centres.n, rows.n))
+        self._call("row_sq_distances", rows, None if centres is None else centres.addresses, scale, out)
         return out
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:

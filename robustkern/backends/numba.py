@@ -498,12 +498,12 @@ def _rounded(value, finite):  # type: ignore[no-untyped-def]
 @functools.partial(_compiled, fastmath={"reassoc", "contract"})
 def _add_gram(x, count, gram):  # type: ignore[no-untyped-def]
     for i in range(len(x)):
-        for k in range(i + 1):
+        for k in range(min(i + 1, len(gram))):
             a, b = x[i], x[k]
             total = 0.0
             for j in range(count):
                 total += a[j] * b[j]
-            gram[i, k] += total
+            gram[k, i] += total
 
 
 @_compiled
@@ -511,7 +511,7 @@ def _gram_piece(  # type: ignore[no-untyped-def]
     addresses, first, count, like, table, network, window, cells, origin, scale, empty, centre, gram, nonfinite
 ):
     low, high = network
-    middle, total_cells = window
+    middle, total_cells, lone = window
     n = len(addresses)
     tile = np.empty((n, TILE), dtype=empty.dtype)
     work = np.empty((n, TILE), dtype=empty.dtype)
@@ -520,11 +520,19 @@ def _gram_piece(  # type: ignore[no-untyped-def]
     for begin in range(0, count, TILE):
         width = min(TILE, count - begin)
         _read(addresses, first + begin, width, like, table, tile)
-        for i in range(n):
-            for j in range(width):
-                work[i, j] = tile[i, j]
         seen[:] = False
-        _select_tile(work, low, high, middle, middle + 1, 0, cells, total_cells, width, centre, seen)
+        if lone >= 0:
+            centre[:width] = tile[lone, :width]
+            for i in range(n):
+                check = np.float64(0.0)
+                for j in range(width):
+                    check += np.float64(tile[i, j]) * 0.0
+                seen[i] = check != 0.0
+        else:
+            for i in range(n):
+                for j in range(width):
+                    work[i, j] = tile[i, j]
+            _select_tile(work, low, high, middle, middle + 1, 0, cells, total_cells, width, centre, seen)
         if seen.any():
             for j in range(width):
                 if centre[j] - centre[j] != 0:
@@ -546,31 +554,51 @@ def _add_doubled(high, low, more, more_low):  # type: ignore[no-untyped-def]
     return total, low + ((high - (total - virtual)) + (more - virtual)) + more_low
 
 
+@functools.partial(_compiled, fastmath={"reassoc", "contract"})
+def _sq_distance(a, b, count, scale):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for j in range(count):
+        difference = np.float64(a[j]) * scale - np.float64(b[j]) * scale
+        total += difference * difference
+    return total
+
+
+@_compiled
+def _add_exactly(x, centre, count, scale, total, lost):  # type: ignore[no-untyped-def]
+    for j in range(count):
+        a, b = np.float64(x[j]) * scale, -np.float64(centre[j]) * scale
+        difference = a + b
+        virtual = difference - a
+        rest = (a - (difference - virtual)) + (b - virtual)
+        square = difference * difference
+        split = difference * 134217729.0
+        head = split - (split - difference)
+        tail = difference - head
+        square_lost = ((head * head - square) + 2.0 * head * tail) + tail * tail
+        total, lost = _add_doubled(total, lost, square, square_lost + 2.0 * difference * rest)
+    return total, lost
+
+
 @_compiled
 def _sq_distances_piece(  # type: ignore[no-untyped-def]
-    addresses, centre_address, first, count, like, table, empty, scale, high, low
+    addresses, centre_addresses, first, count, like, table, empty, scale, exact, high, low
 ):
     n = len(addresses)
     tile = np.empty((n, TILE), dtype=empty.dtype)
-    centre = np.empty((1, TILE), dtype=empty.dtype)
+    centres = np.zeros((len(high), TILE), dtype=empty.dtype)
     for begin in range(0, count, TILE):
         width = min(TILE, count - begin)
         _read(addresses, first + begin, width, like, table, tile)
-        _read(centre_address, first + begin, width, like, table, centre)
-        for i in range(n):
-            total, lost = high[i], low[i]
-            for j in range(width):
-                a, b = np.float64(tile[i, j]) * scale, -np.float64(centre[0, j]) * scale
-                difference = a + b
-                virtual = difference - a
-                rest = (a - (difference - virtual)) + (b - virtual)
-                square = difference * difference
-                split = difference * 134217729.0
-                head = split - (split - difference)
-                tail = difference - head
-                square_lost = ((head * head - square) + 2.0 * head * tail) + tail * tail
-                total, lost = _add_doubled(total, lost, square, square_lost + 2.0 * difference * rest)
-            high[i], low[i] = total, lost
+        if len(centre_addresses):
+            _read(centre_addresses, first + begin, width, like, table, centres)
+        for c in range(len(high)):
+            for i in range(n):
+                total, lost = high[c, i], low[c, i]
+                if exact:
+                    total, lost = _add_exactly(tile[i], centres[c], width, scale, total, lost)
+                else:
+                    total, lost = _add_doubled(total, lost, _sq_distance(tile[i], centres[c], width, scale), 0.0)
+                high[c, i], low[c, i] = total, lost
 
 
 @_compiled
@@ -784,21 +812,28 @@ class Numba:
         origin: bool = False,
         scale: float = 1.0,
         single: bool = False,
+        lines: int | None = None,
     ) -> Matrix:
         """See the contract; products are always float64."""
         like, empty, table, _ = _storage(rows.dtype)
         m = rows.n + origin
+        lines = m if lines is None else lines
+        used = np.arange(rows.n) if multiplicities is None else np.flatnonzero(multiplicities)
+        lone = -1 if multiplicities is None or len(used) > 1 else int(used[0])
         total_cells = rows.n if multiplicities is None else int(multiplicities.sum())
         middle = (total_cells - 1) // 2
-        network = _network(rows.n, middle, middle + 1) if multiplicities is None else _network(rows.n, 0, rows.n)
+        if multiplicities is None:
+            network = _network(rows.n, middle, middle + 1)
+        else:
+            network = _network(1 if lone >= 0 else rows.n, 0, 1 if lone >= 0 else rows.n)
         cells = np.empty(0, dtype=np.int64) if multiplicities is None else multiplicities
         # Few partial Grams, so that thousands of rows do not need gigabytes.
-        most = max(min(GRAM_TASKS, (1 << 20) // m**2), 1)
+        most = max(min(GRAM_TASKS, (1 << 20) // (lines * m)), 1)
         columns = max(-(-rows.d // most // TILE) * TILE, TILE)
         n_tasks, pieces = _tasks(rows, columns)
 
         def run(task: int) -> tuple[Matrix, NDArray[np.bool_]]:
-            total = np.zeros((m, m))
+            total = np.zeros((lines, m))
             nonfinite = np.zeros(rows.n, dtype=np.bool_)
             centre = np.empty(TILE, dtype=empty.dtype)
             for s, first, count in pieces(task):
@@ -809,7 +844,7 @@ class Numba:
                     like,
                     table,
                     network,
-                    (middle, total_cells),
+                    (middle, total_cells, lone),
                     cells,
                     int(origin),
                     scale,
@@ -820,30 +855,31 @@ class Numba:
                 )
             return total, nonfinite
 
-        gram = np.zeros((m, m))
+        gram = np.zeros((lines, m))
         flags = np.zeros(m, dtype=np.bool_)
         for part, nonfinite in _run(n_tasks, run):
             gram += part
             flags[: rows.n] |= nonfinite
-        gram = np.tril(gram) + np.tril(gram, -1).T
-        gram[flags, :] = np.nan
+        gram[:, :lines] += np.triu(gram[:, :lines], 1).T
+        gram[flags[:lines], :] = np.nan
         gram[:, flags] = np.nan
         return gram
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
         """See the contract."""
         like, empty, table, _ = _storage(rows.dtype)
         n_tasks, pieces = _tasks(rows, _task_columns(rows))
+        none = np.empty((len(rows.addresses), 0), dtype=np.uint64)
+        at = none if centres is None else centres.addresses
+        shape = 1 if centres is None else centres.n, rows.n
 
-        def run(task: int) -> tuple[Vector, Vector]:
-            high, low = np.zeros(rows.n), np.zeros(rows.n)
+        def run(task: int) -> tuple[Matrix, Matrix]:
+            high, low = np.zeros(shape), np.zeros(shape)
             for s, first, count in pieces(task):
-                _sq_distances_piece(
-                    rows.addresses[s], centre.addresses[s], first, count, like, table, empty, scale, high, low
-                )
+                _sq_distances_piece(rows.addresses[s], at[s], first, count, like, table, empty, scale, exact, high, low)
             return high, low
 
-        high, low, plain = np.zeros(rows.n), np.zeros(rows.n), np.zeros(rows.n)
+        high, low, plain = np.zeros(shape), np.zeros(shape), np.zeros(shape)
         with np.errstate(all="ignore"):
             for part, part_low in _run(n_tasks, run):
                 high, low = _add_doubled.py_func(high, low, part, part_low)

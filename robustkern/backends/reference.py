@@ -78,6 +78,7 @@ class Reference:
         origin: bool = False,
         scale: float = 1.0,
         single: bool = False,
+        lines: int | None = None,
     ) -> Matrix:
         """See the contract; products are always float64."""
         middle = (rows.n - 1 if multiplicities is None else int(multiplicities.sum()) - 1) // 2
@@ -99,16 +100,17 @@ class Reference:
         total = np.tril(total) + np.tril(total, -1).T
         total[bad, :] = np.nan
         total[:, bad] = np.nan
-        return total
+        return total[:lines]
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
-        """See the contract: 80-bit sums where the machine has them."""
-        total = np.zeros(rows.n, dtype=np.longdouble)
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
+        """See the contract: always exact, by 80-bit sums where the machine has them."""
+        total = np.zeros((1 if centres is None else centres.n, rows.n), dtype=np.longdouble)
         with np.errstate(all="ignore"):
-            for block, point in _blocks(rows, centre):
-                assert point is not None
-                difference = (_stack(block).astype(np.longdouble) - _stack(point)) * scale
-                total += (difference * difference).sum(axis=1)
+            for block, points in _blocks(rows, centres):
+                x = _stack(block).astype(np.longdouble)
+                for at, centre in enumerate([0.0] if points is None else _stack(points)):
+                    difference = (x - centre) * scale
+                    total[at] += (difference * difference).sum(axis=1)
         return total.astype(np.float64)
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:

@@ -128,6 +128,7 @@ class Kernels(Protocol):
         origin: bool = False,
         scale: float = 1.0,
         single: bool = False,
+        lines: int | None = None,
     ) -> Matrix:
         """Inner products of the rows centred on their column-wise lower median.
 
@@ -136,7 +137,8 @@ class Kernels(Protocol):
         rows : Rows
             n rows of d columns.
         multiplicities : (n,) int64, optional
-            For the median a row stands for so many equal ones: many rows of little weight cannot move the centre.
+            For the median a row stands for so many equal ones: many rows of little weight cannot move the centre. Where
+            one row alone counts it is the centre, and costs no more than that.
         origin : bool
             Append the origin as one more row (after centring it is minus the median).
         scale : float
@@ -147,10 +149,12 @@ class Kernels(Protocol):
             its two centred rows, of which none counts as shorter than 2**-50 sqrt(d); where squares overflow float32
             the diagonal is inf, and the row's other entries mean nothing. Attackers on the rows that give the centre
             can only make those lengths, and with them the bound, larger.
+        lines : int, optional
+            Products of the first so many rows only, with all: lines * n operations a column instead of n * n / 2.
 
         Returns
         -------
-        (m, m) float64, m = n + origin
+        (m, m) float64, m = n + origin, or (lines, m)
             Row and column i are NaN where row i holds a NaN or Inf; the median, a finite number wherever fewer
             than half of a column's values are NaN or Inf (0 elsewhere), keeps it from touching the others.
 
@@ -161,27 +165,29 @@ class Kernels(Protocol):
         data.
         """
 
-    def row_sq_distances(self, rows: Rows, centre: Rows, *, scale: float = 1.0) -> Vector:
-        """Squared distance of each row to a centre, correct to the last bit but for about 1e-30 relative.
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
+        """Squared distance of each row to each centre, correct to the last bit but for about 1e-30 relative.
 
         Parameters
         ----------
         rows : Rows
             n rows of d columns.
-        centre : Rows
-            One row with the same segments and dtype.
+        centres : Rows or None
+            k rows with the same segments and dtype; None: the origin, which is one.
         scale : float
-            A power of two that multiplies rows and centre.
+            A power of two that multiplies rows and centres.
+        exact : bool
+            Otherwise sums may be plain float64 ones, good to 256 roundings, which take half of the time.
 
         Returns
         -------
-        (n,) float64
+        (k, n) float64
             NaN or inf where the row or the centre is not finite.
 
         Notes
         -----
         Sums carry their rounding errors (doubled float64), so equal distances come out equal in whatever order
-        the same terms are met. One read of the data.
+        the same terms are met. One read of the data (on a GPU one for each centre).
         """
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from robustkern.contract.rows import Vector
 from robustkern.rules.geometry import EPSILON
 
-__all__ = ["TIE", "Distances", "smallest", "smallest_between", "weighted_share"]
+__all__ = ["TIE", "Distances", "contending", "smallest", "smallest_between", "weighted_share"]
 
 Again = Callable[[NDArray[np.intp]], Vector | None]
 #: What differs by no more, relative to the value at the cut, is a tie: a few roundings of a sum.
@@ -60,13 +60,10 @@ def smallest_between(values: Vector, low: Vector, high: Vector, count: int, agai
     order = values.argsort(kind="stable")
     if count >= len(values):
         return order
-    # The count-th smallest true value is at most the count-th upper bound, the next one at least the next lower bound.
-    inside = high < np.sort(low)[count]
-    contenders = np.flatnonzero(~inside & (low <= np.sort(high)[count - 1]))
-    certain = np.flatnonzero(inside)
-    missing = count - len(certain)
-    if len(contenders) == missing or not np.isfinite(values[order[count]]):
+    certain, contenders = contending(values, low, high, count)
+    if not len(contenders):
         return order[:count]
+    missing = count - len(certain)
     if (high - low)[contenders].max() <= 2 * TIE * values[order[count - 1]]:
         exact: Vector | None = values[contenders]  # as good as measured: what rounding could confuse is a tie
     else:
@@ -82,6 +79,17 @@ def smallest_between(values: Vector, low: Vector, high: Vector, count: int, agai
         chosen = np.concatenate([below, ties[: missing - len(below)]])
     parts = (part[np.argsort(values[part], kind="stable")] for part in (certain, chosen))
     return np.concatenate(list(parts))
+
+
+def contending(values: Vector, low: Vector, high: Vector, count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return which values are among the `count` smallest for certain, and which may be: none where all is certain."""
+    # The count-th smallest true value is at most the count-th upper bound, the next one at least the next lower bound.
+    inside = high < np.sort(low)[count]
+    contenders = np.flatnonzero(~inside & (low <= np.sort(high)[count - 1]))
+    certain = np.flatnonzero(inside)
+    if len(certain) + len(contenders) == count or not np.isfinite(np.partition(values, count)[count]):
+        return certain, contenders[:0]
+    return certain, contenders
 
 
 def weighted_share(s: Vector, share: float, distances: Distances) -> Vector:

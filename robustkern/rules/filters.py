@@ -255,6 +255,7 @@ class FABA(Aggregator):
         """Take rows away in n-space; rows that are not finite go first."""
         view.require_no_weights(self.name)
         kept = view.n - view.require_f(self.name)
+        view.expect_double()  # one of so many cuts is finer than float32 nearly always
         geometry, _ = view.measured(self.name, quick=True)
         left = np.flatnonzero(geometry.finite)
         while len(left) > kept:

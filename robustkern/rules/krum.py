@@ -228,6 +228,8 @@ class Bulyan(Aggregator):
         view.require_no_weights(self.name)
         if 4 * f + 3 > n:
             raise ValueError(f"bulyan: 4*f + 3 must be at most n; got f={f} with n={n} rows (lower f, or add rows)")
+        if self.selection != "once":
+            view.expect_double()  # one of so many cuts is finer than float32 nearly always
         geometry, _ = view.measured(self.name, quick=True)
         chosen: list[int] = []
         left, rounds = np.flatnonzero(geometry.finite), n - 2 * f

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.primitives import Window
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.cuts import TIE, Again, Distances, smallest, smallest_between, weighted_share
+from robustkern.rules.cuts import TIE, Again, Distances, contending, smallest, smallest_between, weighted_share
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
@@ -295,6 +295,8 @@ class View:
         errors = geometry.pair_errors()
         np.fill_diagonal(errors, 0.0)
         low, high = (_as_scores(scores(np.maximum(squares + e, 0.0))) for e in (-errors, errors))
+        if geometry.single and self._measured_further(contending(values, low, high, count)[1], pairs):
+            return self.least(scores, count, pairs=pairs)
 
         def again(contenders: NDArray[np.intp]) -> Vector | None:
             finite = geometry.finite
@@ -308,8 +310,8 @@ class View:
                 first = next(numbers)
                 if all(np.array_equal(first, other) for other in numbers):
                     return None  # they differ in copies of the same rows only
-            if pairs is not None and all((pairs(int(k))[:, 0] == k).all() for k in contenders):
-                apart = self._apart(contenders)  # candidates are rows
+            if _are_rows(contenders, pairs):
+                apart = self._apart(contenders)
                 if apart is not None and _equal_scores(scores, squares, contenders, apart):
                     return None
             exact = self._measured_exactly(np.concatenate(wanted))
@@ -317,6 +319,15 @@ class View:
             return None if exact is None else _as_scores(scores(exact[np.ix_(same, same)]))[contenders]
 
         return smallest_between(values, low, high, count, again)
+
+    def _measured_further(self, contenders: NDArray[np.intp], pairs: Callable[[int], NDArray[np.intp]] | None) -> bool:
+        """Measure contenders that are rows, and no near copies, in float64, which rarely leaves anything open."""
+        if self.mix is not None or not len(contenders) or not _are_rows(contenders, pairs):
+            return False
+        geometry, first = self.geometry(quick=True), contenders[:1]
+        if (geometry.sq_distances[first, contenders] <= geometry.pair_errors(first)[0, contenders]).all():
+            return False
+        return self._given.sharpen(contenders)
 
     def exact_between(self, pairs: NDArray[np.intp]) -> Matrix | None:
         """Return (n, n) squared distances, of some (k, 2) pairs of finite rows to the last bit but for rounding.
@@ -548,6 +559,11 @@ def _equal_scores(
     away, further = np.sqrt(squares[np.ix_(same, same)]), reach[:, None] + reach
     low, high = (_as_scores(scores(np.maximum(away + sign * further, 0.0) ** 2))[rows] for sign in (-1, 1))
     return bool(high.max() - low.min() <= TIE * low.min())
+
+
+def _are_rows(candidates: NDArray[np.intp], pairs: Callable[[int], NDArray[np.intp]] | None) -> bool:
+    """Tell whether candidates are rows, each with the pairs of its own."""
+    return pairs is not None and all((pairs(int(k))[:, 0] == k).all() for k in candidates)
 
 
 def _shares(solution: Solution) -> Vector:

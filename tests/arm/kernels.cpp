@@ -132,14 +132,23 @@ void run(const rk::Kernels& kernels, DType dtype, std::int64_t n, std::int64_t d
   Digest products, others;
   std::vector<double> gram(static_cast<std::size_t>((n + 1) * (n + 1)));
   for (const bool single : {false, true}) {
-    kernels.gram(rows, nullptr, true, 1, single, gram.data(), 1);
+    kernels.gram(rows, nullptr, true, 1, single, n + 1, gram.data(), 1);
     products.add(gram);
   }
-  kernels.gram(rows, cells_of.data(), true, 0.5, false, gram.data(), 1);
+  kernels.gram(rows, cells_of.data(), true, 0.5, false, n + 1, gram.data(), 1);
+  products.add(gram);
+  std::vector<std::int64_t> last(static_cast<std::size_t>(n), 0);
+  last.back() = 1;
+  gram.assign(gram.size(), 0);
+  kernels.gram(rows, last.data(), true, 1, false, (n + 1) / 2, gram.data(), 1);
   products.add(gram);
   const void* centre[] = {data[0], data[static_cast<std::size_t>(n)]};
-  kernels.row_sq_distances(rows, centre, 1, distances.data(), 1);
-  others.add(distances);
+  for (const bool exact : {true, false}) {
+    kernels.row_sq_distances(rows, {centre, 1}, 1, exact, distances.data(), 1);
+    others.add(distances);
+    kernels.row_sq_distances(rows, {nullptr, 1}, 0.5, exact, distances.data(), 1);
+    others.add(distances);
+  }
   const double divisors[] = {3, 0.7};
   kernels.weighted_row_sum(rows, weights.data(), divisors, 2, outs, 1);
   others.add(out.data(), out.size(), dtype);
