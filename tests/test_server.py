@@ -466,7 +466,7 @@ def test_many_rows_of_few_columns_need_no_products(counted: Counted) -> None:
 
 
 def test_copies_of_a_server_know_nothing_of_its_memory() -> None:
-    n, x = LEAST_ROWS, make_rows("normal", LEAST_ROWS, 3000, np.dtype(np.float64))
+    n, x = 2 * LEAST_ROWS, make_rows("normal", 2 * LEAST_ROWS, 3000, np.dtype(np.float64))
     server = rk.Server("geometric_median", f=9, absent="stale")
     server.aggregate(x)
     for again in (copy.deepcopy(server), pickle.loads(pickle.dumps(server))):
@@ -524,7 +524,7 @@ def test_ties_that_move_are_other_columns() -> None:
 
 
 def test_threads_leave_products_of_the_rows() -> None:
-    n = LEAST_ROWS
+    n = 2 * LEAST_ROWS
     server = rk.Server("geometric_median", f=9, absent="stale")
     server.aggregate(make_rows("normal", n, 500, np.dtype(np.float64)))
 
