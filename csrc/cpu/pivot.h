@@ -13,11 +13,12 @@ constexpr int kGuidedPasses =
 template <class C>
 constexpr int kMostPasses = kGuidedPasses + 3 * (8 * static_cast<int>(sizeof(C)) + 2);
 
-// Where a search starts: a recent cut, and the distance of neighbouring values there. It decides how many passes are
-// needed, never what they find.
+// Where a search starts: a recent cut, and the distance of neighbouring values there; or, after a long search, in lane
+// 0 of `row` a row, plus one, that was near it. It decides how many passes are needed, never what they find.
 template <class C>
 struct Guess {
   typename Simd<C>::V at, spacing;
+  typename Simd<C>::Index row;
 };
 
 // `below` of the values are less than `at`. Where tied, `at` is a value so frequent that none of the cuts asked for
@@ -87,6 +88,15 @@ RK_INLINE typename Simd<C>::V largest_below(const typename Simd<C>::V* x, int64_
   return vmax(most[0], most[1]);
 }
 
+// The first row that is near to the cut in every lane, plus one; 0 where there is none.
+template <class C>
+RK_INLINE typename Simd<C>::IndexScalar row_near(const typename Simd<C>::V* x, int64_t n, typename Simd<C>::V at,
+                                                 typename Simd<C>::V reach) {
+  for (int64_t i = 0; i < n; ++i)
+    if (!any_set((x[i] - at > reach) | (at - x[i] > reach))) return static_cast<typename Simd<C>::IndexScalar>(i + 1);
+  return 0;
+}
+
 // A cut with least <= below <= most in every lane; 0 < least <= most < n, no value is a NaN.
 template <class C>
 Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t most, Guess<C>& guess) {
@@ -109,19 +119,35 @@ Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t 
     cut.below = where ? below : cut.below;
     open &= ~where;
   };
-  for (int pass = 0; any_set(open) && pass < kMostPasses<C>; ++pass) {
+  // Fewer than `least` values are below a value that is there: how many equal it?
+  const auto snap = [&](Index where, V found, Index below) {
+    const V after = next_above<C>(found);
+    const Index count = count_below<C>(x, n, after);  // all of them where `after` is the key after +inf, a NaN
+    const Index up_to = found == infinity<C>() ? Index{} + static_cast<I>(n) : count;
+    const Index over = where & (up_to > last);
+    cut.tied |= over;
+    close(over, found, below);
+    close(where & ~over & (up_to >= first), after, up_to);
+    const Index under = where & open;
+    low = under ? after : low;
+    low_key = under ? key_of<C>(after) : low_key;
+    low_count = under ? up_to : low_count;
+  };
+  if (guess.row[0] > 0) {  // attackers who copy a row, or nearly, do so in every column
+    const V found = x[guess.row[0] - 1];
+    const Index below = count_below<C>(x, n, found), over = below > last;
+    close((below >= first) & ~over, found, below);
+    high = over ? found : high;
+    high_key = over ? key_of<C>(found) : high_key;
+    high_count = over ? below : high_count;
+    snap(below < first, found, below);
+    pivot = found + (aim - values(below)) * spacing;
+  }
+  int pass = 0;
+  for (; any_set(open) && pass < kMostPasses<C>; ++pass) {
     const int turn = pass > kGuidedPasses ? pass % 3 : 2;
-    if (turn == 0) {  // snap to the smallest value in the bracket: what is it, and how many equal it
-      const V found = smallest_from<C>(x, n, low), after = next_above<C>(found);
-      const Index count = count_below<C>(x, n, after);  // all of them where `after` is the key after +inf, a NaN
-      const Index up_to = found == infinity<C>() ? Index{} + static_cast<I>(n) : count;
-      const Index over = open & (up_to > last);
-      cut.tied |= over;
-      close(over, found, low_count);
-      close(open & (up_to >= first), after, up_to);
-      low = open ? after : low;
-      low_key = open ? key_of<C>(after) : low_key;
-      low_count = open ? up_to : low_count;
+    if (turn == 0) {  // the smallest value in the bracket
+      snap(open, smallest_from<C>(x, n, low), low_count);
       continue;
     }
     const Key half = low_key + ((high_key - low_key) >> 1);
@@ -151,6 +177,7 @@ Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t 
   close(open, low, low_count);
   guess.at = cut.at;
   guess.spacing = spacing;
+  if (pass > kGuidedPasses) guess.row[0] = row_near<C>(x, n, cut.at, spacing * static_cast<C>(n / 4));
   return cut;
 }
 

@@ -432,7 +432,7 @@ Run<C> nearest_run(typename Simd<C>::V* x, int64_t n, int64_t nearest, typename 
       lost = lost == lost ? lost : V{};  // infinite
       away[i] = away[i] < cut.at ? -none : cut.tied & (away[i] == cut.at) ? lost : none;
     }
-    Guess<C> fresh{V{}, V{} + static_cast<C>(1e-30)};
+    Guess<C> fresh{V{}, V{} + static_cast<C>(1e-30), {}};
     cut = find_cut<C>(away, n, nearest, nearest, fresh);
   }
   V first = none, last = -none, low = -none, high = none;
@@ -889,7 +889,7 @@ int64_t select_scratch(const Window& window) {
   // Values and their rows; or two guesses and the values, filled up, or their distances after them. Then
   // what is widened, and pointers to it.
   const int64_t filled = window.n <= kSortedRows ? Parts(window.n).size() : window.n;
-  const int64_t sorting = max64(2 * window.n + (window.nearest ? 4 : 0), filled + 4) * Simd<ComputeOf<S>>::lanes;
+  const int64_t sorting = max64(2 * window.n + (window.nearest ? 6 : 0), filled + 6) * Simd<ComputeOf<S>>::lanes;
   return sorting + (sizeof(S) == 2 && !sorts_shorts(window) ? window.n * (kWidened + 2) : 0);
 }
 

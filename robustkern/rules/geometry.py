@@ -57,6 +57,11 @@ _CELL_BITS = 50  # a weight is read as a multiple of 2^-50 of the largest, so th
 #: over the columns up to 8, but alike, so that they move a geometric median by less than a tenth of one.
 SINGLE_VALUES = 1 << 18
 SINGLE_ROUNDING = 40 * 2.0**-24
+MAX_SINGLE = 2.0**127  # of a sum of squares in float32
+#: Runs of columns by which rows are judged before, and how wide; from so many columns, and values, on: a hundredth of
+#: the time. And which share of the rows may be near others.
+SAMPLE, LEAST_SAMPLED, SAMPLED_VALUES = (16, 32), 1 << 14, 1 << 22
+MOST_NEAR = 0.125
 FAR = 2.0**-66  # brings rows whose squares overflow float32 to where they do not;
 SINGLE_LEAST = 2.0**-76  # and with it no row's mean square counts as less: what underflows is little of that
 SINGLE_NOISE = 2.0**-24
@@ -278,6 +283,7 @@ class Given:
     nonfinite: Mask | None = None
     points_measured: int = 0
     _needs_double: bool = False
+    _tells_near_rows: bool = False
     _measured_rows: int = 0
     _is_sharp: bool = False
     _has_lines: bool = False
@@ -290,9 +296,11 @@ class Given:
             self.geometry, self._needs_double = None, True
         self._draws = 0
 
-    def expect_double(self) -> None:
-        """Take float64 products in the first pass already, where none was made."""
-        if self.geometry is None:
+    def expect_double(self, *, of_near_rows: bool = False) -> None:
+        """Take float64 products in the first pass already, where none was made; or where many rows are near others."""
+        if self.geometry is None and of_near_rows:
+            self._tells_near_rows = True
+        elif self.geometry is None:
             self._needs_double = True
 
     @property
@@ -409,7 +417,7 @@ class Given:
     def _products(self, rows: Rows, cells: NDArray[np.int64] | None, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products of some columns, and whether float32 ones may be among them."""
         take = functools.partial(self.kernels.gram, rows, multiplicities=cells, origin=self.needs_origin)
-        if not single or not self.kernels.takes_float32_products(rows):
+        if not single or not self.kernels.takes_float32_products(rows) or self._is_hostile(rows):
             return take(scale=scale), False
         found = take(scale=scale, single=True)
         far = np.isinf(found.diagonal())  # squares overflow float32
@@ -418,6 +426,25 @@ class Given:
         if _lost(found):
             return take(scale=scale), False
         return np.where(far | far[:, None], take(scale=scale * FAR, single=True) / FAR**2, found), True
+
+    def _is_hostile(self, rows: Rows) -> bool:
+        """Tell by some columns of many whether float32 products would be in vain: only what the call costs depends on it.
+
+        Where squares of some row overflow float32; and for rules that tell rows apart that are near others, where more
+        are than in a few pairs. Who hides that from the sample costs a pass, as who hides nothing did.
+        """
+        if rows.d < LEAST_SAMPLED or rows.n * rows.d < SAMPLED_VALUES:
+            return False
+        sample = rows.sampled(*SAMPLE)
+        gram = self.kernels.gram(sample.take(np.arange(self.n)))
+        norms = gram.diagonal()
+        if (norms * (rows.d / sample.d) > MAX_SINGLE).any():
+            return True
+        lengths = np.sqrt(np.maximum(norms, SINGLE_LEAST * sample.d))
+        with np.errstate(invalid="ignore"):
+            near = norms[:, None] + norms - 2 * gram <= SINGLE_ROUNDING * (lengths[:, None] + lengths) ** 2
+        np.fill_diagonal(near, False)
+        return self._tells_near_rows and bool(np.count_nonzero(near.any(axis=1)) > MOST_NEAR * self.n)
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
