@@ -90,8 +90,6 @@ class GeometricMedian(Aggregator):
         converges = self._converges
         if converges and view.n >= MANY_ROWS and (columns := view.few_columns(self.name)) is not None:
             return _solve_in_columns(view, *columns)
-        # Near half of the weight at a point, the median is open along a line.
-        view.expect_double(of_near_rows=True)
         # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
         geometry, weights = view.measured(self.name, quick=converges)
         if converges and (row := _majority(view, weights)) is not None:

@@ -283,7 +283,6 @@ class Given:
     nonfinite: Mask | None = None
     points_measured: int = 0
     _needs_double: bool = False
-    _tells_near_rows: bool = False
     _measured_rows: int = 0
     _is_sharp: bool = False
     _has_lines: bool = False
@@ -296,11 +295,9 @@ class Given:
             self.geometry, self._needs_double = None, True
         self._draws = 0
 
-    def expect_double(self, *, of_near_rows: bool = False) -> None:
-        """Take float64 products in the first pass already, where none was made; or where many rows are near others."""
-        if self.geometry is None and of_near_rows:
-            self._tells_near_rows = True
-        elif self.geometry is None:
+    def expect_double(self) -> None:
+        """Take float64 products in the first pass already, where none was made."""
+        if self.geometry is None:
             self._needs_double = True
 
     @property
@@ -430,8 +427,8 @@ class Given:
     def _is_hostile(self, rows: Rows) -> bool:
         """Tell by some columns of many whether float32 products would be in vain: only what the call costs depends on it.
 
-        Where squares of some row overflow float32; and for rules that tell rows apart that are near others, where more
-        are than in a few pairs. Who hides that from the sample costs a pass, as who hides nothing did.
+        Where squares of some row overflow float32, or float32 does not tell many rows from others near them. Who hides
+        that from the sample costs a pass more.
         """
         if rows.d < LEAST_SAMPLED or rows.n * rows.d < SAMPLED_VALUES:
             return False
@@ -444,7 +441,7 @@ class Given:
         with np.errstate(invalid="ignore"):
             near = norms[:, None] + norms - 2 * gram <= SINGLE_ROUNDING * (lengths[:, None] + lengths) ** 2
         np.fill_diagonal(near, False)
-        return self._tells_near_rows and bool(np.count_nonzero(near.any(axis=1)) > MOST_NEAR * self.n)
+        return bool(np.count_nonzero(near.any(axis=1)) > MOST_NEAR * self.n)
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""

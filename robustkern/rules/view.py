@@ -140,12 +140,9 @@ class View:
 
     # -- geometry --------------------------------------------------------------------------------------------------
 
-    def expect_double(self, *, of_near_rows: bool = False) -> None:
-        """Have float64 products taken from the beginning: float32 ones are known to leave something open.
-
-        With `of_near_rows` only where many rows are so near others that float32 products do not tell them apart.
-        """
-        self._given.expect_double(of_near_rows=of_near_rows)
+    def expect_double(self) -> None:
+        """Have float64 products taken from the beginning: float32 ones are known to leave something open."""
+        self._given.expect_double()
 
     def geometry(self, *, quick: bool = False) -> Geometry:
         """Return inner products and distances of the rows; one read of the data for all that a call asks for.
