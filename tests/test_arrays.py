@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import pickle
 from typing import Any
 
@@ -385,6 +386,9 @@ def test_primitives_take_updates_too() -> None:
     value, distances = rk.kernels.select_columns(torch.from_numpy(x), (2, 5), distances=True)
     np.testing.assert_allclose(value.numpy(), np.sort(x, axis=0)[2:5].mean(axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(distances, rk.kernels.row_sq_distances(x, value.numpy()), rtol=1e-12)
+    squares = [math.fsum(row.astype(np.float64) ** 2) for row in x]
+    for updates in (x, torch.from_numpy(x), list(x), [{"a": row} for row in x]):
+        assert rk.kernels.row_sq_distances(updates, None).tolist() == squares
     np.testing.assert_allclose(rk.kernels.weighted_row_sum(x, np.full(7, 1 / 7)), x.mean(axis=0), rtol=1e-5, atol=1e-6)
     assert rk.kernels.gram(x, origin=True).shape == (8, 8)
     with pytest.raises(ValueError, match=r"window must satisfy 0 <= lo < hi <= n; got \(3, 3\) with n=7 rows"):

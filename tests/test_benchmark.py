@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -146,7 +147,8 @@ def test_a_planted_delay_fails_the_whole_check(
     """From measuring the limits to the exit status, as CI runs it; the delay is in Python, where no kernel sees it."""
     check = load_script("check")
     row = {"n": 10, "dtype": "float32", "reads": {"v3": 1}}
-    limits = {"slack": 4.0, "rows": [{"rule": rule, **row} for rule in ("median", "trimmed_mean")]}
+    worst = {"times": 2.5, "cases": [["trimmed_mean", 300, "copies"], ["krum", 64, "tiny noise"]]}
+    limits = {"slack": 4.0, "rows": [{"rule": rule, **row} for rule in ("median", "trimmed_mean")], "worst": worst}
     monkeypatch.setattr(check, "LIMITS", tmp_path / "limits.json")
     monkeypatch.setattr(benchmark, "machine", lambda: {"isa": "v3"})
     check.LIMITS.write_text(json.dumps(limits))
@@ -154,6 +156,7 @@ def test_a_planted_delay_fails_the_whole_check(
     assert check.main() == 0
     measured = json.loads(check.LIMITS.read_text())
     assert measured["slack"] == 4
+    assert measured["worst"] == worst
     assert all(row["reads"]["v3"] != 1 for row in measured["rows"])
     monkeypatch.setattr(sys, "argv", ["check.py"])
     assert check.main() == 0
@@ -171,7 +174,50 @@ def test_a_planted_delay_fails_the_whole_check(
     printed = capsys.readouterr().out
     assert "SLOW  median" in printed
     assert "ok    trimmed_mean" in printed
+    assert "ok    krum" in printed
     assert "slower than bench/limits.json allows" in printed
+
+
+def test_the_check_fails_where_hostile_rows_cost_more(
+    own_time: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real measurement, with a rule that looks at rows that are copies five times more."""
+    check = load_script("check")
+    monkeypatch.setattr(check, "WORST_VALUES", 640_000)
+    limits = {"slack": 1.5, "worst": {"times": 2.2, "cases": [["median", 64, "copies"], ["median", 64, "tiny noise"]]}}
+    assert check.dear_inputs(limits, check.measure_worst) == []
+    call = Cpp.select_columns
+
+    def dear(self: Cpp, rows: Rows, *args: Any, **options: Any) -> Any:
+        for _ in range(5 * bool((rows.array(0, 0) == rows.array(0, 1)).all())):
+            call(self, rows, *args, **options)
+        return call(self, rows, *args, **options)
+
+    monkeypatch.setattr(Cpp, "select_columns", dear)
+    capsys.readouterr()
+    (failed,) = check.dear_inputs(limits, check.measure_worst)
+    assert re.fullmatch(r"DEAR  median +n=64 +copies +(\d+\.\d\d, ){3}\d+\.\d\d times honest rows; limit 3.30", failed)
+    assert "ok    median" in capsys.readouterr().out
+
+
+def test_the_worst_inputs_are_what_they_are_called() -> None:
+    check, f = load_script("check"), 5
+    x = np.random.default_rng(0).standard_normal((16, 9000)).astype(np.float32)
+    made = {kind: make(x, f) for kind, make in check.INPUTS.items()}
+    assert (made["copies"][:f] == x[-1]).all()
+    away = abs(made["near copies"][:f] / x[-1] - 1)
+    assert 0 < away.max() <= 10 * 2**-23
+    for kind, size in (("tiny noise", 1e-30), ("huge noise", 1e30)):
+        assert 0.5 * size < np.median(abs(made[kind][:f].astype(np.float64))) < size
+    assert made.pop("aligned").shape == (16, 8192)
+    for kind, rows in made.items():
+        assert rows.dtype == np.float32, kind
+        assert np.array_equal(rows[f:], x[f:]), kind
+    limits = json.loads((BENCH / "limits.json").read_text())
+    assert {kind for _, _, kind in limits["worst"]["cases"]} == set(check.INPUTS)
+    assert limits["worst"]["times"] <= 2.2
+    for rule, n, _ in limits["worst"]["cases"]:
+        benchmark.job(rule, x[: min(n, 16)], 5)[0]()
 
 
 def test_limits_name_rules_that_exist_and_figures_for_v3() -> None:

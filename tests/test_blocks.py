@@ -19,6 +19,7 @@ from robustkern import engine
 from robustkern.backends import registry
 from robustkern.contract.primitives import Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
+from robustkern.rules import geometry
 
 
 def cut(x: NDArray[Any], borders: list[int]) -> Rows:
@@ -228,6 +229,92 @@ def test_attackers_do_not_choose_how_often_the_data_is_read(
                 rk.aggregate(x, rule, f=f, backend="cpp")
                 nbytes.append(counting.nbytes)
             assert nbytes[1] - nbytes[0] <= most * honest.nbytes, (rule, dtype.name)
+
+
+class Asked(Counting):
+    """Which Grams are asked for: of a sample, of float32 or float64 products; and distances from how many rows."""
+
+    def gram(self, rows: Rows, **options: Any) -> Matrix:
+        kind = "sample" if rows.d <= 512 else "single" if options.get("single") else "double"
+        self.calls.append(kind)
+        self.nbytes += rows.nbytes
+        return self.inner.gram(rows, **options)
+
+    def row_sq_distances(self, rows: Rows, centres: Rows | None, **options: Any) -> Matrix:
+        self.calls.append("exact" if options.get("exact", True) else f"from {0 if centres is None else centres.n}")
+        self.nbytes += rows.nbytes
+        return self.inner.row_sq_distances(rows, centres, **options)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    asked = Asked(registry.load_backend("cpp"))
+    monkeypatch.setitem(registry._loaded, "cpp", asked)
+    return asked
+
+
+@pytest.mark.parametrize("attack", [1e-30, 1e-16, "copies", "ulps", 1e20, 1e30])
+@pytest.mark.parametrize("rule", ["krum", "geometric_median", "nnm | median"])
+def test_a_sample_tells_where_float32_products_would_be_in_vain(asked: Asked, rule: str, attack: float | str) -> None:
+    """As large as it takes to look at one, and a column less; and what is hidden from it changes the cost alone."""
+    n, f, d = 256, 126, geometry.SAMPLED_VALUES // 256
+    honest = np.random.default_rng(0).standard_normal((n, d), dtype=np.float32)
+    hostile = attacked(honest, f, "copies" if attack == "ulps" else attack)
+    if attack == "ulps":
+        hostile[:f] *= 1 + np.random.default_rng(1).integers(-9, 9, (f, d)).astype(np.float32) * np.float32(2**-23)
+    hidden, width = hostile.copy(), geometry.SAMPLE[1]
+    for begin in (2 * np.arange(geometry.SAMPLE[0]) + 1) * d // (2 * geometry.SAMPLE[0]):
+        hidden[:, begin : begin + width] = honest[:, begin : begin + width]
+    for x, want in (
+        (honest, ["sample", "single"]),
+        (honest[:, 1:], ["single"]),
+        (hostile, ["sample", "double"]),
+        (hidden, ["sample", "single"]),
+    ):
+        asked.calls.clear()
+        got, info = rk.aggregate(x, rule, f=f, backend="cpp", return_info=True)
+        assert asked.calls[: len(want)] == want
+        if x is hostile:
+            assert "single" not in asked.calls
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(geometry, "SINGLE_VALUES", 1 << 60)
+            same, doubled = rk.aggregate(x, rule, f=f, backend="cpp", return_info=True)
+        if info.kept is not None:
+            assert np.array_equal(info.kept, doubled.kept)
+        np.testing.assert_allclose(got, same, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_spread_over_segments(dtype: np.dtype[Any]) -> None:
+    x = np.arange(2000, dtype=np.float64).reshape(2, 1000).astype(dtype)
+    for borders in ([], [1], [100, 130, 131, 900], list(range(1, 1000, 3))):
+        rows = cut(x, borders)
+        sample = rows.sampled(5, 32)
+        begins = [100, 300, 500, 700, 900]
+        ends = [min(next(b for b in [*borders, 1000] if b > begin), begin + 32) for begin in begins]
+        want = np.concatenate([x[:, a:b] for a, b in zip(begins, ends, strict=True)], axis=1)
+        assert sample.d == want.shape[1]
+        got = np.concatenate([sample.matrix(s) for s in range(5)], axis=1)
+        assert np.array_equal(got.astype(float), want.astype(float))
+
+
+@pytest.mark.parametrize("rule", ["krum", "multi_krum", "medoid"])
+def test_what_few_rows_leave_open_takes_one_read_more(asked: Asked, rule: str) -> None:
+    """Pairs of rows with the same values in other places have the same score, but for some last digits of one."""
+    for seed in range(3):
+        halves = np.random.default_rng(seed).standard_normal((2, 32, 10_000), dtype=np.float32)
+        x = np.concatenate([np.concatenate(halves, axis=1), np.concatenate(halves[::-1], axis=1)])
+        x[:32, :1000] *= np.float32(1 + 2**-22)
+        asked.calls.clear()
+        asked.nbytes = 0
+        _, info = rk.aggregate(x, rule, f=21, backend="cpp", return_info=True)
+        assert asked.calls[:2] == ["single", "from 2"]
+        assert not {"double", "exact"} & set(asked.calls)
+        assert asked.nbytes <= (2.7 if rule == "multi_krum" else 2.1) * x.nbytes
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(geometry, "SINGLE_VALUES", 1 << 60)
+            _, doubled = rk.aggregate(x, rule, f=21, backend="cpp", return_info=True)
+        assert info.order[-1] == doubled.order[-1] >= 32
+        assert np.array_equal(info.kept, doubled.kept)
 
 
 # ---- reproducible bits -------------------------------------------------------------------------------------------

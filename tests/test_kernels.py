@@ -709,6 +709,22 @@ def test_bindings_refuse_other_arrays() -> None:
             _cpu.gram(
                 _cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, cells, False, 1.0, False, np.zeros((4, 4)), 1
             )
+    for shape in ((5, 4), (0, 4), (4, 5)):
+        with pytest.raises(ValueError, match="out must have a column for each row and the origin, and at most as many"):
+            _cpu.gram(
+                _cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, None, False, 1.0, False, np.zeros(shape), 1
+            )
+    for centres, shape, message in (
+        (rows.addresses[:, :2], (1, 4), "one distance for each centre and row"),
+        (None, (2, 4), "one distance for each centre and row"),
+        (rows.addresses[:, :0], (0, 4), "the centres must have the rows' segments"),
+        (np.zeros((2, 1), dtype=np.uint64), (1, 4), "the centres must have the rows' segments"),
+    ):
+        at = None if centres is None else np.ascontiguousarray(centres)
+        with pytest.raises(ValueError, match=message):
+            _cpu.row_sq_distances(
+                _cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, at, 1.0, True, np.zeros(shape), 1
+            )
     with pytest.raises(ValueError, match="multiplicities must not be negative"):
         call(multiplicities=np.arange(-1, 3))
     mix, divisors = np.ones((4, 4)), np.ones(4)

@@ -425,7 +425,7 @@ class Given:
         return np.where(far | far[:, None], take(scale=scale * FAR, single=True) / FAR**2, found), True
 
     def _is_hostile(self, rows: Rows) -> bool:
-        """Tell by some columns of many whether float32 products would be in vain: only what the call costs depends on it.
+        """Tell by some of many columns whether float32 products would be in vain; only what a call costs depends on it.
 
         Where squares of some row overflow float32, or float32 does not tell many rows from others near them. Who hides
         that from the sample costs a pass more.
