@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from fractions import Fraction
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from emulated import EmulatedCuda, multiplies_float32
 from numpy.typing import NDArray
-from support import KINDS, assert_close, make_rows, one_row
+from support import IMPLEMENTATIONS, KINDS, assert_close, make_rows, one_row
 
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import DTYPES, Rows
@@ -476,6 +477,31 @@ def test_gram_with_multiplicities_is_centred_on_the_weighted_median(kernels: Ker
         want = (y @ y.T).astype(np.float64)
         np.testing.assert_allclose(got[np.ix_(finite, finite)], want, rtol=1e-12, atol=1e-12 * np.abs(want).max())
         assert np.isnan(got[~finite]).all()
+
+
+@pytest.mark.parametrize(("n", "segments"), [(3, 2000), (40, 400), (129, 200)])
+def test_sums_of_rows_that_are_constant_keep_the_bound(n: int, segments: int) -> None:
+    """Their roundings are all alike. On both sides of where a Gram is shared; what is summed is the same memory again."""
+    x = np.random.default_rng(n).standard_normal((n, 1)).astype(np.float32)
+    block = np.repeat(x, 4096, axis=1)
+    d = 4096 * segments
+    rows = Rows(np.repeat(Rows.of(block).addresses, segments, axis=0), np.arange(0, d + 1, 4096), block.dtype, block)
+    wide = x[:, 0].astype(np.float64)
+    centre = np.sort(wide)[(n - 1) // 2]
+    away = [Fraction(v) - Fraction(centre) for v in wide]
+    for name in sorted({*IMPLEMENTATIONS} - {"reference", "cuda-emulated"}):  # which take too long
+        kernels = IMPLEMENTATIONS[name]
+        bound = Fraction(kernels.rounding(n, d)) * d
+        gram = kernels.gram(rows)
+        for i in range(n):
+            for j in range(i + 1):
+                assert abs(Fraction(gram[i, j]) - away[i] * away[j] * d) <= bound * abs(away[i] * away[j])
+        window = Window((n - 1) // 2, (n - 1) // 2 + 1)
+        squares = kernels.select_columns(rows, window, distances=True).sq_distances
+        plain = kernels.row_sq_distances(rows, rows.take([0]), exact=False)[0]
+        for i in range(n):
+            assert abs(Fraction(squares[i]) - away[i] ** 2 * d) <= bound * away[i] ** 2
+            assert abs(Fraction(plain[i]) - (away[i] - away[0]) ** 2 * d) <= bound * (away[i] - away[0]) ** 2
 
 
 def test_lines_of_a_gram_are_those_of_the_whole(kernels: Kernels, dtype: np.dtype[Any]) -> None:

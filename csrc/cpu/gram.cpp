@@ -16,6 +16,10 @@ constexpr int64_t kTaskRows = 128;      // whose Grams tasks have of their own
 constexpr int64_t kTaskCells = (kTaskRows / kBlock + 1) * (kTaskRows / kBlock + 2) / 2 * kCells;  // and the origin's;
 // above, one Gram is shared and its blocks are split among threads.
 
+// Sums of so many tiles go to others: no sum has many terms, for the contract's error bound. Rows that are constant
+// over 1.5 million columns had errors of 1446 roundings, with all tiles of 140 rows in one sum.
+constexpr int64_t kFreshTiles = 128;
+
 // A lane's sum in float32 has at most so many terms: with the centring (2), the sum of the lanes (4) and what squares
 // that underflow may take (below 1: 2^-126 a column, of rows that count as 2^-50 a column long), the contract's error
 // bound of 40 roundings.
@@ -154,6 +158,12 @@ RK_INLINE void add_products(const P* x, const Triangle& triangle, int64_t i, int
   }
 }
 
+// Adds sums of some tiles to others, and begins again.
+RK_INLINE void move_sums(double* fresh, int64_t count, double* sums) {
+  for (int64_t k = 0; k < count; ++k) sums[k] += fresh[k];
+  memset(fresh, 0, sizeof(double) * static_cast<size_t>(count));
+}
+
 // ---- centring ------------------------------------------------------------------------------------------
 
 constexpr int64_t kStrip = 64;  // columns centred at a time: of 64 rows they stay in the first-level cache
@@ -269,6 +279,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   const int64_t at_seen = space.reserve<uint8_t>(n), at_bad = space.reserve<uint8_t>(n);
   const int64_t x_bytes = blocks * kBlock * kRowBytes, n_grams = shared ? 1 : grid.n_tasks;
   const int64_t at_x = (shared ? sums : space).reserve<char>(x_bytes);
+  const int64_t at_fresh = (shared ? sums : space).reserve<double>(triangle.size());
   const int64_t at_grams = sums.reserve<double>(n_grams * triangle.size()), at_bad_rows = sums.reserve<uint8_t>(m);
   if (!space.allocate(threads) || !sums.allocate(1)) {
     release_window(centring.window);
@@ -290,9 +301,15 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
     memset(scratch.network, 0, sizeof(C) * static_cast<size_t>(select_scratch<S>(centring.window)));
     char* x_memory = shared ? sums.part<char>(0, at_x) : space.part<char>(thread, at_x);
     P* x = reinterpret_cast<P*>(x_memory);
-    if (!shared || thread == 0) memset(x_memory, 0, static_cast<size_t>(x_bytes));  // rows that only fill up stay zeros
+    double* fresh = shared ? sums.part<double>(0, at_fresh) : space.part<double>(thread, at_fresh);
+    int64_t tiles = 0;
+    if (!shared || thread == 0) {
+      memset(x_memory, 0, static_cast<size_t>(x_bytes));  // rows that only fill up stay zeros
+      memset(fresh, 0, sizeof(double) * static_cast<size_t>(triangle.size()));
+    }
     if (!shared) {
-      for (int64_t task; (task = take(next)) < grid.n_tasks;)
+      for (int64_t task; (task = take(next)) < grid.n_tasks;) {
+        double* mine = grams + task * triangle.size();
         for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
           for (int64_t j = 0; j < count; j += tile) {
             const int64_t columns = min64(tile, count - j), padded = round_up(columns, kStored<S>);
@@ -301,10 +318,13 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
             Ahead ahead =
                 ahead_of<S>(rows, segment, first + j + columns, columns,
                             triangle.size() / kCells * (kBlock / kRight) * (round_up(padded, together) / together));
-            for (int64_t i = 0; i < blocks; ++i)
-              add_products(x, triangle, i, padded, grams + task * triangle.size(), ahead);
+            for (int64_t i = 0; i < blocks; ++i) add_products(x, triangle, i, padded, fresh, ahead);
+            if (++tiles % kFreshTiles == 0) move_sums(fresh, triangle.size(), mine);
           }
         });
+        move_sums(fresh, triangle.size(), mine);
+        tiles = 0;  // bits depend on the columns of a task alone
+      }
     } else {
       // The threads centre a tile's parts, then share out the blocks of the one Gram. Each entry grows in column order
       // whoever adds to it, so bits do not depend on the number of threads.
@@ -316,10 +336,14 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
             const int64_t j = strip * kStrip;
             centring.run(rows, segment, first + j, min64(kStrip, count - j), x + j, scratch);
           });
+          const bool full = ++tiles % kFreshTiles == 0;
           member.share(blocks, [&](int64_t i) {  // the last, which have most products, first
-            add_products(x, triangle, blocks - 1 - i, round_up(count, kStored<S>), grams, none);
+            const int64_t block = blocks - 1 - i, at = triangle.block_at(block, 0);
+            add_products(x, triangle, block, round_up(count, kStored<S>), fresh, none);
+            if (full) move_sums(fresh + at, triangle.block_at(block + 1, 0) - at, grams + at);
           });
         });
+      if (thread == 0) move_sums(fresh, triangle.size(), grams);
     }
     mark(bad_rows, scratch.bad, n);
   });

@@ -199,6 +199,13 @@ RK_INLINE double sq_distance(const A* a, const double* c, int64_t columns, doubl
   return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// Adds to a sum that carries its roundings.
+RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
+  const double sum = high + more_high, virtual_b = sum - high;
+  low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
+  high = sum;
+}
+
 template <class S>
 struct SelectParts {  // a thread's scratch
   using C = ComputeOf<S>;
@@ -325,9 +332,14 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
     mark(select.nonfinite, nonfinite, n);
   });
   if (select.sq_distances) {
-    for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] = 0;
-    for (int64_t task = 0; task < grid.n_tasks; ++task)
-      for (int64_t i = 0; i < n_measured; ++i) select.sq_distances[i] += partials[task * n_measured + i];
+    for (int64_t i = 0; i < n_measured; ++i) {
+      double high = 0, low = 0, plain = 0;
+      for (int64_t task = 0; task < grid.n_tasks; ++task) {
+        add_doubled(high, low, partials[task * n_measured + i], 0);
+        plain += partials[task * n_measured + i];
+      }
+      select.sq_distances[i] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
+    }
   }
   release_window(window);
   return Status::ok;
@@ -340,12 +352,6 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
 constexpr int64_t kDistanceColumns = 1024;
 constexpr int64_t kTogether = 4;  // centres that a row is measured from at a time
 constexpr int64_t kChains = 4;    // sums of a row, because each waits for the one before
-
-RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
-  const double sum = high + more_high, virtual_b = sum - high;
-  low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
-  high = sum;
-}
 
 // Adds the squared distance of a row times scale to a centre over a tile, exactly.
 template <class S>

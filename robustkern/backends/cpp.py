@@ -67,6 +67,10 @@ class Cpp:
         """See the contract."""
         return True
 
+    def rounding(self, n: int, d: int) -> float:
+        """See the contract."""
+        return 2.0**-53 * (384 + d / 2**15)
+
     def select_columns(
         self,
         rows: Rows,

@@ -96,6 +96,10 @@ class Cuda:
         """See the contract; data centres' GPUs multiply float64 at the speed of their memory."""
         return not self.devices[self.place_of(rows).device]["fast_doubles"]
 
+    def rounding(self, n: int, d: int) -> float:
+        """See the contract: a thread's sum has the columns of its block, of which csrc/cuda/gram.cu takes so many."""
+        return 2.0**-53 * (384 + d / min(max(2**22 // (n + 2) ** 2, 4), 1024))
+
     def select_columns(
         self,
         rows: Rows,

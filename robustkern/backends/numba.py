@@ -740,6 +740,10 @@ class Numba:
         """See the contract."""
         return False
 
+    def rounding(self, n: int, d: int) -> float:
+        """See the contract."""
+        return 2.0**-53 * (512 + d / 2**8)
+
     def select_columns(
         self,
         rows: Rows,

@@ -33,6 +33,10 @@ class Reference:
         """See the contract."""
         return False
 
+    def rounding(self, n: int, d: int) -> float:
+        """See the contract; sums of blocks are taken in 80 bits."""
+        return 2.0**-53 * 384
+
     def select_columns(
         self,
         rows: Rows,
@@ -50,7 +54,7 @@ class Reference:
     ) -> Selected:
         """See the contract."""
         nonfinite = np.zeros(rows.n, dtype=np.bool_)
-        total = np.zeros(rows.n if measure is None else len(measure))
+        total = np.zeros(rows.n if measure is None else len(measure), dtype=np.longdouble)
         compute = _compute_dtype(rows.dtype)
         with np.errstate(all="ignore"):
             for block, target in _blocks(rows, out):
@@ -68,7 +72,8 @@ class Reference:
                     measured = x if measure is None else _mixed(measure, measure_divisors, x)
                     difference = (measured - values.astype(np.float64)) * scale
                     total += (difference * difference).sum(axis=1)
-        return Selected(total if distances else None, nonfinite)
+        with np.errstate(over="ignore"):
+            return Selected(total.astype(np.float64) if distances else None, nonfinite)
 
     def gram(
         self,
@@ -83,7 +88,7 @@ class Reference:
         """See the contract; products are always float64."""
         middle = (rows.n - 1 if multiplicities is None else int(multiplicities.sum()) - 1) // 2
         m = rows.n + origin
-        total = np.zeros((m, m))
+        total = np.zeros((m, m), dtype=np.longdouble)
         bad = np.zeros(m, dtype=np.bool_)
         with np.errstate(all="ignore"):
             for block, _ in _blocks(rows, None):
@@ -97,10 +102,11 @@ class Reference:
                 x = np.where(finite.reshape(-1, 1), x * scale - centre * scale, 0.0)
                 for i in range(m):  # no BLAS: equal rows must have equal products
                     total[i, : i + 1] += (x[: i + 1] * x[i]).sum(axis=1)
-        total = np.tril(total) + np.tril(total, -1).T
-        total[bad, :] = np.nan
-        total[:, bad] = np.nan
-        return total[:lines]
+        with np.errstate(over="ignore"):
+            gram = (np.tril(total) + np.tril(total, -1).T).astype(np.float64)
+        gram[bad, :] = np.nan
+        gram[:, bad] = np.nan
+        return gram[:lines]
 
     def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
         """See the contract: always exact, by 80-bit sums where the machine has them."""
@@ -111,7 +117,8 @@ class Reference:
                 for at, centre in enumerate([0.0] if points is None else _stack(points)):
                     difference = (x - centre) * scale
                     total[at] += (difference * difference).sum(axis=1)
-        return total.astype(np.float64)
+        with np.errstate(over="ignore"):
+            return total.astype(np.float64)
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""

@@ -45,6 +45,13 @@ class Kernels(Protocol):
     def takes_float32_products(self, rows: Rows) -> bool:
         """Whether `gram` of such rows may have float32 products where it is asked for `single` ones."""
 
+    def rounding(self, n: int, d: int) -> float:
+        """Return a bound of the relative error of sums over d columns of n rows, as the backend orders them.
+
+        Of plain distances; and of `gram`, in the product of the lengths of an entry's two rows. Rows that are constant
+        over the columns come near it.
+        """
+
     def select_columns(
         self,
         rows: Rows,

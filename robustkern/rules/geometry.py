@@ -303,7 +303,7 @@ class Given:
     @property
     def rounding(self) -> float:
         """Bound of the relative error of sums over the columns."""
-        return _rounding(self.source.d)
+        return self.kernels.rounding(self.n, self.source.d)
 
     # -- randomness ------------------------------------------------------------------------------------------------
 
@@ -353,7 +353,7 @@ class Given:
             centre = centre._replace(origin=float(gram[n, -1]))
         if centre is not None and not measurable(np.array([centre.square])).all():
             raise CentreError(NO_CENTRE)
-        rounding = _rounding(source.d) + (SINGLE_ROUNDING if single else 0.0)
+        rounding = self.rounding + (SINGLE_ROUNDING if single else 0.0)
         lengths = np.sqrt(np.maximum(inner.diagonal(), SINGLE_LEAST * source.d if single else 0.0))
         self.geometry = Geometry(inner, finite, lengths, rounding, single, scale, origin, centre)
         self.nonfinite = ~finite
@@ -376,7 +376,7 @@ class Given:
         used = finite if self.weights is None else finite & (self.weights > 0)
         if not used.any():
             self.nonfinite = ~finite
-            return x, finite, _rounding(source.d)
+            return x, finite, self.rounding
         x[finite] -= lower_median(x[used], None, None if self.weights is None else self.weights[used])
         x[~finite] = 0.0
         lengths = abs(x[used]).max(axis=1, initial=0.0)
@@ -384,7 +384,7 @@ class Given:
         if len(lengths) and not 1e-100 < np.median(lengths) <= lengths.max() < min(1e100, 1e140 * np.median(lengths)):
             return None  # squares need a scale, see `measure`
         self.nonfinite = ~finite
-        return x, finite, _rounding(source.d)
+        return x, finite, self.rounding
 
     def _passed(self, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
         """Make a pass over the data: what was found by each who holds columns, see `Source.passed`."""
@@ -400,7 +400,7 @@ class Given:
     def gram_pass(self, scale: float, single: bool) -> Matrix:
         """Inner products, and in one more row whether float32 ones may be among them."""
         m = self.n + self.source.has_centre + self.needs_origin
-        total = np.zeros((m + 1, m))
+        total = np.zeros((m + 1, m), dtype=np.longdouble)  # files may have thousands of blocks
         cells = None if self.weights is None else as_cells(self.weights)
         if self.source.has_centre:  # which does not count for the median that the rows are centred on
             cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
@@ -409,7 +409,7 @@ class Given:
                 found, quick = self._products(rows, cells, scale, single)
                 total[:-1] += found
                 total[-1] += quick
-        return total
+        return _in_float64(total)
 
     def _products(self, rows: Rows, cells: NDArray[np.int64] | None, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products of some columns, and whether float32 ones may be among them."""
@@ -465,7 +465,7 @@ class Given:
 
     def selection_pass(self, selection: Selection, measured: Mixture | None, scale: float) -> Vector:
         """Which rows hold NaN or Inf, and the squared distances of all, or of mixtures of them, to a selection."""
-        total = np.zeros(self.n if measured is None else len(measured.weights))
+        total = np.zeros(self.n if measured is None else len(measured.weights), dtype=np.longdouble)
         flags = np.zeros(self.n, dtype=np.bool_)
         for block in self.source.blocks():
             for rows in block.rows:
@@ -473,7 +473,7 @@ class Given:
                 assert found.sq_distances is not None
                 total += found.sq_distances
                 flags |= found.nonfinite
-        return np.append(flags, total)
+        return _in_float64(np.append(flags, total))
 
     def select(
         self,
@@ -563,10 +563,10 @@ class Given:
     def point_pass(self, point: Point, scale: float) -> Vector:
         """Squared distances to a point that is there."""
         every = np.arange(self.n + (point == "centre"))
-        total = np.zeros(len(every))
+        total = np.zeros(len(every), dtype=np.longdouble)
         for part in self._parts_from(point, every, scale, exact=False):
             total += part
-        return total
+        return _in_float64(total)
 
     def exact_from(self, point: Point, scale: float, rows: NDArray[np.intp]) -> Vector:
         """Exact squared distances of some input rows to one of them, to the centre or to the origin."""
@@ -632,11 +632,11 @@ class Given:
 
     def lines_pass(self, scale: float, some: NDArray[np.intp]) -> Matrix:
         """Squared distances of all rows from some of them."""
-        every, total = np.arange(self.n), np.zeros((len(some), self.n))
+        every, total = np.arange(self.n), np.zeros((len(some), self.n), dtype=np.longdouble)
         for block in self.source.blocks():
             for rows in block.rows:
                 total += self.kernels.row_sq_distances(rows.take(every), rows.take(some), scale=scale, exact=False)
-        return total
+        return _in_float64(total)
 
     def _sharpened(self, geometry: Geometry) -> Geometry:
         """Measure rows that lie near each other, for how far they are from the centre, from the middle of their own.
@@ -668,11 +668,11 @@ class Given:
 
     def products_pass(self, scale: float, some: NDArray[np.intp]) -> Matrix:
         """Inner products of some rows, from their own middle."""
-        total = np.zeros((len(some), len(some)))
+        total = np.zeros((len(some), len(some)), dtype=np.longdouble)
         for block in self.source.blocks():
             for rows in block.rows:
                 total += self.kernels.gram(rows.take(some), scale=scale)
-        return total
+        return _in_float64(total)
 
     # -- rows that are not finite ----------------------------------------------------------------------------------
 
@@ -720,6 +720,12 @@ def _connected(pairs: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
         if np.count_nonzero(group) > 1:
             groups.append(np.flatnonzero(group))
     return groups
+
+
+def _in_float64(total: NDArray[np.longdouble]) -> NDArray[np.float64]:
+    """Round sums of many blocks, which are taken in 80 bits where the machine has them."""
+    with np.errstate(over="ignore"):
+        return np.asarray(total, dtype=np.float64)
 
 
 def share_of_origin(weights: Vector, centre_weight: float) -> float:
@@ -788,11 +794,6 @@ def cells_of_share(cells: NDArray[np.int64], share: float) -> int:
     if total // unit < 2**20 and abs(parts - round(parts)) < 1e-9:
         return min(round(parts) * unit, (total - 1) // 2)
     return min(math.ceil(share * total * (1 + 4 * EPSILON)) + len(cells), (total - 1) // 2)
-
-
-def _rounding(d: int) -> float:
-    """Bound of the relative error of float64 sums over d columns, as the kernels order them."""
-    return EPSILON * (256 + d / 2**15)
 
 
 def sum_of(parts: list[NDArray[np.float64]]) -> NDArray[np.float64]:
