@@ -11,6 +11,7 @@ limit of these is the contract's, times the slack.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -80,24 +81,28 @@ def kind_of(machine: dict[str, Any]) -> str:
     return " ".join([machine["isa"], *maker])
 
 
+def missed(what: str, figure: float, slack: float, unit: str, measure: Callable[[], float]) -> list[str]:
+    """Measure until the limit holds, some times at most, and print how it went; return that line where it never did."""
+    limit, seen = figure * slack, [measure()]
+    while len(seen) < ATTEMPTS and min(seen) > limit:
+        seen.append(measure())
+    verdict = "ok" if min(seen) <= limit else "SLOW"
+    tried = ", ".join(f"{value:.2f}" for value in seen)
+    line = f"{verdict:4}  {what} {tried} {unit}; limit {limit:.2f} = {figure:.2f} x slack"
+    print(line, flush=True)
+    return [] if verdict == "ok" else [line]
+
+
 def slow_rows(limits: dict[str, Any], kind: str, measure: Measure) -> list[str]:
     """Return a line for each row that stayed over its limit, and print every row."""
-    failed = []
+    lines = []
     for row in limits["rows"]:
         rule, n, dtype = row["rule"], row["n"], row["dtype"]
         # A maker without figures of its own is held to those of the instruction set, and this to the next lower one's.
         figure = row["reads"].get(kind) or row["reads"].get(kind.split(maxsplit=1)[0], row["reads"]["v3"])
-        limit = figure * limits["slack"]
-        seen: list[float] = []
-        while len(seen) < ATTEMPTS and (not seen or min(seen) > limit):
-            seen.append(measure(rule, n, dtype))
-        verdict = "ok" if min(seen) <= limit else "SLOW"
-        tried = ", ".join(f"{reads:.2f}" for reads in seen)
-        line = f"{verdict:4}  {rule:24} n={n:<5} {dtype:9} {tried} reads; limit {limit:.2f} = {figure:.2f} x slack"
-        print(line, flush=True)
-        if verdict != "ok":
-            failed.append(line)
-    return failed
+        call = functools.partial(measure, rule, n, dtype)
+        lines += missed(f"{rule:24} n={n:<5} {dtype:11}", figure, limits["slack"], "reads", call)
+    return lines
 
 
 def measure_worst(rule: str, n: int, kind: str) -> float:
@@ -114,19 +119,12 @@ def measure_worst(rule: str, n: int, kind: str) -> float:
 
 def dear_inputs(limits: dict[str, Any], measure: Measure) -> list[str]:
     """Return a line for each of the worst inputs that stayed over its limit, and print every one."""
-    failed = []
-    limit = limits["worst"]["times"] * limits["slack"]
+    lines = []
     for rule, n, kind in limits["worst"]["cases"]:
-        seen: list[float] = []
-        while len(seen) < ATTEMPTS and (not seen or min(seen) > limit):
-            seen.append(measure(rule, n, kind))
-        verdict = "ok" if min(seen) <= limit else "DEAR"
-        tried = ", ".join(f"{times:.2f}" for times in seen)
-        line = f"{verdict:4}  {rule:24} n={n:<5} {kind:12} {tried} times honest rows; limit {limit:.2f}"
-        print(line, flush=True)
-        if verdict != "ok":
-            failed.append(line)
-    return failed
+        call = functools.partial(measure, rule, n, kind)
+        times, slack = limits["worst"]["times"], limits["slack"]
+        lines += missed(f"{rule:24} n={n:<5} {kind:11}", times, slack, "times honest rows", call)
+    return lines
 
 
 def update(limits: dict[str, Any], kind: str, measure: Measure) -> None:

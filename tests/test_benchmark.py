@@ -196,7 +196,9 @@ def test_the_check_fails_where_hostile_rows_cost_more(
     monkeypatch.setattr(Cpp, "select_columns", dear)
     capsys.readouterr()
     (failed,) = check.dear_inputs(limits, check.measure_worst)
-    assert re.fullmatch(r"DEAR  median +n=64 +copies +(\d+\.\d\d, ){3}\d+\.\d\d times honest rows; limit 3.30", failed)
+    assert re.fullmatch(
+        r"SLOW  median +n=64 +copies +(\d+\.\d\d, ){3}\d+\.\d\d times honest rows; limit 3.30 = 2.20 x slack", failed
+    )
     assert "ok    median" in capsys.readouterr().out
 
 
