@@ -91,8 +91,9 @@ class Counting:
     def takes_float32_products(self, rows: Rows) -> bool:
         return self.inner.takes_float32_products(rows)
 
-    def rounding(self, n: int, d: int) -> float:
-        return self.inner.rounding(n, d)
+    @property
+    def roundings(self) -> tuple[float, float]:
+        return self.inner.roundings
 
     def select_columns(self, rows: Rows, window: Window, **options: Any) -> Selected:
         self.calls.append("select_columns")

@@ -491,7 +491,8 @@ def test_sums_of_rows_that_are_constant_keep_the_bound(n: int, segments: int) ->
     away = [Fraction(v) - Fraction(centre) for v in wide]
     for name in sorted({*IMPLEMENTATIONS} - {"reference", "cuda-emulated"}):  # which take too long
         kernels = IMPLEMENTATIONS[name]
-        bound = Fraction(kernels.rounding(n, d)) * d
+        always, each = kernels.roundings
+        bound = Fraction(2.0**-53 * (always + each * d)) * d
         gram = kernels.gram(rows)
         for i in range(n):
             for j in range(i + 1):

@@ -47,6 +47,7 @@ class Cpp:
     """See `robustkern.contract.primitives.Kernels`."""
 
     name = "cpp"
+    roundings = 384.0, 2.0**-15
     dtypes = DTYPES
 
     def __init__(self, isa: str) -> None:
@@ -66,10 +67,6 @@ class Cpp:
     def takes_float32_products(self, rows: Rows) -> bool:
         """See the contract."""
         return True
-
-    def rounding(self, n: int, d: int) -> float:
-        """See the contract."""
-        return 2.0**-53 * (384 + d / 2**15)
 
     def select_columns(
         self,

@@ -58,6 +58,7 @@ class Cuda:
     """See `contract.primitives.Kernels`. Waits for the caller's stream once a call, where it returns numbers."""
 
     name = "cuda"
+    roundings = 384.0, 0.25  # of more than a thousand rows four blocks of threads share the columns; of fewer, more
     dtypes = DTYPES
 
     def __init__(self, module: Any, devices: list[dict[str, Any]]) -> None:
@@ -95,10 +96,6 @@ class Cuda:
     def takes_float32_products(self, rows: Rows) -> bool:
         """See the contract; data centres' GPUs multiply float64 at the speed of their memory."""
         return not self.devices[self.place_of(rows).device]["fast_doubles"]
-
-    def rounding(self, n: int, d: int) -> float:
-        """See the contract: a thread's sum has the columns of its block, of which csrc/cuda/gram.cu takes so many."""
-        return 2.0**-53 * (384 + d / min(max(2**22 // (n + 2) ** 2, 4), 1024))
 
     def select_columns(
         self,

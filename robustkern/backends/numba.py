@@ -734,15 +734,12 @@ class Numba:
     """See `robustkern.contract.primitives.Kernels`."""
 
     name = "numba"
+    roundings = 512.0, 2.0**-8
     dtypes = DTYPES
 
     def takes_float32_products(self, rows: Rows) -> bool:
         """See the contract."""
         return False
-
-    def rounding(self, n: int, d: int) -> float:
-        """See the contract."""
-        return 2.0**-53 * (512 + d / 2**8)
 
     def select_columns(
         self,

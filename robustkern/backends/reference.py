@@ -27,15 +27,12 @@ class Reference:
     """See `robustkern.contract.primitives.Kernels`, which this spells out."""
 
     name = "reference"
+    roundings = 384.0, 0.0  # sums of blocks are taken in 80 bits
     dtypes = DTYPES
 
     def takes_float32_products(self, rows: Rows) -> bool:
         """See the contract."""
         return False
-
-    def rounding(self, n: int, d: int) -> float:
-        """See the contract; sums of blocks are taken in 80 bits."""
-        return 2.0**-53 * 384
 
     def select_columns(
         self,

@@ -38,19 +38,22 @@ class Kernels(Protocol):
     """The four primitives. All sums are float64 whatever the rows' dtype; inputs are never written.
 
     The same input gives the same bits for any number of threads and from run to run.
+
+    Attributes
+    ----------
+    name : str
+        As in the registry.
+    roundings : (float, float)
+        Bound of the relative error of plain distances, and of `gram` in the lengths of an entry's two rows: so many
+        units of 2**-53, and so many for each column, as the backend orders its sums. Rows that are constant over the
+        columns come near it.
     """
 
     name: str
+    roundings: tuple[float, float]
 
     def takes_float32_products(self, rows: Rows) -> bool:
         """Whether `gram` of such rows may have float32 products where it is asked for `single` ones."""
-
-    def rounding(self, n: int, d: int) -> float:
-        """Return a bound of the relative error of sums over d columns of n rows, as the backend orders them.
-
-        Of plain distances; and of `gram`, in the product of the lengths of an entry's two rows. Rows that are constant
-        over the columns come near it.
-        """
 
     def select_columns(
         self,

@@ -303,7 +303,8 @@ class Given:
     @property
     def rounding(self) -> float:
         """Bound of the relative error of sums over the columns."""
-        return self.kernels.rounding(self.n, self.source.d)
+        always, each = self.kernels.roundings
+        return EPSILON * (always + each * self.source.d)
 
     # -- randomness ------------------------------------------------------------------------------------------------
 
