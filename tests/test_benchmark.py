@@ -375,6 +375,7 @@ def test_the_limit_counts_bytes_and_operations() -> None:
         "mean_around_median": 2 * network + 6,
         "ctma(median)": median + 16 + 6,
         "multi_krum": 36 + 16 + 6,
+        "cge": 16 + 6,
         "nnm | median": 36 + 16 + median + 64,
     }.items():
         assert limits.least_reads_of(case, 8, 2, slow, 1e-9) * 1e-6 == pytest.approx(operations, rel=1e-5)

@@ -28,7 +28,7 @@ from robustkern.measure.reads import (
     seconds_of,
 )
 from robustkern.measure.roofline import selection_network
-from robustkern.rules import Chain, parse_rule
+from robustkern.rules import CGE, Chain, MoNNA, parse_rule
 
 __all__ = ["LAYOUTS", "SIZES", "Rates", "gradient_rows", "inputs", "least_reads_of", "measured_rates", "worst"]
 
@@ -88,6 +88,8 @@ def _passes(case: str, n: int, f: int) -> Iterator[_Pass]:
         yield _Pass(n, _selection(n, *window), mean + (2 * n if again else 0))  # and distances to what was selected
     elif not again:
         yield _Pass(n, _selection(n, 0, n), n - f)  # nearest values: of all that are sorted, a mean
+    elif isinstance(plan, (CGE, MoNNA)):
+        yield _Pass(n, 0, 2 * n)  # distances from a point
     else:
         yield gram
     if isinstance(plan, Chain) and (selects := plan.last.window(n, f)):
