@@ -1,4 +1,4 @@
-// The contract of the four primitives on raw pointers: what robustkern/_kernels.py says in Python.
+// The contract of the four primitives on raw pointers: what robustkern/contract/primitives.py says in Python.
 // Nothing outside csrc/bindings knows Python; nothing here knows an instruction set.
 #pragma once
 #include <cstdint>
