@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustkern.measure import limits as worst
 from robustkern.measure import reads as benchmark
 
 LIMITS = Path(__file__).with_name("limits.json")
@@ -110,9 +111,12 @@ def measure_worst(rule: str, n: int, kind: str) -> float:
     f, honest = (n - 3) // 2, benchmark.make_rows(n, WORST_VALUES // n + 1)
     honest[: n // 4] = -honest[-(n // 4) :][::-1]  # no attackers but those of the kind
     other = INPUTS[kind](honest, f)
-    calls = [benchmark.job(rule, rows, f)[0] for rows in (other, honest)]
-    for call in calls:
+    calls = []
+    for rows in (other, honest):
+        call, result = benchmark.job(rule, rows, f)
         call()
+        worst.check_result(rule, rows, f, result, f"{rule}, n={n}, {kind}")
+        calls.append(call)
     ratios = np.divide(*benchmark.compare(*calls, ROUNDS))
     return float(np.median(ratios)) * honest.shape[1] / other.shape[1]
 

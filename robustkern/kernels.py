@@ -183,16 +183,16 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     -----
     One read of the data.
     """
-    rows_of = list(updates) if not isinstance(updates, (str, bytes, dict)) else updates
-    source, _, kernels = _open("row_sq_distances", updates if centre is None else [*rows_of, centre], None, backend)
+    if centre is not None and not isinstance(updates, (str, bytes, dict)):
+        updates = [*updates, centre]
+    source, _, kernels = _open("row_sq_distances", updates, None, backend)
     n = source.n - (centre is not None)
     total = np.zeros(n)
     for block in source.blocks():
         for rows in block.rows:
             there = None if centre is None else rows.take([n])
-            total += kernels.row_sq_distances(rows.take(np.arange(n)), there, scale=_scale("row_sq_distances", scale))[
-                0
-            ]
+            found = kernels.row_sq_distances(rows.take(np.arange(n)), there, scale=_scale("row_sq_distances", scale))
+            total += found[0]
     return total
 
 

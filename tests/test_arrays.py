@@ -389,6 +389,9 @@ def test_primitives_take_updates_too() -> None:
     squares = [math.fsum(row.astype(np.float64) ** 2) for row in x]
     for updates in (x, torch.from_numpy(x), list(x), [{"a": row} for row in x]):
         assert rk.kernels.row_sq_distances(updates, None).tolist() == squares
+    for other in ({"a": x[0]}, "rows"):
+        with pytest.raises(TypeError, match=f"updates is {type(other).__name__}; expected an array of shape"):
+            rk.kernels.row_sq_distances(other, x[0])
     np.testing.assert_allclose(rk.kernels.weighted_row_sum(x, np.full(7, 1 / 7)), x.mean(axis=0), rtol=1e-5, atol=1e-6)
     assert rk.kernels.gram(x, origin=True).shape == (8, 8)
     with pytest.raises(ValueError, match=r"window must satisfy 0 <= lo < hi <= n; got \(3, 3\) with n=7 rows"):

@@ -202,6 +202,23 @@ def test_the_check_fails_where_hostile_rows_cost_more(
     assert "ok    median" in capsys.readouterr().out
 
 
+def test_a_wrong_result_is_an_error_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = load_script("check")
+    monkeypatch.setattr(check, "WORST_VALUES", 64_000)
+    assert check.measure_worst("median", 64, "copies") > 0
+    call = Cpp.select_columns
+
+    def wrong(self: Cpp, rows: Rows, *args: Any, out: Rows | None = None, **options: Any) -> Any:
+        found = call(self, rows, *args, out=out, **options)
+        if out is not None and (rows.array(0, 0) == rows.array(0, 1)).all():
+            out.array(0, 0)[5] += 1
+        return found
+
+    monkeypatch.setattr(Cpp, "select_columns", wrong)
+    with pytest.raises(RuntimeError, match=r"median, n=64, copies: the result differs by 1\.0e\+00 from another one"):
+        check.measure_worst("median", 64, "copies")
+
+
 def test_the_worst_inputs_are_what_they_are_called() -> None:
     check, f = load_script("check"), 5
     x = np.random.default_rng(0).standard_normal((16, 9000)).astype(np.float32)

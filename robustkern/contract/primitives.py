@@ -187,7 +187,7 @@ class Kernels(Protocol):
         scale : float
             A power of two that multiplies rows and centres.
         exact : bool
-            Otherwise sums may be plain float64 ones, good to 256 roundings, which take half of the time.
+            Otherwise sums may be plain float64 ones, good to `roundings`, which take half of the time.
 
         Returns
         -------

@@ -30,7 +30,17 @@ from robustkern.measure.reads import (
 from robustkern.measure.roofline import selection_network
 from robustkern.rules import CGE, Chain, MoNNA, parse_rule
 
-__all__ = ["LAYOUTS", "SIZES", "Rates", "gradient_rows", "inputs", "least_reads_of", "measured_rates", "worst"]
+__all__ = [
+    "LAYOUTS",
+    "SIZES",
+    "Rates",
+    "check_result",
+    "gradient_rows",
+    "inputs",
+    "least_reads_of",
+    "measured_rates",
+    "worst",
+]
 
 #: Up to so many rows a network is the least known way to select, and counts; of more rows bytes count alone.
 NETWORK_ROWS = 64
@@ -160,7 +170,7 @@ def _laid_out(rows: Array, layout: str) -> Array | list[Array]:
     return np.ascontiguousarray(rows[:, : d - 1 + d % 2 if "odd" in layout else d - d % 4096])
 
 
-def _check(case: str, rows: Array | list[Array], f: int, result: Array, what: str) -> None:
+def check_result(case: str, rows: Array | list[Array], f: int, result: Array, what: str) -> None:
     """Compare the first columns of what is timed with what another call says of it, or with the definition."""
     part = np.stack([row[:CHECKED] for row in rows]).astype(np.float64)
     got: Any = result[:CHECKED]
@@ -203,7 +213,7 @@ def worst(n: int, rounds: int, d: int | None) -> Iterator[Line]:
             for case in wanted:  # each in turn, while the rows are there
                 call, result = job(case, rows, f)
                 call()  # the memory of the result is there from now on
-                _check(case, rows, f, result, f"{case}, n={n}, {kind}, {layout}")
+                check_result(case, rows, f, result, f"{case}, n={n}, {kind}, {layout}")
                 calls, reads = compare(call, read, rounds)
                 figure = float(np.median(np.array(calls) / np.array(reads)))
                 if figure > most.get(case, (0.0, "", 0.0))[0]:
