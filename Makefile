@@ -22,13 +22,20 @@ EMULATIONS := $(patsubst %,build/emulation/%/built,plain address thread)
 WATCHED ?= address
 EMULATED ?= address
 
-.PHONY: demo test lint format bench bench-compare check-speed docs wheel reproduction emulation gpu-report clean \
+# All that `make test` compiles and installs.
+BUILDS := $(VENV)/dev.stamp $(patsubst %,build/emulation/%/built,plain $(EMULATED)) $(WATCHED:%=build/watched/%/built)
+
+.PHONY: demo builds test lint format bench bench-compare check-speed docs wheel reproduction emulation gpu-report clean \
 	fuzz soak mutation coverage check-all
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/robustkern demo
 
-test: $(VENV)/dev.stamp $(patsubst %,build/emulation/%/built,plain $(EMULATED)) $(WATCHED:%=build/watched/%/built)
+# Two at a time: much of each waits for a download or for one large file.
+builds:
+	@$(MAKE) --no-print-directory --jobs=2 $(BUILDS)
+
+test: builds
 	ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/dev.stamp
@@ -91,12 +98,12 @@ reproduction: $(VENV)/dev.stamp
 # The CUDA kernels for this processor: as they are, and with the address and the thread sanitizer.
 emulation: $(EMULATIONS)
 
-build/emulation/%/built: $(VENV)/dev.stamp $(wildcard csrc/emulation/*)
+build/emulation/%/built: $(VENV)/tools.stamp $(SOURCES) $(wildcard csrc/emulation/*)
 	@echo "compiling the CUDA kernels for this processor ($*), some minutes"
 	$(call compile,-DRK_EMULATION=$*)
 
 # The CPU kernels, watched or counted (address, thread, coverage): those that every processor runs, or -levels: all.
-build/watched/%/built: $(VENV)/dev.stamp
+build/watched/%/built: $(VENV)/tools.stamp $(SOURCES)
 	@echo "compiling the CPU kernels to be watched ($*), some minutes"
 	$(call compile,-DRK_WATCH=$(firstword $(subst -, ,$*)) -DRK_X86_LEVELS=$(if $(findstring levels,$*),ON,OFF))
 
@@ -118,13 +125,18 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
+# What compiles.
+$(VENV)/tools.stamp: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet cmake ninja nanobind
+	touch $@
+
 # The build system is installed beside the package so that editable rebuilds need no network.
 $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 	@echo "installing robustkern and what the demo needs: compiles the kernels, a few minutes the first time"
 	RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/bin/python $(SOURCES)
+$(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)
 	@echo "installing $(TORCH) for the processor, some 200 MB"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
