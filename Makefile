@@ -107,11 +107,12 @@ build/watched/%/built: $(VENV)/tools.stamp $(SOURCES)
 	@echo "compiling the CPU kernels to be watched ($*), some minutes"
 	$(call compile,-DRK_WATCH=$(firstword $(subst -, ,$*)) -DRK_X86_LEVELS=$(if $(findstring levels,$*),ON,OFF))
 
+# MAKEFLAGS= in these two: Ninja would ask for processors at make's job server, which it cannot reach.
 define compile
 $(BIN)/cmake -S . -B $(@D) -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON $(1) \
 	-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	-Dnanobind_DIR="$$($(BIN)/python -m nanobind --cmake_dir)"
-$(BIN)/cmake --build $(@D) -- --quiet
+MAKEFLAGS= $(BIN)/cmake --build $(@D) -- --quiet
 touch $@
 endef
 
@@ -140,7 +141,7 @@ $(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)
 	@echo "installing $(TORCH) for the processor, some 200 MB"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
-	RK_JAX=ON RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
+	MAKEFLAGS= RK_JAX=ON RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
 	$(BIN)/python -m pip install --quiet --no-deps $(MERGEKIT)
 	touch $@ $(VENV)/demo.stamp
 
