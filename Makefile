@@ -107,7 +107,7 @@ build/watched/%/built: $(VENV)/tools.stamp $(SOURCES)
 	@echo "compiling the CPU kernels to be watched ($*), some minutes"
 	$(call compile,-DRK_WATCH=$(firstword $(subst -, ,$*)) -DRK_X86_LEVELS=$(if $(findstring levels,$*),ON,OFF))
 
-# MAKEFLAGS= in these two: Ninja would ask for processors at make's job server, which it cannot reach.
+# MAKEFLAGS= wherever something is compiled: Ninja would ask for processors at make's job server, which it cannot reach.
 define compile
 $(BIN)/cmake -S . -B $(@D) -G Ninja --log-level=WARNING -DSKBUILD_PROJECT_VERSION=0 -DRK_WERROR=ON $(1) \
 	-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -134,7 +134,7 @@ $(VENV)/tools.stamp: $(VENV)/bin/python
 # The build system is installed beside the package so that editable rebuilds need no network.
 $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 	@echo "installing robustkern and what the demo needs: compiles the kernels, a few minutes the first time"
-	RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
+	MAKEFLAGS= RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)

@@ -33,6 +33,11 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=5
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that processes that run tests side by side end together."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 def pytest_report_header() -> list[str]:
     info = rk.info()
     return [

@@ -401,6 +401,7 @@ def test_pairs_of_tiles_in_several_launches(emulation: Any) -> None:
     emulation.set_fast_doubles(True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(emulated.VARIANT != "plain", reason="runs under a sanitizer already")
 @pytest.mark.timeout(900)  # some minutes for threads that are watched, beside the other process that runs tests
 @pytest.mark.parametrize("variant", ["address", "thread"])

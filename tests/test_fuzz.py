@@ -43,6 +43,7 @@ def fuzz(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, FUZZER, *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @needs_fuzzer
 @pytest.mark.parametrize("name", TARGETS)
 def test_half_a_minute_finds_nothing(name: str, tmp_path: Path) -> None:

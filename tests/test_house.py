@@ -183,6 +183,7 @@ def mypy(path: Path) -> tuple[str, int]:
     return done.stdout + done.stderr, done.returncode
 
 
+@pytest.mark.slow
 def test_type_checkers_see_what_comes_back(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
     pytest.importorskip("torch")

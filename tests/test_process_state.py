@@ -177,6 +177,7 @@ def test_results_are_where_the_rows_are_whatever_the_default_device(kind: str) -
         assert all(v.device.type == "cpu" for v in (values.values() if isinstance(values, dict) else [values]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "stacked", "dicts"])
 def test_calls_break_the_graph_of_torch_compile_and_nothing_else(kind: str) -> None:
     x = torch.randn(7, 6)

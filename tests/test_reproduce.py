@@ -93,6 +93,7 @@ def test_the_parts_are_the_papers_comparisons() -> None:
     assert len(runs_of(QUICK)) < 100
 
 
+@pytest.mark.slow
 def test_runs_are_made_once_and_a_cut_file_is_mended(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     count = len(runs_of(TINY))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 
+@pytest.mark.slow
 def test_half_a_minute_leaves_nothing_behind() -> None:
     command = [sys.executable, str(Path(__file__).with_name("soak.py")), "--minutes", "0.5", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

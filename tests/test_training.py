@@ -1005,6 +1005,7 @@ def test_one_process_in_a_folder(tmp_path: Path) -> None:
         assert not (tmp_path / "log.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_overwriting_begins_when_the_new_run_is_possible(tmp_path: Path) -> None:
     out = str(tmp_path / "[/x]")  # no markup
     short = ("train", "--model", "softmax", "--rounds", "20", "--out", out)
@@ -1045,6 +1046,7 @@ def robustkern(*arguments: str, cwd: Path, **options: Any) -> subprocess.Complet
 SHORT = ("--model", "softmax", "--workers", "7", "--byzantine", "2", "--rounds", "600")
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
     whole = robustkern("train", *SHORT, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
@@ -1152,6 +1154,7 @@ def compare_with_simulation(tmp_path: Path, out: str, settings: Settings) -> Non
         np.testing.assert_allclose(state[name], values, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_processes_give_the_simulations_result(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", "--attack", "alie", "--seed", "3")
     assert done.returncode == 0, done.stderr
@@ -1159,6 +1162,7 @@ def test_processes_give_the_simulations_result(tmp_path: Path) -> None:
     compare_with_simulation(tmp_path, "run", Settings(workers=5, byzantine=2, rounds=40, seed=3))
 
 
+@pytest.mark.slow
 def test_processes_go_on_without_workers_that_crash_or_stall(tmp_path: Path) -> None:
     """Worker 1 is killed, worker 4 (an attacker) stops without a word; both count against f. Then all are resumed."""
     faults = ("--crash", "1@10", "--stall", "4@20", "--attack", "label_flip", "--timeout", "4")
@@ -1176,6 +1180,7 @@ def test_processes_go_on_without_workers_that_crash_or_stall(tmp_path: Path) -> 
     compare_with_simulation(tmp_path, "run", dataclasses.replace(settings, rounds=60))
 
 
+@pytest.mark.slow
 def test_processes_without_an_attacker_that_searches(tmp_path: Path) -> None:
     """The others plan their attack as the simulation does, without the one that is gone."""
     done = launch(tmp_path, "run", "--attack", "optimised", "--crash", "4@30", "--rounds", "32")
@@ -1184,12 +1189,14 @@ def test_processes_without_an_attacker_that_searches(tmp_path: Path) -> None:
     compare_with_simulation(tmp_path, "run", settings)
 
 
+@pytest.mark.slow
 def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", *("--crash", "1@3", "--crash", "2@3", "--crash", "3@4"))
     assert done.returncode == 1
     assert "3 workers are lost, more than the --f 2 that are tolerated" in done.stderr
 
 
+@pytest.mark.slow
 def test_as_many_processes_as_workers(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", "--workers", "6")
     assert done.returncode == 1

@@ -38,6 +38,7 @@ def require(variant: str) -> None:
     pytest.skip(f"not built (run: make build/watched/{variant}/built)")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_sanitizers_find_nothing(variant: str) -> None:
