@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 @pytest.mark.slow
 def test_half_a_minute_leaves_nothing_behind() -> None:
