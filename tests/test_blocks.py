@@ -342,6 +342,24 @@ def test_bits_do_not_depend_on_threads(backend: str, dtype: np.dtype[Any], n: in
     assert len(set(grams)) == 1
 
 
+@pytest.mark.parametrize("d", [450_000, 480_000])
+def test_each_task_is_done_once(d: int) -> None:
+    """Below 16 MiB each of up to 16 threads begins with a part of its own; above, all take the next task."""
+    kernels, x = registry.load_backend("cpp"), Rows.of(make_rows("normal", 9, d, np.dtype(np.float32)))
+    assert (x.n * d * 4 <= 1 << 24) == (d == 450_000)
+    found = []
+    for threads in (1, 2, 3, 15, 16, 17, 40):
+        rk.set_num_threads(threads)
+        out = Rows.of(np.zeros((1, d), dtype=np.float32))
+        selected = kernels.select_columns(x, Window(4, 5), out=out, distances=True)
+        assert selected.sq_distances is not None
+        total = Rows.of(np.zeros((1, d), dtype=np.float32))
+        kernels.weighted_row_sum(x, np.full((1, 9), 1 / 9), total)
+        found.append([out.array(0, 0).tobytes(), selected.sq_distances.tobytes(), total.array(0, 0).tobytes()])
+        found[-1] += [kernels.gram(x).tobytes(), kernels.row_sq_distances(x, None).tobytes()]
+    assert all(one == found[0] for one in found)
+
+
 # ---- sizes -------------------------------------------------------------------------------------------------------
 
 

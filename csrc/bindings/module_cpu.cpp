@@ -174,24 +174,29 @@ bool read_rows(const char* isa, Array<const std::int64_t, 1> files, Array<const 
   }
   nb::gil_scoped_release release;
   std::atomic<bool> read{true};
-  const int team = rk::usable_threads(threads, bytes * static_cast<std::int64_t>(n));
-  const auto read_row = [&](std::size_t i) {
-    char* row = reinterpret_cast<char*>(static_cast<std::uintptr_t>(out.data()[i]));
-    std::int64_t done = 0;
-    while (done < bytes) {
-      const ssize_t count = pread(static_cast<int>(files.data()[i]), row + done, static_cast<std::size_t>(bytes - done),
-                                  offsets.data()[i] + done);
+  const std::int64_t all = bytes * static_cast<std::int64_t>(n);
+  const int team = rk::usable_threads(threads, all);
+  const auto row = [&](std::size_t i) { return reinterpret_cast<char*>(static_cast<std::uintptr_t>(out.data()[i])); };
+  const auto read_part = [&](std::size_t i, std::int64_t done, std::int64_t end) {
+    while (done < end) {
+      const ssize_t count = pread(static_cast<int>(files.data()[i]), row(i) + done,
+                                  static_cast<std::size_t>(end - done), offsets.data()[i] + done);
       if (count <= 0) break;
       done += count;
     }
-    if (done < bytes)
-      read = false;
-    else if (words)
-      digests.data()[i] = table.digest(row, bytes, words, point);
+    if (done < end) read = false;
   };
-  std::atomic<std::size_t> next{0};
-  rk::in_threads(team, [&](const rk::Member&) {
-    for (std::size_t i; (i = next++) < n;) read_row(i);
+  // Each thread reads the columns that it will have in kernels, into its core's caches.
+  rk::Tasks parts(team * static_cast<std::int64_t>(n), team, all),
+      hashes(words ? static_cast<std::int64_t>(n) : 0, 1, all);
+  rk::in_threads(team, [&](const rk::Member& member) {
+    for (std::int64_t task; (task = parts.take(member.thread)) >= 0;) {
+      const std::int64_t part = task / static_cast<std::int64_t>(n);
+      read_part(static_cast<std::size_t>(task) % n, bytes * part / team, bytes * (part + 1) / team);
+    }
+    member.meet();
+    for (std::int64_t i; read && (i = hashes.take(member.thread)) >= 0;)
+      digests.data()[i] = table.digest(row(static_cast<std::size_t>(i)), bytes, words, point);
   });
   return read;
 }

@@ -290,7 +290,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   uint8_t* bad_rows = sums.part<uint8_t>(0, at_bad_rows);
   memset(bad_rows, 0, static_cast<size_t>(m));
 
-  int64_t next = 0;
+  Tasks tasks = tasks_of<S>(grid, rows, threads);
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     const Scratch<S> scratch{space.part<S>(thread, at_buffer),        space.part<C>(thread, at_network),
@@ -308,7 +308,7 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
       memset(fresh, 0, sizeof(double) * static_cast<size_t>(triangle.size()));
     }
     if (!shared) {
-      for (int64_t task; (task = take(next)) < grid.n_tasks;) {
+      for (int64_t task; (task = tasks.take(member.thread)) >= 0;) {
         double* mine = grams + task * triangle.size();
         for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
           for (int64_t j = 0; j < count; j += tile) {

@@ -265,7 +265,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   }
   double* partials = sums.part<double>(0, partial);
 
-  int64_t next = 0;
+  Tasks tasks = tasks_of<S>(grid, rows, threads);
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     S* buffer = space.part<S>(thread, at.buffer);
@@ -320,7 +320,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
                                        : sq_distance(src[i], centre, padded, select.scale);
     };
 
-    for (int64_t task; (task = take(next)) < grid.n_tasks;) {
+    for (int64_t task; (task = tasks.take(member.thread)) >= 0;) {
       double* distances = select.sq_distances ? partials + task * n_measured : nullptr;
       if (distances) memset(distances, 0, sizeof(double) * static_cast<size_t>(n_measured));
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
@@ -462,7 +462,7 @@ Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, 
   double* partials = sums.part<double>(0, at_partials);
   memset(partials, 0, sizeof(double) * static_cast<size_t>(grid.n_tasks * count * 2));
 
-  int64_t next = 0;
+  Tasks tasks = tasks_of<S>(grid, rows, threads);
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     S* buffer = space.part<S>(thread, at_buffer);
@@ -472,7 +472,7 @@ Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, 
     double* centres = space.part<double>(thread, at_centres);
     memset(centres, 0, sizeof(double) * kTogether * kDistanceColumns);
     DoubledSum* total = space.part<DoubledSum>(thread, at_total);
-    for (int64_t task; (task = take(next)) < grid.n_tasks;) {
+    for (int64_t task; (task = tasks.take(member.thread)) >= 0;) {
       double* partial = partials + 2 * task * count;
       if (kExact) memset(total, 0, sizeof(DoubledSum) * static_cast<size_t>(count * kChains));
       const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns) {
@@ -581,7 +581,7 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
   const int64_t at_rounded = space.reserve<C>(width), at_stored = space.reserve<S>(width);
   if (!space.allocate(threads)) return Status::out_of_memory;
 
-  int64_t next_task = 0;
+  Tasks tasks = tasks_of<S>(grid, rows, threads);
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     int64_t* used = space.part<int64_t>(thread, at_used);
@@ -671,7 +671,7 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
       write_run(static_cast<char*>(out[segment * k + r]) + first * static_cast<int64_t>(sizeof(S)),
                 reinterpret_cast<const char*>(stored), columns * static_cast<int64_t>(sizeof(S)), streamed);
     };
-    for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
+    for (int64_t task; (task = tasks.take(member.thread)) >= 0;)
       for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
         const int64_t whole = count / kDoubles * kDoubles;
         for (int64_t j = 0; j < whole; j += run)
@@ -725,7 +725,7 @@ Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const*
   const bool keeps = how.keep != 0, corrects = keeps && how.corrections;
   const F64 keep = splat<F64>(how.keep);
 
-  int64_t next_task = 0;
+  Tasks tasks = tasks_of<S>(grid, gradients, threads);
   in_threads(threads, [&](const Member& member) {
     const int thread = member.thread;
     S* tail = space.part<S>(thread, at_tail);
@@ -741,7 +741,7 @@ Status update_momenta_of(const Rows& gradients, const Momenta& how, void* const*
       else
         momentum_run<false, false>(gradient, correction, old, scale, minus, keep, columns, to);
     };
-    for (int64_t task; (task = take(next_task)) < grid.n_tasks;)
+    for (int64_t task; (task = tasks.take(member.thread)) >= 0;)
       for_task_pieces(gradients, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
         const int64_t whole = count / kDoubles * kDoubles;
         for (int64_t i = 0; i < n; ++i) {

@@ -59,6 +59,39 @@ struct Member {
   }
 };
 
+// Tasks and who takes which: whoever asks the next one; or, where what they read may still lie in the cores' own
+// caches, each thread those of a part of its own, the same in every call, and in the end what is left of other parts.
+class Tasks {
+ public:
+  // Median of 20 files, read into 8 MiB by the same parts: 1.3 reads of them, or 2.7 where each core has a cache of its
+  // own that the other one's lines must come from (the same virtual machine, at other times).
+  static constexpr int64_t kKeptBytes = int64_t{1} << 24;
+
+  RK_TEAM_INLINE Tasks(int64_t count, int threads, int64_t bytes) {
+    parts_ = bytes <= kKeptBytes ? (threads < kMostParts ? threads : kMostParts) : 1;
+    for (int64_t p = 0; p < parts_; ++p) part_[p] = {count * p / parts_, count * (p + 1) / parts_};
+  }
+
+  // The next task of a thread, or -1.
+  RK_TEAM_INLINE int64_t take(int thread) {
+    for (int k = 0; k < parts_; ++k) {
+      Part& part = part_[(thread + k) % parts_];
+      if (__atomic_load_n(&part.next, __ATOMIC_RELAXED) >= part.end) continue;
+      const int64_t task = __atomic_fetch_add(&part.next, 1, __ATOMIC_RELAXED);
+      if (task < part.end) return task;
+    }
+    return -1;
+  }
+
+ private:
+  static constexpr int kMostParts = 16;  // as many threads as so few bytes have
+  struct alignas(64) Part {
+    int64_t next, end;
+  };
+  Part part_[kMostParts];
+  int parts_;
+};
+
 // body(member) in each of the threads; a single one does without OpenMP, whose set-up a small call would feel.
 template <class Body>
 RK_TEAM_INLINE void in_threads(int threads, Body&& body) {

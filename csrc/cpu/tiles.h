@@ -150,8 +150,11 @@ RK_INLINE void mark(uint8_t* all, const uint8_t* found, int64_t n) {
     if (found[i]) __atomic_store_n(all + i, uint8_t{1}, __ATOMIC_RELAXED);
 }
 
-// The next task for whichever thread asks.
-RK_INLINE int64_t take(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+// The tasks of a grid over rows, or some of them, for the threads of a call.
+template <class S>
+RK_INLINE Tasks tasks_of(const Grid& grid, const Rows& rows, int threads) {
+  return Tasks(grid.n_tasks, threads, grid.columns * rows.n * static_cast<int64_t>(sizeof(S)));
+}
 
 // True where all the values of a row are numbers; `columns` is a multiple of the vector.
 template <class S>

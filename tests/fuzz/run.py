@@ -60,10 +60,13 @@ def main() -> int:
     given = parser.parse_args()
     if given.here:
         fuzz(given.target[0], given.seconds, given.corpus / given.target[0], given.seed)
-    from fuzz.targets import TARGETS
+    names = given.target
+    if not names:  # or it takes seconds to import for nothing
+        from fuzz.targets import TARGETS
 
+        names = list(TARGETS)
     failed = False
-    for name in given.target or TARGETS:
+    for name in names:
         command = [sys.executable, __file__, name, "--here", "--corpus", given.corpus]
         command += ["--seconds", str(given.seconds), "--seed", str(given.seed)]
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
