@@ -35,7 +35,7 @@ demo: $(VENV)/demo.stamp
 builds:
 	@$(MAKE) --no-print-directory --jobs=2 $(BUILDS)
 
-# OpenMP's threads do not spin while they wait: beside the other processes' that takes a third of all time.
+# OpenMP's threads do not spin while they wait: beside the other process's that took a third of the time of tests of kernels.
 test: builds
 	OMP_WAIT_POLICY=passive ROBUSTKERN_REQUIRE=$(REQUIRE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
