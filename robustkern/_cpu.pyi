@@ -5,6 +5,8 @@ from typing import Any
 from numpy import bool_, float64, int64, uint8, uint32, uint64
 from numpy.typing import NDArray
 
+from robustkern.contract.rows import Stretches
+
 __version__: str
 compiler: str
 cuda: str
@@ -15,7 +17,7 @@ def address_of(array: NDArray[Any]) -> int: ...
 def addresses_of(arrays: Sequence[Any]) -> list[int] | None: ...
 def select_columns(
     isa: str,
-    data: NDArray[uint64],
+    data: NDArray[uint64] | Stretches,
     offsets: NDArray[int64],
     dtype: int,
     lo: int,
@@ -31,7 +33,7 @@ def select_columns(
     sq_distances: NDArray[float64] | None,
     nonfinite: NDArray[bool_],
     threads: int,
-) -> None: ...
+) -> bool: ...
 def gram(
     isa: str,
     data: NDArray[uint64],
@@ -57,14 +59,14 @@ def row_sq_distances(
 ) -> None: ...
 def weighted_row_sum(
     isa: str,
-    data: NDArray[uint64],
+    data: NDArray[uint64] | Stretches,
     offsets: NDArray[int64],
     dtype: int,
     weights: NDArray[float64],
     divisors: NDArray[float64] | None,
     out: NDArray[uint64],
     threads: int,
-) -> None: ...
+) -> bool: ...
 def update_momenta(
     isa: str,
     data: NDArray[uint64],
@@ -78,15 +80,5 @@ def update_momenta(
     threads: int,
 ) -> None: ...
 def digest(isa: str, data: NDArray[uint8], key: NDArray[uint32], point: int) -> int: ...
-def read_rows(
-    isa: str,
-    files: NDArray[int64],
-    offsets: NDArray[int64],
-    out: NDArray[uint64],
-    bytes: int,
-    key: NDArray[uint32] | None,
-    point: int,
-    digests: NDArray[uint64],
-    threads: int,
-) -> bool: ...
+def read_rows(isa: str, data: Stretches, out: NDArray[uint64], threads: int) -> bool: ...
 def read_pass(isa: str, data: NDArray[uint64], offsets: NDArray[int64], dtype: int, threads: int) -> int: ...

@@ -64,12 +64,16 @@ inline void require(bool condition, const char* message) {
 
 inline void* const* targets(const Addresses& out) { return reinterpret_cast<void* const*>(out.data()); }
 
+inline DType dtype_of(int code) {
+  require(code >= 0 && code <= 3, "unknown dtype code");
+  return static_cast<DType>(code);
+}
+
 inline Rows rows_of(const Addresses& data, const Offsets& offsets, int dtype) {
   require(offsets.shape(0) == data.shape(0) + 1, "offsets must have one entry more than there are segments");
   require(data.shape(1) >= 1 && data.shape(1) <= 65535, "the number of rows must be between 1 and 65535");
-  require(dtype >= 0 && dtype <= 3, "unknown dtype code");
   return {reinterpret_cast<const void* const*>(data.data()), offsets.data(), static_cast<std::int64_t>(data.shape(0)),
-          static_cast<std::int64_t>(data.shape(1)), static_cast<DType>(dtype)};
+          static_cast<std::int64_t>(data.shape(1)), dtype_of(dtype)};
 }
 
 // None: all 1.

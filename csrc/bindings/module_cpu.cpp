@@ -4,36 +4,22 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#if defined(__unix__) || defined(__APPLE__)
-#define RK_PREAD
-#include <unistd.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../cpu/team.h"
-#include "arrays.h"
+#include "calls.h"
+#if defined(__unix__) || defined(__APPLE__)
+#define RK_FILES
+#include "files.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using namespace rk::bindings;
 
 namespace {
-
-// How kernels are called: without the interpreter's lock, and with the arithmetic they rest on.
-struct Outside {
-  nb::gil_scoped_release release;
-  rk::UsualFloats usual;
-};
-
-void check(rk::Status status) {
-  if (status == rk::Status::out_of_memory) throw std::bad_alloc();
-}
 
 const rk::Kernels& kernels(const char* isa) {
   const rk::Kernels* table = rk::kernels_for(isa);
@@ -44,25 +30,52 @@ const rk::Kernels& kernels(const char* isa) {
 }
 
 int threads_for(const rk::Rows& rows, int requested) {
-  const std::int64_t item = rows.dtype == rk::DType::float64 ? 8 : rows.dtype == rk::DType::float32 ? 4 : 2;
-  return rk::usable_threads(requested, rows.columns() * rows.n * item);
+  return rk::usable_threads(requested, rows.columns() * rows.n * item_of(rows.dtype));
 }
 
-void select_columns(const char* isa, Addresses data, Offsets offsets, int dtype, std::int64_t lo, std::int64_t hi,
+// The rows' addresses, or a tuple that says where they lie in files: then one segment of them, and false where one
+// could not be read.
+bool select_columns(const char* isa, nb::handle data, Offsets offsets, int dtype, std::int64_t lo, std::int64_t hi,
                     std::int64_t nearest, Cells multiplicities, std::optional<Matrix> mix, Divisors mix_divisors,
                     std::optional<Matrix> measure, Divisors measure_divisors, double scale,
                     std::optional<Addresses> out, std::optional<Array<double, 1>> sq_distances,
                     Array<std::uint8_t, 1> nonfinite, int threads) {
   const rk::Kernels& table = kernels(isa);
-  const rk::Rows rows = rows_of(data, offsets, dtype);
-  const rk::Select select = select_of(rows, lo, hi, nearest, multiplicities, mix, mix_divisors, measure,
-                                      measure_divisors, scale, out, sq_distances, nonfinite);
+  const auto made = [&](const rk::Rows& rows) {
+    return select_of(rows, lo, hi, nearest, multiplicities, mix, mix_divisors, measure, measure_divisors, scale, out,
+                     sq_distances, nonfinite);
+  };
+#ifdef RK_FILES
+  if (is_in_files(data)) {
+    const rk::Stretches files = stretches_of(data);
+    const rk::Rows rows = rows_of(files, offsets, dtype);
+    const rk::Select select = made(rows);
+    const std::int64_t n = rows.n, m = !sq_distances ? 0 : measure ? select.n_measured : n;
+    std::vector<std::uint8_t> flags(static_cast<std::size_t>(n * files.parts()));
+    std::vector<double> squares(static_cast<std::size_t>(m * files.parts()));
+    const bool read = in_parts(table, files, rows, select.out, 1, threads, [&](const Part& part) {
+      rk::Select one = select;
+      one.out = part.out;
+      one.nonfinite = flags.data() + part.index * n;
+      one.sq_distances = m ? squares.data() + part.index * m : nullptr;
+      return table.select_columns(part.rows, one, 1);
+    });
+    for (std::int64_t k = 0; read && k < files.parts(); ++k) {
+      for (std::int64_t i = 0; i < n; ++i) select.nonfinite[i] |= flags[static_cast<std::size_t>(k * n + i)];
+      for (std::int64_t i = 0; i < m; ++i) select.sq_distances[i] += squares[static_cast<std::size_t>(k * m + i)];
+    }
+    return read;
+  }
+#endif
+  const rk::Rows rows = rows_of(addresses_of_rows(data), offsets, dtype);
+  const rk::Select select = made(rows);
   rk::Status status;
   {
     const Outside outside;
     status = table.select_columns(rows, select, threads_for(rows, threads));
   }
   check(status);
+  return true;
 }
 
 void gram(const char* isa, Addresses data, Offsets offsets, int dtype, Cells multiplicities, bool origin, double scale,
@@ -92,19 +105,30 @@ void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtyp
   check(status);
 }
 
-void weighted_row_sum(const char* isa, Addresses data, Offsets offsets, int dtype, Matrix weights, Divisors divisors,
+bool weighted_row_sum(const char* isa, nb::handle data, Offsets offsets, int dtype, Matrix weights, Divisors divisors,
                       Addresses out, int threads) {
   const rk::Kernels& table = kernels(isa);
-  const rk::Rows rows = rows_of(data, offsets, dtype);
-  check_sum(rows, weights, out);
   const double* by = divisors_of(divisors, weights.shape(0));
+  const auto k = static_cast<std::int64_t>(weights.shape(0));
+#ifdef RK_FILES
+  if (is_in_files(data)) {
+    const rk::Stretches files = stretches_of(data);
+    const rk::Rows rows = rows_of(files, offsets, dtype);
+    check_sum(rows, weights, out);
+    return in_parts(table, files, rows, targets(out), k, threads, [&](const Part& part) {
+      return table.weighted_row_sum(part.rows, weights.data(), by, k, part.out, 1);
+    });
+  }
+#endif
+  const rk::Rows rows = rows_of(addresses_of_rows(data), offsets, dtype);
+  check_sum(rows, weights, out);
   rk::Status status;
   {
     const Outside outside;
-    status = table.weighted_row_sum(rows, weights.data(), by, static_cast<std::int64_t>(weights.shape(0)), targets(out),
-                                    threads_for(rows, threads));
+    status = table.weighted_row_sum(rows, weights.data(), by, k, targets(out), threads_for(rows, threads));
   }
   check(status);
+  return true;
 }
 
 void update_momenta(const char* isa, Addresses data, Offsets offsets, int dtype, std::optional<Addresses> corrections,
@@ -138,12 +162,8 @@ std::uint64_t read_pass(const char* isa, Addresses data, Offsets offsets, int dt
 // Of contiguous memory, under a key of kDigestWords words and a point.
 std::uint64_t digest(const char* isa, nb::handle data, nb::handle key, std::uint64_t point) {
   const rk::Kernels& table = kernels(isa);
-  Py_buffer view, secret;
-  if (PyObject_GetBuffer(key.ptr(), &secret, PyBUF_SIMPLE) != 0) throw nb::python_error();
-  const auto* words = static_cast<const std::uint32_t*>(secret.buf);
-  const bool fits = secret.len == rk::kDigestWords * 4 && reinterpret_cast<std::uintptr_t>(words) % 4 == 0;
-  PyBuffer_Release(&secret);
-  require(fits, "the key must have the words of a block");
+  const std::uint32_t* words = key_of(key);
+  Py_buffer view;
   if (PyObject_GetBuffer(data.ptr(), &view, PyBUF_SIMPLE) != 0) throw nb::python_error();
   std::uint64_t value;
   {
@@ -154,51 +174,15 @@ std::uint64_t digest(const char* isa, nb::handle data, nb::handle key, std::uint
   return value;
 }
 
-#ifdef RK_PREAD
-// Read as many bytes of each file, from a position of its own, into the rows of a buffer, and hash them where there is
-// a key; true where all could be read. Between the copy and the hash nothing leaves the cache.
-bool read_rows(const char* isa, Array<const std::int64_t, 1> files, Array<const std::int64_t, 1> offsets,
-               Array<std::uint64_t, 1> out, std::int64_t bytes, nb::handle key, std::uint64_t point,
-               Array<std::uint64_t, 1> digests, int threads) {
+#ifdef RK_FILES
+// Read rows in files into memory, and hash them; true where all could be read.
+bool read_rows(const char* isa, nb::handle data, Array<const std::uint64_t, 1> out, int threads) {
   const rk::Kernels& table = kernels(isa);
-  const std::size_t n = files.shape(0);
-  require(offsets.shape(0) == n && out.shape(0) == n && digests.shape(0) == n, "one file, place and hash for each row");
-  Py_buffer secret;
-  const std::uint32_t* words = nullptr;
-  if (!key.is_none()) {
-    if (PyObject_GetBuffer(key.ptr(), &secret, PyBUF_SIMPLE) != 0) throw nb::python_error();
-    words = static_cast<const std::uint32_t*>(secret.buf);
-    const bool fits = secret.len == rk::kDigestWords * 4;
-    PyBuffer_Release(&secret);
-    require(fits, "the key must have the words of a block");
-  }
+  const rk::Stretches files = stretches_of(data);
+  require(out.shape(0) == static_cast<std::size_t>(files.n), "one place for each row");
   nb::gil_scoped_release release;
-  std::atomic<bool> read{true};
-  const std::int64_t all = bytes * static_cast<std::int64_t>(n);
-  const int team = rk::usable_threads(threads, all);
-  const auto row = [&](std::size_t i) { return reinterpret_cast<char*>(static_cast<std::uintptr_t>(out.data()[i])); };
-  const auto read_part = [&](std::size_t i, std::int64_t done, std::int64_t end) {
-    while (done < end) {
-      const ssize_t count = pread(static_cast<int>(files.data()[i]), row(i) + done,
-                                  static_cast<std::size_t>(end - done), offsets.data()[i] + done);
-      if (count <= 0) break;
-      done += count;
-    }
-    if (done < end) read = false;
-  };
-  // Each thread reads the columns that it will have in kernels, into its core's caches.
-  rk::Tasks parts(team * static_cast<std::int64_t>(n), team, all),
-      hashes(words ? static_cast<std::int64_t>(n) : 0, 1, all);
-  rk::in_threads(team, [&](const rk::Member& member) {
-    for (std::int64_t task; (task = parts.take(member.thread)) >= 0;) {
-      const std::int64_t part = task / static_cast<std::int64_t>(n);
-      read_part(static_cast<std::size_t>(task) % n, bytes * part / team, bytes * (part + 1) / team);
-    }
-    member.meet();
-    for (std::int64_t i; read && (i = hashes.take(member.thread)) >= 0;)
-      digests.data()[i] = table.digest(row(static_cast<std::size_t>(i)), bytes, words, point);
-  });
-  return read;
+  return files.read(table, rk::usable_threads(threads, files.bytes * files.n),
+                    reinterpret_cast<char* const*>(out.data()), [](const rk::Stretches::Part&) {});
 }
 #endif
 
@@ -265,9 +249,8 @@ NB_MODULE(_cpu, m) {
         "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,
         "gradient_scales"_a, "correction_scales"_a.none(), "momenta"_a, "threads"_a);
-#ifdef RK_PREAD
-  m.def("read_rows", &read_rows, "isa"_a, "files"_a, "offsets"_a, "out"_a, "bytes"_a, "key"_a.none(), "point"_a,
-        "digests"_a, "threads"_a);
+#ifdef RK_FILES
+  m.def("read_rows", &read_rows, "isa"_a, "data"_a, "out"_a, "threads"_a);
 #endif
   m.def("digest", &digest, "isa"_a, "data"_a, "key"_a, "point"_a);
   m.def("read_pass", &read_pass, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "threads"_a);

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from robustkern.backends.threads import requested_threads
 from robustkern.contract.primitives import Selected, Window
-from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
+from robustkern.contract.rows import DTYPES, Matrix, Rows, RowsInFiles, Stretches, Vector
 from robustkern.errors import SettingError
 
 __all__ = ["Cpp", "load"]
@@ -84,12 +84,10 @@ class Cpp:
         out: Rows | None = None,
     ) -> Selected:
         """See the contract."""
-        n = rows.addresses.shape[1]
+        n = rows.n
         nonfinite = np.zeros(n, dtype=np.bool_)
         sq_distances = np.zeros(n if measure is None else len(measure)) if distances else None
-        self._cpu.select_columns(
-            self.isa,
-            rows.addresses,
+        call = (
             rows.offsets,
             _CODES[rows.dtype],
             window.lo,
@@ -106,6 +104,9 @@ class Cpp:
             nonfinite,
             requested_threads(),
         )
+        select = self._cpu.select_columns
+        if not isinstance(rows, RowsInFiles) or not rows.read_by(lambda where: select(self.isa, where, *call)):
+            select(self.isa, rows.addresses, *call)
         return Selected(sq_distances, nonfinite)
 
     def gram(
@@ -153,16 +154,10 @@ class Cpp:
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
-        self._cpu.weighted_row_sum(
-            self.isa,
-            rows.addresses,
-            rows.offsets,
-            _CODES[rows.dtype],
-            weights,
-            divisors,
-            out.addresses,
-            requested_threads(),
-        )
+        call = rows.offsets, _CODES[rows.dtype], weights, divisors, out.addresses, requested_threads()
+        add = self._cpu.weighted_row_sum
+        if not isinstance(rows, RowsInFiles) or not rows.read_by(lambda where: add(self.isa, where, *call)):
+            add(self.isa, rows.addresses, *call)
 
     def update_momenta(
         self,
@@ -192,19 +187,9 @@ class Cpp:
         """Hash contiguous bytes; see `robustkern.files.digest`."""
         return int(self._cpu.digest(self.isa, data, key, point))
 
-    def read_rows(
-        self,
-        files: NDArray[np.int64],
-        offsets: NDArray[np.int64],
-        out: NDArray[np.uint64],
-        count: int,
-        key: NDArray[np.uint32] | None,
-        point: int,
-        digests: NDArray[np.uint64],
-    ) -> bool:
-        """Read `count` bytes of each file into memory, and hash them; see `robustkern.files.digest`."""
-        read: bool = self._cpu.read_rows(self.isa, files, offsets, out, count, key, point, digests, requested_threads())
-        return read
+    def read_rows(self, where: Stretches, out: NDArray[np.uint64]) -> bool:
+        """Read rows that lie in files into memory, and hash them; false where some could not be read."""
+        return bool(self._cpu.read_rows(self.isa, where, out, requested_threads()))
 
     def read_pass(self, rows: Rows) -> int:
         """Sum the rows as 64-bit words: one read of the data, which the benchmarks measure in."""

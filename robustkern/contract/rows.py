@@ -24,7 +24,9 @@ __all__ = [
     "Place",
     "PlainLeaf",
     "Rows",
+    "RowsInFiles",
     "Source",
+    "Stretches",
     "Vector",
     "address_of",
     "one_segment",
@@ -187,6 +189,84 @@ class Rows:
                 end = min(begin + max_columns, int(self.offsets[s + 1] - self.offsets[s]))
                 part = addresses + np.uint64(begin * self.dtype.itemsize)
                 yield Rows(part[None], one_segment(end - begin), self.dtype, self.owner, self.place)
+
+
+class Stretches(NamedTuple):
+    """Where rows lie in files, a stretch of each, for compiled code that reads some of the columns at a time.
+
+    Attributes
+    ----------
+    files, places : (n,) int64
+        Descriptors, and where a row begins in its file.
+    nbytes : int
+        Of each row.
+    part : int
+        So many of them at a time: whole pages.
+    key, point
+        Of the hash of each part, see `robustkern.files.digest`; without a key nothing is hashed.
+    digests : (parts, n) uint64
+        Written.
+    memory, memory_bytes : int
+        Address, on a page's border, and size: for what is on the way from a file into a kernel, by any thread.
+    """
+
+    files: NDArray[np.int64]
+    places: NDArray[np.int64]
+    nbytes: int
+    part: int
+    key: NDArray[np.uint32] | None
+    point: int
+    digests: NDArray[np.uint64]
+    memory: int
+    memory_bytes: int
+
+
+class RowsInFiles(Rows):
+    """Rows of one segment that lie in files: read when somebody asks for their addresses, or by a kernel as it goes.
+
+    Parameters
+    ----------
+    n, offsets, dtype, owner
+        As of `Rows`.
+    load : callable
+        Reads them into memory, and returns the addresses.
+    pass_by : callable
+        Calls what it is given with `Stretches`, and returns false where not all could be read: `load` tells why.
+    """
+
+    __slots__ = ("_count", "_load", "_loaded", "_pass_by")
+
+    def __init__(
+        self,
+        n: int,
+        offsets: NDArray[np.int64],
+        dtype: np.dtype[Any],
+        owner: Any,
+        load: Callable[[], NDArray[np.uint64]],
+        pass_by: Callable[[Callable[[Stretches], bool]], bool],
+    ) -> None:
+        self.offsets, self.dtype, self.owner, self.place = offsets, dtype, owner, None
+        self._count, self._load, self._pass_by = n, load, pass_by
+        self._loaded: NDArray[np.uint64] | None = None
+
+    @property
+    def addresses(self) -> NDArray[np.uint64]:  # type: ignore[override]
+        """Where each row begins, now that it is in memory."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return self._count
+
+    def read_by(self, kernel: Callable[[Stretches], bool]) -> bool:
+        """Have a kernel read the rows, each value once into its caches; false where their addresses are to be taken.
+
+        For they are in memory, or something is wrong with them.
+        """
+        return self._loaded is None and self._pass_by(kernel)
 
 
 class Block(NamedTuple):

@@ -6,6 +6,7 @@ was judged is what is added: whoever changes a file between the passes is found 
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,17 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.contract.rows import DTYPES, Block, PlainLeaf, Rows, Undivided, address_of, one_segment
+from robustkern.contract.rows import (
+    DTYPES,
+    Block,
+    PlainLeaf,
+    Rows,
+    RowsInFiles,
+    Stretches,
+    Undivided,
+    address_of,
+    one_segment,
+)
 from robustkern.engine import Limits
 from robustkern.errors import plain, shown
 from robustkern.files.digest import Digest
@@ -34,11 +45,15 @@ Bytes = NDArray[np.uint8]
 #: with 16 MiB; with threads that read the next pieces meanwhile 4.2, 2.3 and 2.1, as they keep the kernels' threads
 #: waiting for each other. Where each thread reads what it will combine, on Zen 5: 1.3 to 1.4 with 4, 8 and 16 MiB. From
 #: a disk the system reads ahead.
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 16 << 20
 LEAST_PIECE = 1 << 14
 #: A line of the caches. Copies from a file take up to six times as long where they go to a few bytes further into a
 #: page than they come from (2 GB: 0.16 s, to 1 to 16 bytes further 0.9 to 1.0 s, from 32 bytes on 0.18 s).
-LINE = 64
+LINE, PAGE = 64, 4096
+#: Of a piece a thread reads so many bytes of all rows before it goes on with them, which its core's caches hold.
+STEP_BYTES = 1 << 20
+STEPS = PIECE_BYTES // STEP_BYTES
+UNREAD = np.uint64(2**64 - 1)  # no hash
 
 
 # ---- one worker's files ----------------------------------------------------------------------------------------
@@ -208,7 +223,7 @@ class Files:
         self.combine: Any = None  # a `Combine`
         self._progress, self._done = progress, 0
         self._digest = Digest()
-        self._digests: dict[tuple[str, int], NDArray[np.int64]] = {}
+        self._digests: dict[tuple[str, int], NDArray[np.uint64]] = {}
         self._stretches: dict[str, NDArray[np.int64] | None] = {}
         self._settle_structure()
         self._cut()
@@ -324,7 +339,8 @@ class Files:
         self.floats = {k: t for k, t in self.tensors.items() if computed(t.dtype) is not None and k not in self.tied}
         self.integers = [k for k, t in self.tensors.items() if computed(t.dtype) is None]
         rows, self.pieces = len(self.rows), []
-        bytes_each = min(max(PIECE_BYTES // rows, LEAST_PIECE), self.memory // (rows + 4))
+        bytes_each, step = max(PIECE_BYTES // rows, LEAST_PIECE), max(STEP_BYTES // rows // PAGE * PAGE, PAGE)
+        bytes_each = min(bytes_each, STEPS * step, self.memory // (rows + 4))
         if bytes_each < 64:
             raise ValueError(f"memory: {self.memory:,} bytes are too few for {rows} rows (allow {64 * (rows + 4):,})")
         piece: Piece | None = None
@@ -356,11 +372,16 @@ class Files:
         largest = max((p.count * p.dtype.itemsize for p in self.pieces), default=0)
         self._width = -(-largest // LINE) * LINE + LINE
         self._result = np.empty(self._width, dtype=np.uint8)
-        memory = np.empty((rows + 1) * self._width, dtype=np.uint8)
+        memory = np.empty(rows * (self._width + 2 * LINE) + 2 * PAGE, dtype=np.uint8)
         begin = -address_of(memory) % LINE
         self._buffer = memory[begin : begin + rows * self._width].reshape(rows, self._width)
-        self._first = address_of(self._buffer) + self._width * np.arange(rows, dtype=np.int64)
-        self._at = self._first  # where the rows of the present piece are
+        first = address_of(self._buffer)
+        self._first = np.arange(first, first + rows * self._width, self._width, dtype=np.uint64)
+        # What is on the way into kernels takes the place of the buffer.
+        begin = -address_of(memory) % PAGE
+        self._memory = address_of(memory) + begin, len(memory) - begin
+        self._step = max(min(step, largest // 4 // PAGE * PAGE), PAGE)
+        self._steps_fit = rows * (self._step + 2 * LINE) + PAGE <= min(self._memory[1], 2 * STEP_BYTES)
         self.nbytes = sum(p.count * p.dtype.itemsize for p in self.pieces if p.dtype in DTYPES) * rows
 
     def _needs_whole(self, name: str, too_large: bool) -> bool:
@@ -409,15 +430,20 @@ class Files:
         if judged != self._judging:
             self._judging, self._done = judged, 0
         for piece in pieces:
-            self._at = self._first
-            if piece.dtype != np.void and not (self._is_stretch(piece) and self._read_stretch(piece, judged)):
-                for i in range(len(self.rows)):
-                    self._read_row(i, piece, self._buffer[i, : piece.count * piece.dtype.itemsize], judged)
-            yield piece, self._block(piece)
+            rows = None if piece.dtype == np.void or not piece.count else self._rows(piece, judged)
+            yield piece, self._block(piece, rows)
         if judged:
             self._check_files()
 
     _judging = False
+
+    def _rows(self, piece: Piece, judged: bool) -> Rows:
+        """Return the rows of a piece, in memory, or in files where kernels can read them."""
+        load, offsets = functools.partial(self._load, piece, judged), one_segment(piece.count)
+        if not self._is_stretch(piece) or not self._steps_fit:
+            return Rows(load(), offsets, piece.dtype, self._buffer)
+        by = functools.partial(self._read_by, piece, judged)
+        return RowsInFiles(len(self.rows), offsets, piece.dtype, self._buffer, load, by)
 
     def _is_stretch(self, piece: Piece) -> bool:
         """Tell whether a piece is one stretch of one open file in all rows: then one call reads it."""
@@ -437,42 +463,56 @@ class Files:
                 self._stretches[name] = np.array([files, offsets], dtype=np.int64)
         return self._stretches[name] is not None
 
-    def _read_stretch(self, piece: Piece, judged: bool) -> bool:
-        """Read a piece in one call; false where something is wrong with a row."""
-        part, stretch, compiled = piece.parts[0], self._stretches[piece.parts[0].name], self._digest.compiled
+    def _load(self, piece: Piece, judged: bool) -> NDArray[np.uint64]:
+        """Read a piece into the buffer; return where its rows are."""
+        compiled, at = self._digest.compiled, self._first
+
+        def read(where: Stretches) -> bool:
+            nonlocal at
+            assert compiled is not None
+            further = (self._first - where.places.view(np.uint64)) % PAGE
+            at = self._first + np.where((further > 0) & (further < LINE), LINE, 0).astype(np.uint64)
+            return compiled.read_rows(where, at)
+
+        if not self._is_stretch(piece) or not self._read_by(piece, judged, read):
+            at = self._first
+            for i in range(len(self.rows)):
+                self._read_row(i, piece, self._buffer[i, : piece.count * piece.dtype.itemsize], judged)
+        return at[None]
+
+    def _read_by(self, piece: Piece, judged: bool, read: Callable[[Stretches], bool]) -> bool:
+        """Have a piece read that is one stretch of each file; false where something is wrong with a row."""
+        part, stretch = piece.parts[0], self._stretches[piece.parts[0].name]
         assert stretch is not None
-        assert compiled is not None
-        key, n, width = (part.name, part.begin), len(self.rows), piece.count * piece.dtype.itemsize
+        key, width = (part.name, part.begin), piece.count * piece.dtype.itemsize
         before = self._digests.get(key)
         secret = self._digest.key if before is not None or not judged else None
-        offsets, found = stretch[1] + part.begin * piece.dtype.itemsize, np.empty(n, dtype=np.uint64)
-        further = (self._first - offsets) % 4096
-        at = self._first + np.where((further > 0) & (further < LINE), LINE, 0)
-        if not compiled.read_rows(stretch[0], offsets, at.view(np.uint64), width, secret, self._digest.point, found):
+        found = np.empty((-(-width // self._step), len(self.rows)), dtype=np.uint64)
+        places = stretch[1] + part.begin * piece.dtype.itemsize
+        if not read(Stretches(stretch[0], places, width, self._step, secret, self._digest.point, found, *self._memory)):
             return False
-        self._at = at
         if before is not None:
-            self._compare(found.astype(np.int64), before)
+            changed = (found != before) & (before != UNREAD)
+            if changed.any():
+                raise self._changed(int(changed.any(axis=0).argmax()))
         elif secret is not None:
-            self._digests[key] = found.astype(np.int64)
+            self._digests[key] = found
         return True
 
-    def _compare(self, found: NDArray[np.int64], before: NDArray[np.int64] | None) -> None:
-        """Raise where a row is not what it was."""
-        for i in np.flatnonzero((found != before) & (np.asarray(before) >= 0)).tolist():
-            path = self.rows[i].readers[0].path
-            raise FileError(f"{path}: changed while it was being read (updates must stay until the end)")
+    def _changed(self, row: int) -> FileError:
+        path = self.rows[row].readers[0].path
+        return FileError(f"{path}: changed while it was being read (updates must stay until the end)")
 
     def _read_row(self, i: int, piece: Piece, data: Bytes, judged: bool) -> None:
         row, floating = self.rows[i], piece.dtype in DTYPES
         key = (piece.parts[0].name, piece.parts[0].begin)
         digests = self._digests.get(key)
-        before = -1 if digests is None else int(digests[i])
+        known = digests is not None and bool((digests[:, i] != UNREAD).any())
         try:
             if row.wrong is None and (floating or row.lost is None):
                 self._read_parts(row, piece, data)
         except FileError as error:
-            if self.bad == "error" or before >= 0 or i >= self.n:
+            if self.bad == "error" or known or i >= self.n:
                 raise
             if not floating:  # what was judged of it stays
                 row.lost = str(error)
@@ -482,14 +522,14 @@ class Files:
             if floating:
                 data.view(piece.dtype)[:] = np.nan
             return
-        if not floating or (judged and before < 0):
+        if not floating or (judged and not known):
             return
-        found = np.full(len(self.rows), before)
-        found[i] = self._digest(data)
-        if before < 0:
-            self._digests.setdefault(key, np.full(len(self.rows), -1))[i] = found[i]
-        else:
-            self._compare(found, np.full(len(self.rows), before))
+        found = np.array([self._digest(data[k : k + self._step]) for k in range(0, len(data), self._step)], np.uint64)
+        if digests is None:
+            digests = self._digests[key] = np.full((len(found), len(self.rows)), UNREAD)
+        if known and (found != digests[:, i]).any():
+            raise self._changed(i)
+        digests[:, i] = found
 
     def _read_parts(self, row: Row, piece: Piece, data: Bytes) -> None:
         """Fill a row of a piece; what lies in one stretch of a file is read in one go."""
@@ -527,7 +567,7 @@ class Files:
             for reader in row.readers if row.wrong is None else ():
                 reader.held.check()
 
-    def _block(self, piece: Piece) -> Block:
+    def _block(self, piece: Piece, rows: Rows | None) -> Block:
         if piece.dtype == np.void:
             return Block((), ())
         width = piece.count * piece.dtype.itemsize
@@ -541,9 +581,8 @@ class Files:
         self._done += width * len(self.rows)
         if self._progress is not None:
             self._progress("writing" if self._judging else "measuring", self._done, max(self.nbytes, self._done))
-        if not piece.count:
+        if rows is None:
             return Block((), ())
-        rows = Rows(self._at.view(np.uint64)[None], one_segment(piece.count), piece.dtype, self._buffer)
         return Block((rows,), (Rows.of(out[None]),))
 
     # -- writing ---------------------------------------------------------------------------------------------------
