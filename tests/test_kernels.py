@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from support import IMPLEMENTATIONS, KINDS, assert_close, make_rows, one_row
 
 from robustkern.contract.primitives import Kernels, Window
-from robustkern.contract.rows import DTYPES, Rows
+from robustkern.contract.rows import DTYPES, Rows, Stretches
 from robustkern.inputs.addresses import address_of, addresses_of
 
 SIZES = [
@@ -706,10 +707,10 @@ def test_bindings_refuse_other_arrays() -> None:
         _cpu.select_columns(_cpu.supported_isas()[0], addresses, offsets, 2, 1, hi, nearest, *others, flags, 1)
 
     call()
-    for addresses in (rows.addresses.view(np.int64), rows.addresses[0], [1, 2, 3, 4], None):
-        with pytest.raises(TypeError, match="incompatible function arguments"):
+    for addresses in (rows.addresses.view(np.int64), rows.addresses[0], [1, 2, 3, 4], 0):
+        with pytest.raises(TypeError, match=r"rows must be \(n_segments, n\) addresses"):
             call(addresses=addresses)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
+    with pytest.raises(TypeError, match=r"rows must be \(n_segments, n\) addresses"):
         call(addresses=np.zeros((4, 2), dtype=np.uint64).T)
     for bad in (rows.offsets.astype(np.float64), rows.offsets.astype(np.int32), rows.offsets.byteswap().view(">i8")):
         with pytest.raises(TypeError, match="incompatible function arguments"):
@@ -763,6 +764,59 @@ def test_bindings_refuse_other_arrays() -> None:
     for mixes in ((mix, divisors[:3], None, None), (None, divisors, None, None)):
         with pytest.raises(ValueError, match="one divisor for each row of weights"):
             call(mixes=mixes)
+
+
+def test_bindings_refuse_rows_in_files_that_do_not_fit(tmp_path: Path) -> None:
+    _cpu = pytest.importorskip("robustkern._cpu")
+    isa, x, page = _cpu.supported_isas()[0], np.arange(4000, dtype=np.float32).reshape(2, 2000), 4096
+    (tmp_path / "x").write_bytes(x.tobytes())
+    memory, out, key = np.zeros(8 * page, dtype=np.uint8), np.zeros((1, 2000), dtype=np.float32), np.zeros(256, "u4")
+    with (tmp_path / "x").open("rb") as file:
+        right = Stretches(
+            np.full(2, file.fileno()),
+            np.array([0, 8000]),
+            8000,
+            page,
+            key,
+            3,
+            np.zeros((2, 2), dtype=np.uint64),
+            address_of(memory) // page * page + page,
+            6 * page,
+        )
+
+        def call(offsets: Any = (0, 2000), **wrong: Any) -> bool:
+            where, weights = right._replace(**wrong), np.array([[1.0, 3.0]])
+            done: bool = _cpu.weighted_row_sum(
+                isa, where, np.array(offsets), 2, weights, None, Rows.of(out).addresses, 1
+            )
+            return done
+
+        assert call()
+        assert np.array_equal(out[0], x[0] + 3 * x[1])
+        assert right.digests.all()
+        assert not call(places=np.array([0, 8004]))  # beyond the end
+        assert not call(files=np.array([file.fileno(), -1]))
+        for wrong, message in (
+            ({"places": np.array([0])}, "one place for each file"),
+            (
+                {"files": np.array([], dtype=np.int64), "places": np.array([], dtype=np.int64)},
+                "one place for each file",
+            ),
+            ({"part": 5000}, "parts must be whole pages"),
+            ({"part": 0}, "parts must be whole pages"),
+            ({"nbytes": -1}, "parts must be whole pages"),
+            ({"digests": right.digests[:1]}, "one hash for each part and row"),
+            ({"key": key[:5]}, "the key must have the words of a block"),
+            ({"memory_bytes": 2 * page}, "the memory must hold a part of each row"),
+            ({"offsets": (0, 1999)}, "rows in files are one segment of as many bytes"),
+            ({"offsets": (0, 5, 2000)}, "rows in files are one segment of as many bytes"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(**wrong)
+        with pytest.raises(ValueError, match="rows in files take nine entries"):
+            _cpu.read_rows(isa, tuple(right)[:8], Rows.of(x).addresses[0], 1)
+        with pytest.raises(ValueError, match="one place for each row"):
+            _cpu.read_rows(isa, right, Rows.of(x).addresses[0, :1], 1)
 
 
 def test_addresses() -> None:
