@@ -138,12 +138,15 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 	MAKEFLAGS= RK_CUDA=$(if $(wildcard /dev/nvidia0),AUTO,OFF) $(BIN)/python -m pip install --quiet --editable '.[demo]'
 	touch $@
 
+# Packages first, without compiling, which keeps one processor busy: at the end nothing would be left for the others.
 $(VENV)/dev.stamp: $(VENV)/tools.stamp $(SOURCES)
 	@echo "installing $(TORCH) for the processor, some 200 MB"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	@echo "installing robustkern and its tools: compiles the kernels, some minutes"
-	MAKEFLAGS= RK_JAX=ON RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --editable '.[dev]' --config-settings=cmake.define.RK_WERROR=ON
+	@echo "installing what robustkern, its tools and its tests take"
+	$(BIN)/python -m pip install --quiet '.[dev]' --config-settings=wheel.cmake=false
 	$(BIN)/python -m pip install --quiet --no-deps $(MERGEKIT)
+	@echo "installing robustkern: compiles the kernels, some minutes"
+	MAKEFLAGS= RK_JAX=ON RK_REQUIRE_EXTENSION=1 $(BIN)/python -m pip install --quiet --no-deps --editable . --config-settings=cmake.define.RK_WERROR=ON
 	touch $@ $(VENV)/demo.stamp
 
 clean:

@@ -11,11 +11,12 @@ from support import REQUIRED
 
 TESTS = Path(__file__).parent
 #: What runs: rows at every kind of value, size, offset and alignment through every primitive; and whole rules.
-KERNELS = ["-k", "cpp and not 4096", *(str(TESTS / name) for name in ("test_kernels.py", "test_momenta.py"))]
+FILES = "test_blocks.py::test_rows_that_cpp_reads_from_files_by_any_threads"
+KERNELS = ["-k", "cpp and not 4096", *(str(TESTS / name) for name in ("test_kernels.py", "test_momenta.py", FILES))]
 ALL = [
     "-k",
     "cpp",
-    *(str(TESTS / name) for name in ("test_kernels.py", "test_momenta.py", "test_means.py", "test_rules.py")),
+    *(str(TESTS / name) for name in ("test_kernels.py", "test_momenta.py", "test_means.py", "test_rules.py", FILES)),
 ]
 #: Several threads that share a call's work, and several calls at once.
 THREADS = [

@@ -652,49 +652,6 @@ def test_many_small_tensors_take_linear_time(tmp_path: Path) -> None:
         assert seconds[kind, 8000] < 60 * seconds[kind, 500]
 
 
-@pytest.mark.parametrize("values", [1, 1023, 4096, 4097, 20_000, 100_001])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("n", [3, 5, 130])
-def test_rows_that_kernels_read_from_files_are_those_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: int, dtype: str, n: int
-) -> None:
-    """Few and many steps of a piece, whole and with a rest, and several pieces; the same bits for any threads."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", n * 16 * pieces.PAGE)
-    monkeypatch.setattr(pieces, "STEP_BYTES", n * pieces.PAGE)
-    rows = np.random.default_rng(0).standard_normal((n, values)).astype(dtype)
-    rows[n // 2, values // 2 :: 5] = np.nan
-    paths = [tmp_path / f"{i}.npy" for i in range(n)]
-    for path, row in zip(paths, rows, strict=True):
-        np.save(path, row)
-    loaded, load = [], pieces.Files._load
-    monkeypatch.setattr(pieces.Files, "_load", lambda self, *asked: loaded.append(rule) or load(self, *asked))
-    for rule in ("median", "trimmed_mean", "ctma(median)", "krum", "nnm | median", "mean"):
-        f = None if rule == "mean" else max((n - 1) // 3, 1)
-        if rule in ("krum", "nnm | median") and n < 5:
-            continue
-        if rule == "mean":
-            rows[n // 2] = np.nan_to_num(rows[n // 2])
-            np.save(paths[n // 2], rows[n // 2])
-        want, told = rk.aggregate(rows, rule, f=f, return_info=True)
-        found = set()
-        for threads in (1, 2, 3):
-            rk.set_num_threads(threads)
-            info = aggregate_files(paths, rule, f=f, out=tmp_path / "out.npy")
-            found.add((tmp_path / "out.npy").read_bytes())
-            assert info.nonfinite_rows == told.nonfinite_rows, rule
-            if told.sq_distances is not None:
-                assert info.sq_distances is not None
-                np.testing.assert_allclose(info.sq_distances, told.sq_distances, rtol=1e-6)
-        assert len(found) == 1, rule
-        got = np.load(tmp_path / "out.npy")
-        if rule in ("median", "trimmed_mean", "ctma(median)", "krum", "mean"):
-            assert np.array_equal(got, want), rule
-        else:
-            np.testing.assert_allclose(got, want, rtol=1e-2 if dtype == "float16" else 1e-6, atol=1e-6)
-    if values * rows.itemsize >= pieces.PAGE:
-        assert set(loaded) <= {"krum", "nnm | median"}
-
-
 # ---- what was judged is what is added ------------------------------------------------------------------------------
 
 
