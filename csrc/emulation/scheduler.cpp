@@ -57,14 +57,16 @@ constexpr bool kTsan = false;
 
 constexpr size_t kStackBytes = size_t{256} << 10;
 constexpr size_t kGuardBytes = 4096;
+// Stacks begin at every line of a page in turn: those of a block's threads would share few places in the caches.
+constexpr size_t kLine = 64, kPage = 4096;
 
 #ifdef RK_EMULATION_UCONTEXT
 using Context = ucontext_t;
 void swap_context(Context* from, Context* to) { swapcontext(from, to); }
-void prepare_context(Context* context, char* stack, void (*entry)()) {
+void prepare_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
   getcontext(context);
   context->uc_stack.ss_sp = stack;
-  context->uc_stack.ss_size = kStackBytes;
+  context->uc_stack.ss_size = bytes;
   context->uc_link = nullptr;
   makecontext(context, entry, 0);
 }
@@ -96,8 +98,8 @@ rk_emulation_swap_context:
   .size rk_emulation_swap_context, . - rk_emulation_swap_context
 )");
 void swap_context(Context* from, Context* to) { rk_emulation_swap_context(from, to); }
-void prepare_context(Context* context, char* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+void prepare_context(Context* context, char* stack, size_t bytes, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + bytes);
   *--top = nullptr;  // where entry would return to, which it does not
   *--top = reinterpret_cast<void*>(entry);
   *context = top - 6;
@@ -107,6 +109,7 @@ void prepare_context(Context* context, char* stack, void (*entry)()) {
 struct Fiber {
   Context context{};
   char* stack = nullptr;
+  size_t used_bytes = 0;               // of the stack
   const void* stack_bottom = nullptr;  // as AddressSanitizer wants it; the host's is learnt at the first switch
   size_t stack_bytes = 0;
   void* asan_frames = nullptr;
@@ -282,7 +285,7 @@ size_t first_fiber;
 void run_threads();
 
 void prepare(Fiber& fiber) {
-  prepare_context(&fiber.context, fiber.stack, run_threads);
+  prepare_context(&fiber.context, fiber.stack, fiber.used_bytes, run_threads);
   fiber.asan_frames = nullptr;
 }
 
@@ -293,7 +296,9 @@ Fiber* new_fiber() {
     perror("no memory for the stack of an emulated thread");
     abort();
   }
+  static size_t made;
   auto* fiber = new Fiber;
+  fiber->used_bytes = kStackBytes - made++ * kLine % kPage;
   fiber->stack = static_cast<char*>(memory) + kGuardBytes;
   fiber->stack_bottom = fiber->stack;
   fiber->stack_bytes = kStackBytes;
@@ -574,8 +579,8 @@ unsigned block_barrier(bool predicate, Site site) {
   if (barrier.arrived != 0 && !same(barrier.site, site))
     fail(cudaErrorLaunchFailure, site, "divergent barrier: %u threads wait at %s:%d", barrier.arrived,
          barrier.site.file, barrier.site.line);
-  barrier.site = current->site = site;
-  ++barrier.arrived;
+  current->site = site;
+  if (barrier.arrived++ == 0) barrier.site = site;
   barrier.votes += predicate;
   wait();
   return barrier.result;
