@@ -43,14 +43,16 @@ Bytes = NDArray[np.uint8]
 #: Bytes of a piece of all rows, which the kernels then find in the caches. 20 files of 100 MB from the page cache, two
 #: cores with 32 MB of shared cache, median, in reads of the files on one thread: 3.6 with 2 MiB, 2.2 with 8 MiB, 2.3
 #: with 16 MiB; with threads that read the next pieces meanwhile 4.2, 2.3 and 2.1, as they keep the kernels' threads
-#: waiting for each other. Where each thread reads what it will combine, on Zen 5: 1.3 to 1.4 with 4, 8 and 16 MiB. From
-#: a disk the system reads ahead.
+#: waiting for each other. Where each thread reads what it will combine, on Zen 5: 1.3 to 1.4 with 4, 8 and 16 MiB; and
+#: where it does so a step at a time, on an Intel: 1.09 with 8 MiB, 0.92 with 16 and 32, 1.0 with 64. From a disk the
+#: system reads ahead.
 PIECE_BYTES = 16 << 20
 LEAST_PIECE = 1 << 14
 #: A line of the caches. Copies from a file take up to six times as long where they go to a few bytes further into a
 #: page than they come from (2 GB: 0.16 s, to 1 to 16 bytes further 0.9 to 1.0 s, from 32 bytes on 0.18 s).
 LINE, PAGE = 64, 4096
-#: Of a piece a thread reads so many bytes of all rows before it goes on with them, which its core's caches hold.
+#: Of a piece a thread reads so many bytes of all rows before it goes on with them, which its core's caches hold. As
+#: above, on an Intel with 2 MiB a core: 1.0 with 256 KiB and 2 MiB, 0.95 to 0.98 with 512 KiB and 1 MiB.
 STEP_BYTES = 1 << 20
 STEPS = PIECE_BYTES // STEP_BYTES
 UNREAD = np.uint64(2**64 - 1)  # no hash
