@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -345,12 +346,31 @@ def test_out_must_not_be_another_leaf_of_the_updates() -> None:
     assert rows[0]["b"].tolist() == [10, 10, 10]
 
 
-def test_out_beside_the_updates_in_one_array() -> None:
-    memory = np.random.default_rng(0).standard_normal((6, 8))
-    want = np.median(memory[:5], axis=0)
-    assert np.array_equal(rk.median(memory[:5], out=memory[5]), want)
-    with pytest.raises(ValueError, match="out shares memory with the updates"):
-        rk.median(memory, out=memory[5])
+@pytest.mark.parametrize("kind", [np.asarray, list, torch.from_numpy, lambda x: list(torch.from_numpy(x))])
+def test_out_beside_the_updates_in_one_array(kind: Callable[[Any], Any]) -> None:
+    memory = np.random.default_rng(0).standard_normal(80)
+    rows = memory[20:60].reshape(5, 8)
+    updates, want, before = kind(rows), np.median(rows, axis=0), rows.copy()
+    for begin in range(len(memory) - 8 + 1):
+        out = memory[begin : begin + 8]
+        target = torch.from_numpy(out) if torch.is_tensor(updates[0]) else out
+        if begin + 8 <= 20 or begin >= 60:
+            assert rk.median(updates, out=target) is target
+            assert np.array_equal(out, want)
+        else:
+            with pytest.raises(ValueError, match="out shares memory with the updates"):
+                rk.median(updates, out=target)
+    assert np.array_equal(rows, before)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, list])
+def test_out_that_cannot_be_written_to_as_it_is(kind: Callable[[Any], Any]) -> None:
+    updates, closed = kind(X.copy()), X[0].copy()
+    closed.flags.writeable = False
+    shifted = np.zeros(4 * 4 + 1, dtype=np.uint8)[1:].view(np.float32)
+    for out in (closed, shifted, np.zeros(8, dtype=np.float32)[::2]):
+        with pytest.raises(ValueError, match="out must be contiguous, aligned and writeable"):
+            rk.median(updates, out=out)
 
 
 def test_pytrees_without_end() -> None:

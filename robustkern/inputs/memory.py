@@ -305,6 +305,10 @@ def check_disjoint(leaves: list[Leaf], others: Sequence[Leaf] = ()) -> None:
     leaves = [leaf for leaf in leaves if leaf.size]
     if not leaves:
         return
+    if len(leaves) == 1 and not others and leaves[0].addresses is not None:  # the usual case, kept short
+        apart = np.abs(leaves[0].addresses[:-1] - leaves[0].addresses[-1])
+        if apart.min() >= leaves[0].size * leaves[0].dtype.itemsize:
+            return
     inputs = [*leaves, *(leaf for leaf in others if leaf.size)]
     starts, sizes = zip(*(bounds for leaf in inputs for bounds in leaf.bounds()), strict=True)
     low = np.concatenate(starts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -84,18 +85,8 @@ def adapt(
     TypeError, ValueError
         If the updates are not of one kind, structure, shape and dtype; the message names the row and leaf.
     """
-    if (
-        type(updates) is np.ndarray
-        and out is None
-        and centre is None
-        and choice is EVERYTHING
-        and updates.dtype in DTYPES
-        and updates.ndim >= 2
-        and 0 < len(updates) <= MAX_ROWS
-        and updates.size > 0
-        and updates.flags.c_contiguous
-    ):
-        return _adapt_plain(updates)
+    if centre is None and choice is EVERYTHING and (plain := _adapt_plain(updates, out)) is not None:
+        return plain
     if isinstance(updates, np.ndarray) or is_torch_array(updates) or hasattr(updates, "__dlpack_device__"):
         if centre is None:
             _require_names(choice)
@@ -173,16 +164,42 @@ def jax_array(result: NDArray[Any]) -> Any:
     return made
 
 
-def _adapt_plain(updates: NDArray[Any]) -> tuple[MemorySource, NDArray[Any]]:
-    """Adapt rows of one contiguous array: the usual case, kept short for small calls."""
-    n, dtype = len(updates), updates.dtype
-    d = updates.size // n
-    result = np.empty(updates.shape[1:], dtype=dtype)
-    first, step, offsets = address_of(updates), d * dtype.itemsize, one_segment(d)
+def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
+    """Adapt rows of one contiguous array: the usual case, kept short for small calls.
+
+    None sends all others on, to where there are words for what cannot be used.
+    """
+    if type(updates) is np.ndarray:
+        if updates.dtype not in DTYPES or not updates.flags.c_contiguous:
+            return None
+        dtype, first, shape = updates.dtype, address_of(updates), updates.shape
+    elif is_torch_array(updates) and (looked := _look((updates,), 1)) is not None:
+        dtype, (first,) = looked
+        shape = tuple(updates.shape)
+    else:
+        return None
+    if len(shape) < 2 or not 0 < shape[0] <= MAX_ROWS or 0 in shape:
+        return None
+    n, d = shape[0], math.prod(shape[1:])
+    step, offsets = d * dtype.itemsize, one_segment(d)
+    if out is None:
+        result = np.empty(shape[1:], dtype) if type(updates) is np.ndarray else empty_tensor(shape[1:], updates)
+        target = address_of(result) if isinstance(result, np.ndarray) else result.data_ptr()
+    else:
+        result = out
+        if type(out) is not type(updates) or out.dtype != updates.dtype or tuple(out.shape) != shape[1:]:
+            return None
+        if (type(out) is np.ndarray and not out.flags.writeable) or (looked := _look((out,), 0)) is None:
+            return None
+        (target,) = looked[1]
+        if target % dtype.alignment or first - step < target < first + n * step:
+            return None
     addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
-    rows = Rows(addresses[None], offsets, dtype, updates)
-    target = Rows(np.array([[address_of(result)]], dtype=np.uint64), offsets, dtype, result)
-    return MemorySource(n, d, {dtype}, "cpu", Block((rows,), (target,))), result
+    block = Block(
+        (Rows(addresses[None], offsets, dtype, updates),),
+        (Rows(np.array([[target]], dtype=np.uint64), offsets, dtype, result),),
+    )
+    return MemorySource(n, d, {dtype}, "cpu", block), result
 
 
 _TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
