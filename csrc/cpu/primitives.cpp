@@ -646,10 +646,11 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
     const auto sum_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
       const Average average = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
       const int64_t padded = add_columns(r, segment, first, columns, average.lift, tailed, Count<0>{});
+      const Divisor by(average.divisor, average.reciprocal);
       if constexpr (sizeof(S) == 8) {
         F64 check = {};
         for (int64_t j = 0; j < padded; j += kDoubles) {
-          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, splat<F64>(average.divisor));
+          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, by);
           check = fmadd(value, F64{}, check);
           store(rounded + j, value);
         }
@@ -662,10 +663,17 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
           }
         }
       } else {
-        for (int64_t j = 0; j < padded; j += kDoubles) {
-          const F64 value = load(sums + j) / average.divisor;
-          store_rounded(rounded + j, sizeof(S) == 2 ? to_odd(value) : value);
-        }
+        const auto round = [&](auto&& quotient) {
+          F64 check = {};
+          for (int64_t j = 0; j < padded; j += kDoubles) {
+            const F64 value = quotient(load(sums + j));
+            check = fmadd(value, F64{}, check);
+            store_rounded(rounded + j, sizeof(S) == 2 ? to_odd(value) : value);
+          }
+          return any_nan(check);
+        };
+        const bool again = round([&](F64 sum) { return divided(sum, by); });
+        if (__builtin_expect(again, false)) round([&](F64 sum) { return sum / by.value; });
       }
       narrow_run(rounded, columns, stored);
       write_run(static_cast<char*>(out[segment * k + r]) + first * static_cast<int64_t>(sizeof(S)),

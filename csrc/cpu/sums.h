@@ -79,6 +79,10 @@ RK_INLINE F64 divided(const DoubledSum& sum, F64 divisor) {
   const F64 near = sum.high / divisor;
   return near + (remainder(sum.high, near, divisor) + sum.low) / divisor;
 }
+RK_INLINE F64 divided(const DoubledSum& sum, const Divisor& by) {  // of numbers only
+  const F64 near = sum.high * by.reciprocal;
+  return near + (remainder(sum.high, near, by.value) + sum.low) * by.reciprocal;
+}
 // base + sum / divisor, rounded once, and what that loses.
 RK_INLINE F64 moved(F64 base, F64 sum, const Divisor& by, F64& lost) {
   const F64 near = divided(sum, by), rest = remainder(sum, near, by.value);
