@@ -281,6 +281,12 @@ def test_honest_rounds_give_flowers_bytes(name: str, nodes: int) -> None:
     assert dict(got.evaluate_metrics_clientapp[2]) == dict(want.evaluate_metrics_clientapp[2])
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 11, 12, 13])
+def test_a_mean_in_parts_has_flowers_bytes(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(flower, "AT_ONCE", at_once)  # 12 values in the longest layer
+    test_honest_rounds_give_flowers_bytes("MultiKrum", 7)
+
+
 def test_bulyan_is_flowers() -> None:
     want, got = (trained(module.Bulyan(num_malicious_nodes=1), nodes=9) for module in (builtin, flower))
     for key, array in got.arrays.items():

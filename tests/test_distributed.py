@@ -55,6 +55,7 @@ def test_a_model_that_learns_beside_a_liar(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies(tmp_path: Path) -> None:
-    for found in on_ranks("killed", tmp_path, size=3, seconds=10.0, dead=1):
+@pytest.mark.parametrize("when", ["killed", "killed_while_collecting"])
+def test_a_rank_that_dies(when: str, tmp_path: Path) -> None:
+    for found in on_ranks(when, tmp_path, size=3, seconds=10.0, dead=1):
         assert found["seconds"] < 30

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import robustkern as rk
 import robustkern.distributed as rd
-from robustkern.distributed import shards
+from robustkern.distributed import ranks, shards
 from robustkern.files import output
 from robustkern.files.formats import is_output
 from robustkern.training import Mu2Server, Mu2Worker, Settings, Simulation, load_data
@@ -189,12 +189,20 @@ def rows(rank: int, size: int) -> None:
     assert trained.grad.tolist() == [1.5, 1.5]
     counted = [{"x": np.ones(2) * k, **({"n": np.array([k])} if rank == 0 else {})} for k in range(5)]
     assert rd.aggregate(counted, "median", return_info=True)[1].integers == 1  # on every rank
-    pair = dist.new_group([0, 1])
-    if rank < 2:
-        assert rd.aggregate_rows(np.array([float(rank)]), "mean", group=pair).tolist() == [0.5]
+    pair = dist.new_group([1, 3])  # whose ranks have other numbers than among all
+    if rank % 2:
+        assert rd.aggregate_rows(np.array([float(rank), 5.0, rank]), "mean", group=pair).tolist() == [2.0, 5.0, 2.0]
     else:
         with pytest.raises(RuntimeError, match="this process is no member of the group"):
             rd.aggregate_rows(np.ones(1), "mean", group=pair)
+    # A message of one's own that is expected meanwhile is not mixed up with ours.
+    letter = torch.zeros(1)
+    expected = dist.irecv(letter, (rank - 1) % size)
+    assert rd.aggregate_rows(np.full(4, float(rank)), "mean").tolist() == [1.5] * 4
+    sent = dist.isend(torch.full((1,), 7.0 + rank), (rank + 1) % size)
+    expected.wait()
+    sent.wait()
+    assert letter.tolist() == [7.0 + (rank - 1) % size]
 
 
 def errors(rank: int, size: int) -> None:
@@ -733,6 +741,23 @@ def killed(rank: int, size: int) -> dict[str, Any]:
             rd.aggregate_rows(np.ones(4), "krum", f=1)
     except RuntimeError as error:
         return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+
+
+def killed_while_collecting(rank: int, size: int) -> dict[str, Any]:
+    """The last rank dies when all have their columns of the result."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os._exit(9)
+
+    rd.aggregate_rows(np.ones(4), "median", f=1)
+    started = time.monotonic()
+    if rank == size - 1:
+        ranks.bring_together = die
+    try:
+        rd.aggregate_rows(np.ones(1_000_000), "median", f=1)
+    except RuntimeError as error:
+        return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+    raise AssertionError("a result without the last rank's columns")
 
 
 def models(rank: int, size: int) -> None:

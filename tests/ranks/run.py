@@ -38,6 +38,6 @@ except BaseException:
     found["error"] = traceback.format_exc()
 (folder / f"{rank}.json").write_text(json.dumps(found))
 sys.stdout.flush()
-if found["error"] is None and check != "killed":
+if found["error"] is None and not check.startswith("killed"):
     dist.barrier()
 os._exit(0)  # torch's own FSDP2 on gloo aborts at exit now and then
