@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -803,6 +804,59 @@ def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.Monke
         monkeypatch.setattr(geometry, "SINGLE_VALUES", from_values)
         results.append(rk.aggregate(x, rule))
     assert np.array_equal(results[0], results[1])
+
+
+def rows_around_a_geometric_median(gap: float, f: int) -> tuple[Array, Array]:
+    """Return 40 rows, and their squared distances to it; five of them, of which three are kept, are `gap` apart.
+
+    Along its ray from the geometric median a row moves without moving that: any distances can be had.
+    """
+    rng = np.random.default_rng(int(1e9 * gap))
+    n, d = 40, 1500
+    x = rng.standard_normal((n, d))
+    z = x.mean(axis=0)
+    for _ in range(200):
+        pull = 1 / np.linalg.norm(x - z, axis=1)
+        z = pull @ x / pull.sum()
+    radii = np.linspace(0.9, 1.1, n)
+    radii[n - f - 3 : n - f + 2] = radii[n - f - 3] * (1 + gap * np.arange(5))
+    away = (x - z) / np.linalg.norm(x - z, axis=1, keepdims=True)
+    rows = (z + np.sqrt(d) * rng.permutation(radii)[:, None] * away).astype(np.float32)
+    return rows, ((rows - z.astype(np.longdouble)) ** 2).sum(axis=1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("gap", "useless", "lines", "restarts"),
+    [
+        (1e-4, False, 0, 0),  # float32 products tell
+        (3e-6, False, 1, 0),  # what is measured in float64 from five rows tells
+        (3e-6, True, 1, 1),  # or does not
+        (1e-7, False, 0, 1),  # only float64 products can tell
+        (0.0, False, 0, 1),
+    ],
+)
+def test_rows_as_far_from_a_geometric_median_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, backend: str, gap: float, useless: bool, lines: int, restarts: int, weighted: bool
+) -> None:
+    made: list[str] = []
+
+    def counted(name: str, change: Callable[[Any], Any] = lambda found: found) -> None:
+        once = getattr(geometry.Given, name)
+        monkeypatch.setattr(geometry.Given, name, lambda *given: made.append(name) or change(once(*given)))
+
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    counted("lines_pass", np.ones_like if useless else lambda found: found)
+    counted("start_again")
+    f = 12
+    rows, exact = rows_around_a_geometric_median(gap, f)
+    n = len(rows)
+    options: dict[str, Any] = {"delta": f / n, "weights": np.ones(n)} if weighted else {"f": f}
+    _, info = rk.aggregate(rows, "ctma(geometric_median)", backend=backend, return_info=True, **options)
+    wanted = (lines, restarts) if backend == "cpp" else (0, 0)  # others take float64 products at once
+    assert (made.count("lines_pass"), made.count("start_again")) == wanted
+    if gap:
+        assert np.array_equal(np.flatnonzero(info.kept), np.sort(exact.argsort()[: n - f]))
 
 
 KINDS_OF_CUT = [

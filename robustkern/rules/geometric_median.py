@@ -11,15 +11,12 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 from robustkern.rules.base import Aggregator, Goals, register
-from robustkern.rules.geometry import MANY_ROWS, SINGLE_NOISE
+from robustkern.rules.geometry import MANY_ROWS, MAX_SHIFT, SINGLE_NOISE
 from robustkern.rules.least_distances import Products, converged_weights, shift_bound, smoothed_weights
 from robustkern.rules.text import set_name
 from robustkern.rules.view import Solution, View
 
 __all__ = ["GeometricMedian"]
-
-#: How far float32 products may have moved the geometric median, in middle distances of the rows.
-MAX_SHIFT = 1e-6
 
 
 @register

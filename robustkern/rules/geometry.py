@@ -65,6 +65,8 @@ MOST_NEAR = 0.125
 FAR = 2.0**-66  # brings rows whose squares overflow float32 to where they do not;
 SINGLE_LEAST = 2.0**-76  # and with it no row's mean square counts as less: what underflows is little of that
 SINGLE_NOISE = 2.0**-24
+#: How far float32 products may have moved a combination of the rows, in their middle distance to it.
+MAX_SHIFT = 1e-6
 #: Rows from which all are measured in float64 where float32 products leave a cut open, of all rows: with a quarter of
 #: 32 rows that takes 1.6 reads, all float64 products 2.6; of 128 rows 3 and 11.
 MOST_LINES = 0.25
@@ -236,13 +238,13 @@ class Geometry:
         return errors
 
     def errors_to(self, weights: Vector, centre_weight: float = 0.0) -> Vector:
-        """Error bounds of `sq_distances_to`."""
+        """Error bounds of what tells `sq_distances_to` apart: that of the combination's own square is common to all."""
         length = abs(weights) @ self.lengths
         rest = share_of_origin(weights, centre_weight)
         for reference, share in ((self.centre, centre_weight), (self.origin, rest)):
             if reference is not None and share != 0.0:
                 length += abs(share) * math.sqrt(max(reference.square, 0.0))
-        return np.asarray(self.rounding * (self.lengths + length) ** 2)
+        return np.asarray(self.rounding * self.lengths * (self.lengths + 2 * length) + 4 * EPSILON * length**2)
 
 
 @dataclass(slots=True, eq=False)

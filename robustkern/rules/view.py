@@ -21,6 +21,7 @@ from robustkern.rules.cuts import TIE, Again, Distances, contending, smallest, s
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
+    MAX_SHIFT,
     UNIT_ROUNDING,
     Geometry,
     Given,
@@ -31,6 +32,7 @@ from robustkern.rules.geometry import (
     Selection,
     as_cells,
     cells_of_share,
+    share_of_origin,
     tolerated,
     unscaled,
 )
@@ -387,11 +389,39 @@ class View:
             again = geometry.undecided
             if self.mix is None and point == "origin":
                 again = functools.partial(self._given.exact_from, point, self._given.scale)
+            elif self.mix is None and geometry.single and centre == 0.0 and share_of_origin(shares, centre) == 0.0:
+                again = functools.partial(self._told_apart, shares, values, 0.0 if point is not None else MAX_SHIFT)
             return Distances(values, geometry.errors_to(shares, centre), again, geometry.scale)
         values, scale = self._given.measure_selection(selection, self.mix)
         errors = _relative(values, self._given.rounding)
         again = functools.partial(self._given.exact_sq_distances_to, selection, scale) if self.mix is None else None
         return Distances(values, errors, again, scale)
+
+    def _told_apart(self, shares: Vector, values: Vector, shift: float, contenders: NDArray[np.intp]) -> Vector:
+        """Squared distances of some rows to a combination of all, by float64 distances between the former and all.
+
+        What these add to each, the combination's own square, is common to all. Where rounding, or that the combination
+        may be off by `shift` middle distances, could still decide, all products have to be float64.
+        """
+        geometry, used = self.geometry(quick=True), np.flatnonzero(shares)
+        among = np.ix_(contenders, contenders)
+        blur = 2 * shift * math.sqrt(float(np.median(values[used])))
+
+        def clear(squares: Vector, errors: Vector) -> bool:
+            order = squares.argsort()
+            apart = np.sqrt(geometry.sq_distances[among][order[1:], order[:-1]])
+            return bool((np.diff(squares[order]) > errors[order[1:]] + errors[order[:-1]] + blur * apart).all())
+
+        # What float32 products tell is better than its bound: where it is no use to measure, that shows.
+        same = geometry.sq_distances[among] <= geometry.pair_errors(contenders)[:, contenders]
+        hopeless = np.count_nonzero(same) > len(contenders) or not clear(values[contenders], np.zeros(len(contenders)))
+        if hopeless or not self._given.sharpen(contenders):
+            geometry.require_double()
+        geometry = self.geometry(quick=True)
+        sums = geometry.sq_distances[np.ix_(contenders, used)] @ shares[used]
+        if not clear(sums, geometry.pair_errors(contenders)[:, used] @ abs(shares[used])):
+            geometry.require_double()
+        return np.asarray(values[contenders[0]] + (sums - sums[0]))
 
     def _measure_from(self, row: int, contenders: NDArray[np.intp]) -> Vector | None:
         """Exact squared distances from a row to some others; None where these count as equal."""
