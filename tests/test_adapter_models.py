@@ -123,6 +123,14 @@ def folder(path: Path, adapter: Any, config: Any) -> Path:
     return path
 
 
+def test_folders_need_the_packages_of_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs safetensors, .* \(pip install 'robustkern\[cli\]'\)"):
+        peft.aggregate_lora_folders([tmp_path], "mean", out=tmp_path / "merged")
+
+
 def test_folders_of_adapters(tmp_path: Path) -> None:
     settings = [{"r": 4, "lora_alpha": 8}, {"r": 8, "lora_alpha": 16, "use_rslora": True}, {"r": 4, "lora_alpha": 4}]
     adapters = [lora(k, config["r"]) for k, config in enumerate(settings)]

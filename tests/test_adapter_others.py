@@ -306,6 +306,6 @@ def test_a_framework_that_is_missing_is_named_with_what_brings_it(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, framework, None)
     monkeypatch.delitem(sys.modules, f"robustkern.adapters.{module}", raising=False)
-    message = rf"this adapter is for {framework}, which is not installed \(pip install {re.escape(remedy)}\)"
+    message = rf"this adapter needs {framework}, which is not installed \(pip install {re.escape(remedy)}\)"
     with pytest.raises(ModuleNotFoundError, match=message):
         importlib.import_module(f"robustkern.adapters.{module}")

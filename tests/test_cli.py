@@ -317,7 +317,7 @@ def test_info_command() -> None:
 
 
 def test_without_the_packages_of_the_command_line(tmp_path: Path) -> None:
-    for package in ("typer", "rich"):
+    for package in ("typer", "rich", "safetensors"):
         blocked = tmp_path / package
         blocked.mkdir()
         (blocked / f"{package}.py").write_text(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,19 @@ def test_what_cannot_be_done(threads: Client, tmp_path: Path, monkeypatch: pytes
     data = (tmp_path / "c3.safetensors").read_bytes()
     (tmp_path / "c3.safetensors").write_bytes(data[:-8])
     attempt("truncated or too long", FileError)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "extra"),
+    [("dask_aggregate", "distributed", "dask"), ("dask_aggregate", "fsspec", "dask"), ("aggregate", "torch", "torch")],
+)
+def test_what_is_missing_is_named_with_what_brings_it(name: str, missing: str, extra: str) -> None:
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\nimport robustkern.distributed as d\n"
+        f"try:\n    d.{name}\nexcept ImportError as error:\n    print(error)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said == f"robustkern.distributed.{name} needs {missing} (pip install 'robustkern[{extra}]')\n"
 
 
 def test_a_file_that_changes_between_passes(threads: Client, tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def needs(extra: str | None) -> Iterator[None]:
-    """Say which extra brings a framework whose import fails in here; None: no extra does."""
+    """Say which extra brings a package whose import fails in here; None: no extra does."""
     try:
         yield
     except ModuleNotFoundError as error:
         name = str(error.name).partition(".")[0]
         remedy = f"pip install 'robustkern[{extra}]'" if extra else f"pip install {name}"
-        message = f"this adapter is for {name}, which is not installed ({remedy})"
+        message = f"this adapter needs {name}, which is not installed ({remedy})"
         raise ModuleNotFoundError(message, name=name) from None

@@ -11,6 +11,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike, NDArray
 
+from robustkern.adapters import needs
 from robustkern.adapters.lora import A, aggregate_lora, lora_gram
 from robustkern.contract.rows import Vector
 from robustkern.errors import brief, plain
@@ -71,7 +72,8 @@ def aggregate_lora_folders(
         As `aggregate_lora`; where `out` exists; and where settings cannot be read, differ, or ask for more than
         ``B @ A`` on the model as it is: ranks by module, DoRA, biases, an initialisation that changes the model.
     """
-    from safetensors.numpy import save_file
+    with needs("cli"):
+        from safetensors.numpy import save_file
 
     target = Path(out)
     if target.exists():

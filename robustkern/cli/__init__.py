@@ -13,7 +13,7 @@ __all__ = ["app", "main"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the commands where they are asked for: without typer and rich there is only `main`."""
+    """Import the commands where they are asked for: without what the extra `cli` brings there is only `main`."""
     if name == "app":
         from robustkern.cli.commands import app
 
@@ -29,7 +29,7 @@ def main() -> None:
         try:
             from robustkern.cli.commands import app as run
         except ModuleNotFoundError as missing:
-            if missing.name not in ("typer", "rich"):
+            if str(missing.name).partition(".")[0] not in ("typer", "rich", "safetensors"):
                 raise
             plain.main(sys.argv[1:], missing)
         else:

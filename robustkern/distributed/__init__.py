@@ -46,8 +46,9 @@ def __getattr__(name: str) -> Any:
     try:
         module = importlib.import_module(f"{__name__}.{_WHERE[name]}")
     except ModuleNotFoundError as error:
+        missing, extra = str(error.name).partition(".")[0], "dask" if _WHERE[name] == "pool" else "torch"
         raise ImportError(
-            f"robustkern.distributed.{name} needs {error.name} (pip install 'robustkern[torch]')"
+            f"robustkern.distributed.{name} needs {missing} (pip install 'robustkern[{extra}]')"
         ) from error
     return getattr(module, name)
 
