@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from distributed import Client, LocalCluster
+from distributed.protocol.pickle import dumps, loads
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import ArrayLike, NDArray
@@ -311,7 +312,9 @@ class _Pool(Undivided):
         """Have all blocks looked at; write what comes of it in the order of the file."""
         given = {"n": self.n, "f": passes.f, "weights": passes.weights, "share": passes.share}
         given["needs_origin"] = passes.needs_origin
-        shared = self._client.scatter((self._files, self._asked, given, name, arguments), broadcast=True, hash=False)
+        # A task, not scattered data: what a worker that dies has held is made again.
+        told = dumps((self._files, self._asked, given, name, arguments))  # type: ignore[no-untyped-call]
+        shared = self._client.submit(bytes, told, pure=False)
         futures = [self._client.submit(_in_task, block, shared, pure=False, retries=2) for block in self._blocks]
         found = []
         try:
@@ -335,6 +338,6 @@ class _Pool(Undivided):
             writer.put(np.ascontiguousarray(values).reshape(-1).view(np.uint8))
 
 
-def _in_task(block: Sequence[_Range], shared: Any) -> Any:
-    files, asked, given, name, arguments = shared
+def _in_task(block: Sequence[_Range], shared: bytes) -> Any:
+    files, asked, given, name, arguments = loads(shared)  # type: ignore[no-untyped-call]
     return _task(files, block, asked, given, name, arguments)
