@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import subprocess
+import io
+import os
 import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "build" / "fuzz"
@@ -18,16 +25,22 @@ CORPUS = ROOT / "build" / "fuzz"
 WATCHED = ["robustkern", "zipfile", "fuzz"]
 
 
-def fuzz(name: str, seconds: int, corpus: Path, seed: int) -> None:
-    """Fuzz one target in this process, which ends with it."""
+def targets() -> dict[str, Any]:
+    """Import all targets so that Atheris sees their branches, once for all of them: it takes ten seconds."""
     import atheris
     from watched import take_sources
 
     take_sources(ROOT)  # an editable installation's importer is one that Atheris does not see through
-    with atheris.instrument_imports(include=WATCHED):
+    with redirect_stderr(io.StringIO()), atheris.instrument_imports(include=WATCHED):  # which names each module
         from fuzz.planted import PLANTED
         from fuzz.targets import TARGETS
-    target = (TARGETS | PLANTED)[name]
+    return {**TARGETS, **PLANTED}
+
+
+def fuzz(name: str, target: Any, seconds: int, corpus: Path, seed: int) -> None:
+    """Fuzz one target in this process, which ends with it."""
+    import atheris
+
     corpus.mkdir(parents=True, exist_ok=True)
     for data in target.seeds():
         (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
@@ -48,6 +61,19 @@ def fuzz(name: str, seconds: int, corpus: Path, seed: int) -> None:
     atheris.Fuzz()
 
 
+def in_a_child(work: Callable[[], None], stderr: IO[str]) -> int:
+    """Return how a child of this process ended that did some work."""
+    child = os.fork()
+    if child == 0:
+        os.dup2(stderr.fileno(), 2)
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)  # a fuzzer ends its process itself
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def main() -> int:
     """Fuzz targets one after the other; 1 where one has a finding."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -56,32 +82,23 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=60, help="of each target")
     parser.add_argument("--corpus", type=Path, default=CORPUS)
     parser.add_argument("--seed", type=int, default=0, help="of what is tried; 0 for another one in each run")
-    parser.add_argument("--here", action="store_true", help="one target, in this process")
     given = parser.parse_args()
-    if given.here:
-        fuzz(given.target[0], given.seconds, given.corpus / given.target[0], given.seed)
-    names = given.target
-    if not names:  # or it takes seconds to import for nothing
-        from fuzz.targets import TARGETS
-
-        names = list(TARGETS)
+    known = targets()
     failed = False
-    for name in names:
-        command = [sys.executable, __file__, name, "--here", "--corpus", given.corpus]
-        command += ["--seconds", str(given.seconds), "--seed", str(given.seed)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
-        said = dict(
-            line[len("stat::") :].split(":", 1) for line in done.stderr.splitlines() if line.startswith("stat::")
-        )
+    for name in given.target or [name for name in known if name != "planted"]:
+        with tempfile.TemporaryFile("w+", errors="replace") as stderr:
+            work = partial(fuzz, name, known[name], given.seconds, given.corpus / name, given.seed)
+            code = in_a_child(work, stderr)
+            stderr.seek(0)
+            lines = stderr.read().splitlines()
+        said = dict(line[len("stat::") :].split(":", 1) for line in lines if line.startswith("stat::"))
         tried = said.get("number_of_executed_units", "?").strip()
-        kept = len(list((given.corpus / name).iterdir()))
-        print(
-            f"{name}: {tried} inputs, corpus of {kept}, {'a finding' if done.returncode else 'no finding'}", flush=True
-        )
-        if done.returncode:
-            said_last = [line for line in done.stderr.splitlines() if not line.startswith(("INFO", "WARNING", "#"))]
+        kept = len(list((given.corpus / name).glob("*")))
+        print(f"{name}: {tried} inputs, corpus of {kept}, {'a finding' if code else 'no finding'}", flush=True)
+        if code:
+            said_last = [line for line in lines if not line.startswith(("INFO", "WARNING", "#"))]
             print("\n".join(said_last)[-6000:], file=sys.stderr)
-        failed |= done.returncode != 0
+        failed |= code != 0
     return int(failed)
 
 

@@ -20,8 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
+import torch
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import robustkern as rk
+from robustkern.distributed.dcp import Folder
 from robustkern.files.formats import FileError, Reader, naming, open_reader
 from robustkern.rules import text
 from robustkern.training import session
@@ -101,8 +104,6 @@ def _stored_twice() -> bytes:
 
 
 def _torch(update: dict[str, np.ndarray]) -> bytes:
-    import torch
-
     file = io.BytesIO()
     torch.save({name: torch.from_numpy(values) for name, values in update.items()}, file)
     return file.getvalue()
@@ -189,8 +190,6 @@ def _npy_file(data: bytes) -> bool:
 
 
 def _torch_file(data: bytes) -> bool:
-    import torch
-
     with _folder() as folder:
         ours = _read(folder, ".pt", data)
     if ours is not None:
@@ -298,8 +297,6 @@ def _training_seeds() -> list[bytes]:
 
 
 def _dcp(data: bytes) -> bool:
-    from robustkern.distributed.dcp import Folder
-
     index, piece = cut(data, 2)
     with _folder() as folder, ExitStack() as files:
         (folder / ".metadata").write_bytes(index)
@@ -315,9 +312,6 @@ def _dcp(data: bytes) -> bool:
 
 
 def _dcp_seeds() -> list[bytes]:
-    import torch
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     with _folder() as folder:
         save({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3)}, checkpoint_id=folder, no_dist=True)
         return [joined((folder / ".metadata").read_bytes(), (folder / "__0_0.distcp").read_bytes())]
