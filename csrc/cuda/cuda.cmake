@@ -49,9 +49,12 @@ function(rk_try_cuda)
   set(reason "${reason}" PARENT_SCOPE)
 endfunction()
 
-# From Turing on; 8.6 and 8.9 run the code of 8.0. The last one also as PTX, for what is newer.
+# From Turing on; 8.6 and 8.9 run the code of 8.0. The last one also as PTX, for what is newer. What does not depend on
+# the architecture is compiled twice, before and from Blackwell on, and assembled for each: a fifth of a build's time.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 90-real 100-real 120)
+  set(RK_CUDA_INDEPENDENT "--generate-code=arch=compute_75,code=[sm_75,sm_80,sm_90]"
+                          "--generate-code=arch=compute_100,code=[sm_100,sm_120,compute_100]")
 endif()
 if(NOT RK_CUDA_TRIED STREQUAL "works: ${CMAKE_CUDA_COMPILER} for ${CMAKE_CUDA_ARCHITECTURES}")
   message(STATUS "Trying CUDA")
@@ -75,14 +78,22 @@ string(REPLACE ";" " " RK_CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
 set(RK_CUDA_STATE "built with CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${RK_CUDA_ARCHITECTURES}")
 
 # Sums that carry their rounding errors need every product rounded: no contraction, as on the CPU.
-add_library(rk_cuda OBJECT csrc/cuda/select.cu csrc/cuda/mixed.cu csrc/cuda/gram.cu csrc/cuda/sums.cu)
-set_target_properties(rk_cuda PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
-target_compile_options(rk_cuda PRIVATE --threads=2 -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
-if(RK_WERROR)
-  target_compile_options(rk_cuda PRIVATE -Werror=all-warnings -Xcompiler=-Werror -Xptxas=-warn-spills,-Werror)
+add_library(rk_cuda_independent OBJECT csrc/cuda/select.cu csrc/cuda/sums.cu)
+add_library(rk_cuda OBJECT csrc/cuda/mixed.cu csrc/cuda/gram.cu)
+foreach(target rk_cuda_independent rk_cuda)
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+  target_compile_options(${target} PRIVATE --threads=2 -fmad=false -Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra)
+  if(RK_WERROR)
+    target_compile_options(${target} PRIVATE -Werror=all-warnings -Xcompiler=-Werror -Xptxas=-warn-spills,-Werror)
+  endif()
+endforeach()
+if(RK_CUDA_INDEPENDENT)
+  set_target_properties(rk_cuda_independent PROPERTIES CUDA_ARCHITECTURES OFF)
+  target_compile_options(rk_cuda_independent PRIVATE ${RK_CUDA_INDEPENDENT})
 endif()
 
-nanobind_add_module(_cuda NB_STATIC FREE_THREADED csrc/bindings/module_cuda.cpp $<TARGET_OBJECTS:rk_cuda>)
+nanobind_add_module(_cuda NB_STATIC FREE_THREADED csrc/bindings/module_cuda.cpp $<TARGET_OBJECTS:rk_cuda>
+                    $<TARGET_OBJECTS:rk_cuda_independent>)
 target_compile_definitions(_cuda PRIVATE RK_VERSION="${PROJECT_VERSION}" RK_CUDA_ARCHITECTURES="${RK_CUDA_ARCHITECTURES}")
 target_compile_options(_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${RK_WARNINGS}>)
 # Static: whatever CUDA runtime torch or CuPy bring stays theirs.
