@@ -114,6 +114,47 @@ def test_what_is_no_adapter() -> None:
         peft.aggregate_lora(good, "median")
 
 
+WRONG: tuple[tuple[Any, str], ...] = (
+    (None, "adapter 0 is NoneType; expected a mapping with lora_A and lora_B"),
+    ({}, "adapter 0 holds no lora_A and lora_B"),
+    ({"m.q.lora_A.weight": np.ones((2, 3))}, "adapter 0 has m.q.lora_A.weight and no m.q.lora_B.weight"),
+    (lora(9, 4) | {"m.q.lora_B.weight": np.ones((9, 3))}, "have no product"),
+    (
+        lora(9, 4) | {"m.q.lora_B.weight": np.ones((5, 4))},
+        "adapter 0 has other modules or shapes than most, first in m.q",
+    ),
+    (
+        {key: (x * 10).astype(np.int64) for key, x in lora(9, 4).items()},
+        "A has dtype int64 and B int64; expected floats",
+    ),
+)
+
+
+@pytest.mark.parametrize(("wrong", "reason"), WRONG)
+def test_no_client_ends_a_round_of_adapters(wrong: Any, reason: str) -> None:
+    """It counts as one of the f, as a row of NaN does, wherever it comes; and the reason is told."""
+    good = [lora(k, r) for k, r in enumerate((4, 8, 2, 4, 4, 8))]
+    spoilt = {key: np.full_like(x, np.nan) for key, x in lora(9, 4).items()}
+    for rule in ("krum", "ctma(geometric_median)", "nnm | multi_krum"):
+        want, shares = peft.aggregate_lora([spoilt, *good], rule, f=1)
+        with pytest.raises((TypeError, ValueError), match=reason):
+            peft.aggregate_lora([wrong, *good], rule, f=1)
+        with pytest.warns(UserWarning, match=rf"{reason}.* \(it counts as one of the f that may be bad\)"):
+            merged, weights = peft.aggregate_lora([wrong, *good], rule, f=1, bad="count")
+        assert np.array_equal(weights, shares)
+        assert weights[0] == 0
+        assert all(np.array_equal(merged[key], x) for key, x in want.items())
+    with pytest.raises(rk.NonFiniteError), pytest.warns(UserWarning, match="adapter 0.*counts"):
+        peft.aggregate_lora([wrong, *good], "krum", f=0, bad="count")
+
+
+def test_adapters_that_are_all_bad() -> None:
+    with pytest.raises(ValueError, match="no adapter can be used; the first: adapter 0 holds no lora_A and lora_B"):
+        peft.aggregate_lora([{}] * 4, "krum", f=1, bad="count")
+    with pytest.raises(ValueError, match="bad must be 'error' or 'count'; got 'drop'"):
+        peft.aggregate_lora([lora(k, 4) for k in range(4)], "krum", f=1, bad="drop")
+
+
 def folder(path: Path, adapter: Any, config: Any) -> Path:
     from safetensors.numpy import save_file
 
@@ -181,7 +222,18 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
         bad = folder(tmp_path / f"bad{k}", adapters[0], config)
         with pytest.raises(ValueError, match=message):
             peft.aggregate_lora_folders([*paths, bad], "mean", out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists()
+        with pytest.warns(UserWarning, match=rf"{message}.* \(it counts as one of the f that may be bad\)"):
+            weights = peft.aggregate_lora_folders(
+                [bad, *paths, paths[0]], "krum", f=1, out=tmp_path / f"out{k}", bad="count"
+            )
+        assert weights[0] == 0
+        kept = json.loads((tmp_path / f"out{k}" / "adapter_config.json").read_text())
+        assert kept.keys() == {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights"}
+    with pytest.warns(UserWarning, match="nowhere.*no such file.*counts as one of the f"):
+        peft.aggregate_lora_folders(
+            [*paths, paths[0], tmp_path / "nowhere"], "krum", f=1, out=tmp_path / "out", bad="count"
+        )
 
 
 def test_no_few_adapters_decide_a_setting(tmp_path: Path) -> None:
@@ -294,6 +346,10 @@ def test_the_command(tmp_path: Path) -> None:
     (paths[2] / "adapter_model.safetensors").write_bytes(b"garbage")
     result = run(*paths, "--f", 1, "--out", tmp_path / "three")
     assert result.exit_code == 1
+    assert "cannot be read" in " ".join(result.stderr.split())
+    result = run(*paths, "--f", 2, "--bad-files", "count", "--out", tmp_path / "three", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["weights"][str(paths[2])] == 0
     assert "cannot be read" in " ".join(result.stderr.split())
 
 

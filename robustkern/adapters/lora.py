@@ -17,12 +17,12 @@ from array_api_compat import is_torch_array
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.rows import Vector
-from robustkern.errors import brief, plain
+from robustkern.errors import brief, plain, warn
 from robustkern.inputs.arrays import array_view
 from robustkern.products import weights_of
 from robustkern.rules import Aggregator
 
-__all__ = ["A", "aggregate_lora", "lora_gram"]
+__all__ = ["A", "aggregate_lora", "checked", "combined", "lora_gram"]
 
 Adapter = Mapping[str, Any]
 Pair = tuple[NDArray[Any], NDArray[Any]]
@@ -59,32 +59,57 @@ def _folded(a: NDArray[Any], b: NDArray[Any]) -> Pair:
     return (np.eye(columns), product) if columns < rows else (product, np.eye(rows))
 
 
-def _checked(adapters: Sequence[Adapter]) -> list[dict[str, Pair]]:
-    """Return A and B of each module of each adapter, in float64; raise where one has other modules or shapes."""
+def _pairs(adapter: Adapter, i: int) -> dict[str, Pair]:
+    """Return A and B of each module of an adapter, in float64."""
+    if not isinstance(adapter, Mapping):
+        raise TypeError(f"adapter {i} is {type(adapter).__name__}; expected a mapping with lora_A and lora_B")
+    pairs = {}
+    for name, keys in _factors(adapter, i).items():
+        a, b = (np.asarray(array_view(adapter[key], f"adapter {i}, {plain(key, 100)}")) for key in keys)
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+            raise ValueError(
+                f"adapter {i}, {plain(name, 100)}: A of shape {a.shape} and B of {b.shape} have no product"
+            )
+        if a.dtype.kind in "iubc" or b.dtype.kind in "iubc":
+            raise TypeError(f"adapter {i}, {plain(name, 100)}: A has dtype {a.dtype} and B {b.dtype}; expected floats")
+        pairs[name] = _folded(a.astype(np.float64), b.astype(np.float64))
+    return pairs
+
+
+def checked(
+    adapters: Sequence[Adapter], bad: str = "error", unread: Mapping[int, str] | None = None
+) -> list[dict[str, Pair]]:
+    """Return A and B of each module of each adapter, in float64, of NaN where it cannot be used.
+
+    That is those that have other modules or shapes than most, and the `unread`, with the reason.
+    """
+    if bad not in ("error", "count"):
+        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")
     if isinstance(adapters, (str, bytes, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: expected a list of mappings with lora_A and lora_B; got {type(adapters).__name__}")
-    rows = []
-    for i, adapter in enumerate(adapters):
-        pairs = {}
-        for name, keys in _factors(adapter, i).items():
-            a, b = (np.asarray(array_view(adapter[key], f"adapter {i}, {key}")) for key in keys)
-            if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-                raise ValueError(
-                    f"adapter {i}, {plain(name, 100)}: A of shape {a.shape} and B of {b.shape} have no product"
-                )
-            if a.dtype.kind in "iubc" or b.dtype.kind in "iubc":
-                raise TypeError(
-                    f"adapter {i}, {plain(name, 100)}: A has dtype {a.dtype} and B {b.dtype}; expected floats"
-                )
-            pairs[name] = _folded(a.astype(np.float64), b.astype(np.float64))
-        rows.append(pairs)
-    shapes = [tuple((name, b.shape[0], a.shape[1]) for name, (a, b) in sorted(row.items())) for row in rows]
-    usual = Counter(shapes).most_common(1)[0][0]
-    for i, found in enumerate(shapes):
+    rows: dict[int, dict[str, Pair]] = {}
+    wrong = dict(unread or {})
+    for i in sorted(set(range(len(adapters))) - set(wrong)):
+        try:
+            rows[i] = _pairs(adapters[i], i)
+        except (TypeError, ValueError) as error:
+            if bad == "error":
+                raise
+            wrong[i] = str(error)
+    if not rows:
+        raise ValueError(f"no adapter can be used; the first: {wrong[0]}")
+    shapes = {i: tuple((m, len(b), a.shape[1]) for m, (a, b) in sorted(row.items())) for i, row in rows.items()}
+    usual = Counter(shapes.values()).most_common(1)[0][0]
+    for i, found in shapes.items():
         if found != usual:
-            name = sorted(set(found) ^ set(usual))[0][0]
-            raise ValueError(f"adapter {i} has other modules or shapes than most, first in {plain(name, 100)}")
-    return rows
+            name = min(set(found) ^ set(usual))[0]
+            wrong[i] = f"adapter {i} has other modules or shapes than most, first in {plain(name, 100)}"
+            if bad == "error":
+                raise ValueError(wrong[i])
+    for i, reason in sorted(wrong.items()):
+        warn(f"{reason} (it counts as one of the f that may be bad)", UserWarning)
+        rows[i] = {m: (np.full((1, ins), np.nan), np.full((outs, 1), np.nan)) for m, outs, ins in usual}
+    return [rows[i] for i in range(len(adapters))]
 
 
 def lora_gram(adapters: Sequence[Adapter], *, scalings: ArrayLike | None = None) -> NDArray[np.float64]:
@@ -102,7 +127,7 @@ def lora_gram(adapters: Sequence[Adapter], *, scalings: ArrayLike | None = None)
     (n, n) float64
         O(n^2 r^2 (in + out)) operations a module; no product is ever formed.
     """
-    rows = _checked(adapters)
+    rows = checked(adapters)
     return _gram_of(rows, _scales(rows, scalings))
 
 
@@ -134,6 +159,7 @@ def aggregate_lora(
     weights: ArrayLike | None = None,
     scalings: ArrayLike | None = None,
     seed: int | None = None,
+    bad: str = "error",
 ) -> tuple[dict[str, Any], Vector]:
     """Combine n LoRA adapters, of any ranks, into one.
 
@@ -145,21 +171,26 @@ def aggregate_lora(
         Built on distances and averages, see `robustkern.weights_of`.
     f, delta, weights, seed
         As for `robustkern.aggregate`.
+    bad : {"error", "count"}
+        What an adapter is that holds anything else than pairs of matrices of floats, or other modules or shapes than
+        most: an error, or one of the f that may be bad, with a warning that says why, so that no client can block a
+        round.
 
     Returns
     -------
     adapter : dict
-        Like adapter 0 in names and library, of scaling 1; float32, or float64 where an adapter that has weight is.
+        Like the first adapter that has weight in names and library, of scaling 1; float32, or float64 where an adapter
+        that has weight is.
         Its rank, the same in all modules, is the sum of the ranks of the adapters that have weight, but no more than
         the largest module's product can have.
     weights : (n,) float64
-        Of the adapters in it; 0 for those that hold NaN or Inf.
+        Of the adapters in it; 0 for those that hold NaN or Inf, or are bad.
 
     Raises
     ------
     TypeError, ValueError, NonFiniteError
-        As `robustkern.weights_of`; where adapters differ in modules or shapes, or hold anything else; and where the
-        result is too large for its dtype.
+        As `robustkern.weights_of`; where adapters differ in modules or shapes, or hold anything else, and are not
+        counted; and where the result is too large for its dtype.
 
     Examples
     --------
@@ -172,24 +203,40 @@ def aggregate_lora(
     array([[1., 2.],
            [0., 0.]])
     """
-    rows = _checked(adapters)
+    rows = checked(adapters, bad)
+    return combined(adapters, rows, rule, scalings, f=f, delta=delta, weights=weights, seed=seed)
+
+
+def combined(
+    adapters: Sequence[Adapter],
+    rows: Sequence[Mapping[str, Pair]],
+    rule: Aggregator | str,
+    scalings: ArrayLike | None,
+    *,
+    f: int | None,
+    delta: float | None,
+    weights: ArrayLike | None,
+    seed: int | None,
+) -> tuple[dict[str, Any], Vector]:
+    """Combine adapters that were checked."""
     scale = _scales(rows, scalings)
     shares = weights_of(rule, _gram_of(rows, scale), f=f, delta=delta, weights=weights, seed=seed)
-    kept = np.flatnonzero(shares)
+    kept: list[int] = np.flatnonzero(shares).tolist()
     pairs: dict[str, Pair] = {}
     for name in rows[0]:
         below = np.concatenate([rows[i][name][0] for i in kept])
         beside = np.concatenate([rows[i][name][1] * (shares[i] * scale[i]) for i in kept], axis=1)
         pairs[name] = _folded(below, beside)
     rank = max(len(a) for a, _ in pairs.values())
-    double = any(str(x.dtype).endswith("float64") for i in kept for x in adapters[int(i)].values())
+    double = any(str(x.dtype).endswith("float64") for i in kept for x in adapters[i].values())
     dtype = np.dtype(np.float64 if double else np.float32)
     merged: dict[str, Any] = {}
-    for name, (key_a, key_b) in _factors(adapters[0], 0).items():
+    like = adapters[kept[0]]
+    for name, (key_a, key_b) in _factors(like, kept[0]).items():
         a, b = pairs[name]
         more = rank - len(a)
-        merged[key_a] = _like(np.pad(a, ((0, more), (0, 0))), dtype, adapters[0][key_a], name)
-        merged[key_b] = _like(np.pad(b, ((0, 0), (0, more))), dtype, adapters[0][key_b], name)
+        merged[key_a] = _like(np.pad(a, ((0, more), (0, 0))), dtype, like[key_a], name)
+        merged[key_b] = _like(np.pad(b, ((0, 0), (0, more))), dtype, like[key_b], name)
     return merged, shares
 
 

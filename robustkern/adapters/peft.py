@@ -7,12 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from numpy.typing import ArrayLike, NDArray
 
 from robustkern.adapters import needs
-from robustkern.adapters.lora import A, aggregate_lora, lora_gram
+from robustkern.adapters.lora import A, aggregate_lora, checked, combined, lora_gram
 from robustkern.contract.rows import Vector
 from robustkern.errors import brief, plain
 from robustkern.rules import Aggregator
@@ -47,6 +47,7 @@ def aggregate_lora_folders(
     delta: float | None = None,
     weights: ArrayLike | None = None,
     seed: int | None = None,
+    bad: str = "error",
 ) -> Vector:
     """Combine adapter folders of PEFT (``adapter_config.json``, ``adapter_model.safetensors``) into a new one.
 
@@ -60,17 +61,21 @@ def aggregate_lora_folders(
         A folder that does not exist yet. Each of its settings is what more than half of the adapters say, but for
         `r`, `lora_alpha`, `use_rslora` and `init_lora_weights`; notes (the base model's place, dropout) of which no
         more than half say the same are left out.
+    bad : {"error", "count"}
+        What a folder is that cannot be read, whose settings ask for more than products, or whose adapter is bad for
+        `aggregate_lora`: an error, or one of the f that may be bad, with a warning that says why.
 
     Returns
     -------
     (n,) float64
-        Weights of the adapters.
+        Weights of the adapters, 0 for bad ones.
 
     Raises
     ------
     TypeError, ValueError, NonFiniteError, FileExistsError, OSError
         As `aggregate_lora`; where `out` exists; and where settings cannot be read, differ, or ask for more than
-        ``B @ A`` on the model as it is: ranks by module, DoRA, biases, an initialisation that changes the model.
+        ``B @ A`` on the model as it is (ranks by module, DoRA, biases, an initialisation that changes the model), and
+        are not counted.
     """
     with needs("cli"):
         from safetensors.numpy import save_file
@@ -78,20 +83,48 @@ def aggregate_lora_folders(
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"out: {plain(str(out), 200)} exists (pass a new folder)")
-    configs = [_config(Path(path)) for path in paths]
-    adapters = [_tensors(Path(path) / "adapter_model.safetensors") for path in paths]
-    for path, config, adapter in zip(paths, configs, adapters, strict=True):
-        if any(x.shape[:1] != (config["r"],) for key, x in adapter.items() if A in key):
-            raise ValueError(f"{plain(str(path), 200)}: its rank r={config['r']} is not that of its lora_A")
-    scalings = [_scaling(config) for config in configs]
-    options = {"f": f, "delta": delta, "weights": weights, "seed": seed}
-    merged, shares = aggregate_lora(adapters, rule, scalings=scalings, **options)  # type: ignore[arg-type]
+    read: list[Folder] = []
+    unread: dict[int, str] = {}
+    for i, path in enumerate(map(Path, paths)):
+        try:
+            read.append(_read(path))
+        except (OSError, ValueError) as error:
+            if bad != "count":
+                raise
+            unread[i] = str(error)
+            read.append(Folder({}, {}, 1.0))
+    adapters = [folder.adapter for folder in read]
+    rows = checked(adapters, bad, unread)
+    merged, shares = combined(
+        adapters, rows, rule, [folder.scaling for folder in read], f=f, delta=delta, weights=weights, seed=seed
+    )
     rank = max(len(x) for key, x in merged.items() if A in key)
-    settings = _agreed(configs) | {"r": rank, "lora_alpha": rank, "use_rslora": False, "init_lora_weights": True}
+    settings = _agreed([folder.config for folder in read]) | {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "init_lora_weights": True,
+    }
     target.mkdir(parents=True)
     save_file(merged, target / "adapter_model.safetensors")
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return shares
+
+
+class Folder(NamedTuple):
+    """What an adapter's folder holds; nothing where it cannot be used."""
+
+    config: dict[str, Any]
+    adapter: dict[str, NDArray[Any]]
+    scaling: float
+
+
+def _read(path: Path) -> Folder:
+    config = _config(path)
+    adapter = _tensors(path / "adapter_model.safetensors")
+    if any(x.shape[:1] != (config["r"],) for key, x in adapter.items() if A in key):
+        raise ValueError(f"{plain(str(path), 200)}: its rank r={config['r']} is not that of its lora_A")
+    return Folder(config, adapter, _scaling(path, config))
 
 
 def _agreed(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,8 +188,8 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _scaling(config: Mapping[str, Any]) -> float:
+def _scaling(path: Path, config: Mapping[str, Any]) -> float:
     alpha, r = config.get("lora_alpha", 8), config["r"]
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= 1e9:
-        raise ValueError(f"lora_alpha must be a number; got {brief(alpha)}")
+        raise ValueError(f"{plain(str(path), 200)}: lora_alpha must be a number; got {brief(alpha)}")
     return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))

@@ -15,7 +15,7 @@ import typer
 
 import robustkern
 from robustkern.cli.console import Wrong, bar, command, print_json, said
-from robustkern.cli.options import Json, TolerateOption, file_to_write, listed, rule_of
+from robustkern.cli.options import BadFiles, BadFilesOption, Json, TolerateOption, file_to_write, listed, rule_of
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.rules import Import
 from robustkern.cli.several import combine_in_pool, combine_on_ranks, for_ranks
@@ -50,13 +50,6 @@ class NonFinite(Enum):
 
     error = "error"
     drop = "drop"
-
-
-class BadFiles(Enum):
-    """What files that cannot be used are."""
-
-    error = "error"
-    count = "count"
 
 
 @command(extra="cli")
@@ -100,9 +93,7 @@ def aggregate(
     nonfinite: Annotated[
         NonFinite, typer.Option(help="What updates with NaN or Inf are, more than f of them: an error, or left out.")
     ] = NonFinite.error,
-    bad_files: Annotated[
-        BadFiles, typer.Option(help="What an update is that cannot be used: an error, or one of the f bad ones.")
-    ] = BadFiles.error,
+    bad_files: BadFilesOption = BadFiles.error,
     memory: Annotated[str, typer.Option(help="Most memory for tensors; larger ones are read in pieces.")] = "1GiB",
     shard_size: Annotated[
         str | None, typer.Option(help="Write shards of at most so much, and their index: 5GB.")

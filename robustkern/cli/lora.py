@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from robustkern.cli.console import command, print_json, print_table
-from robustkern.cli.options import Json, TolerateOption, rule_of
+from robustkern.cli.console import command, note, print_json, print_table
+from robustkern.cli.options import BadFiles, BadFilesOption, Json, TolerateOption, rule_of
 from robustkern.cli.rules import Import
 from robustkern.errors import plain
 
@@ -26,12 +27,17 @@ def lora(
     ),
     own: Import = None,
     f: TolerateOption = None,
+    bad_files: BadFilesOption = BadFiles.error,
     as_json: Json = False,
 ) -> None:
     """Combine LoRA adapters of one model, of any ranks, by their products; the ranks of those with weight add up."""
     from robustkern.adapters.peft import aggregate_lora_folders
 
-    shares = aggregate_lora_folders(adapters, rule_of(rule), f=f, out=out)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        shares = aggregate_lora_folders(adapters, rule_of(rule), f=f, out=out, bad=bad_files.value)
+    for warning in told:
+        note(str(warning.message))
     if as_json:
         print_json(
             {"rule": rule, "out": str(out), "weights": dict(zip(map(str, adapters), shares.tolist(), strict=True))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from robustkern.files.formats import TORCH
 from robustkern.rules import Aggregator, names_in, parse_rule
 
 __all__ = [
+    "BadFiles",
+    "BadFilesOption",
     "Json",
     "Rules",
     "TolerateOption",
@@ -29,6 +32,19 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout, and nothing else there.")]
 TolerateOption = Annotated[int | None, typer.Option("--f", help="How many workers may be Byzantine.")]
+
+
+class BadFiles(Enum):
+    """What files that cannot be used are."""
+
+    error = "error"
+    count = "count"
+
+
+BadFilesOption = Annotated[
+    BadFiles,
+    typer.Option("--bad-files", help="What an update is that cannot be used: an error, or one of the f bad ones."),
+]
 Rules = Annotated[list[str] | None, typer.Option("--rules", help="Rules, with commas: 'median,ctma(median)'.")]
 
 #: What a command leaves in a folder of its own; and what keeps two of them apart, which says nothing.
