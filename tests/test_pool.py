@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -165,6 +166,76 @@ def test_the_command(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*command, "--scope", "leaf"])
     assert refused.exit_code != 0
     assert "--scope: not with --processes and --dask" in refused.output
+
+
+def spoil(path: str, how: str) -> None:
+    """Make of an update what nobody can use."""
+    if how == "gone":
+        Path(path).unlink()
+    elif how == "garbage":
+        Path(path).write_bytes(b"x" * 100)
+    elif how == "cut":
+        Path(path).write_bytes(Path(path).read_bytes()[:-8])
+    elif how == "folder":
+        Path(path).unlink()
+        Path(path).mkdir()
+    else:
+        save_file({"w": np.ones(3)}, path)
+
+
+@pytest.mark.parametrize("rule", ["median", "krum", "ctma(median)"])
+def test_no_client_ends_a_round(rule: str, threads: Client, tmp_path: Path) -> None:
+    """Files that cannot be used are rows of NaN, among the f: as rows of NaN that were sent."""
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    rows = updates()
+    for k, how in ((0, "gone"), (2, "garbage"), (3, "other"), (5, "cut"), (6, "folder")):
+        spoil(paths[k], how)
+        sent = [
+            {name: np.full_like(x, np.nan) if x.dtype.kind == "f" else rows[1 if k == 0 else 0][name] for name, x in row.items()}
+            if i == k else row for i, row in enumerate(rows)
+        ]  # fmt: skip
+        want, told = rk.aggregate(sent, rule, f=2, return_info=True)
+        info = dask_aggregate(paths, rule, f=2, out=out, client=threads, block=3000, bad="count")
+        found = load_file(out)
+        assert all(np.array_equal(found[name], x) for name, x in want.items())
+        assert (list(info.bad), info.nonfinite_rows) == ([paths[k]], told.nonfinite_rows)
+        assert Path(paths[k]).name in info.bad[paths[k]]
+        if how == "folder":
+            Path(paths[k]).rmdir()
+        save_file(rows[k], paths[k])
+
+
+def test_more_clients_than_may_be_bad(threads: Client, tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), tmp_path / "out.safetensors"
+
+    def attempt(match: str, kind: type[Exception], rule: str = "median", bad: str = "count") -> None:
+        with pytest.raises(kind, match=match):
+            dask_aggregate(paths, rule, f=None if rule == "mean" else 2, out=str(out), client=threads, bad=bad)
+        assert not out.exists()
+
+    attempt("bad must be 'error' or 'count'; got 'drop'", ValueError, bad="drop")
+    attempt("mean: bad='count' needs a rule that tolerates bad rows", ValueError, "mean")
+    for k, how in ((6, "gone"), (3, "other"), (5, "cut")):
+        spoil(paths[k], how)
+    attempt("3 of 7 updates cannot be used, more than f=2; the first: .*c3.safetensors: tensor", FileError)
+    for k in (0, 1, 2, 4):
+        spoil(paths[k], "gone")
+    for k in (3, 5):
+        spoil(paths[k], "garbage")
+    attempt("no update can be used; the first: .*c0.safetensors", FileError)
+
+
+def test_the_command_counts_what_cannot_be_used(tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    spoil(paths[3], "garbage")
+    command = ["aggregate", str(tmp_path), "--rule", "krum", "--f", "2", "--processes", "1", "--out", out]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert "c3.safetensors" in refused.output
+    result = CliRunner().invoke(app, [*command, "--bad-files", "count", "--json"])
+    assert result.exit_code == 0, result.output
+    workers = {Path(worker["file"]).name: worker for worker in json.loads(result.stdout)["workers"]}
+    assert [name for name, worker in workers.items() if worker["verdict"] == "bad file"] == ["c3.safetensors"]
 
 
 def test_what_cannot_be_done(threads: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,9 @@ def aggregate(
     }
     if processes is not None or dask is not None:
         file_to_write(out, "out", (".safetensors", ".npy"))
-        pool = find_workers(updates, out)
-        more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes}
-        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
+        pool = find_workers(updates, out, bad_files.value)
+        more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes, "bad": bad_files.value}
+        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size, "bad-files": False}
         combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
         return
     with said("shard-size"):

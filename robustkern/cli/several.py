@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,15 @@ def combine_in_pool(
         As for `combine_on_ranks`.
     """
     _refuse(others, "--processes and --dask (drop it, or them)")
-    several = next((worker for worker in pool.workers if len(worker.files) != 1), None)
+    usable = [worker for worker in pool.workers if worker.wrong is None]
+    several = next((worker for worker in usable if len(worker.files) != 1), None)
     if several is not None:
         raise Wrong(f"{several.name}: has {len(several.files)} files; with --processes and --dask a worker is one file")
     from distributed import Client
 
     from robustkern.distributed import dask_aggregate
 
-    paths = [str(worker.files[0]) for worker in pool.workers]
+    paths = [str(worker.path if worker.wrong is not None else worker.files[0]) for worker in pool.workers]
     started = time.perf_counter()
     with contextlib.ExitStack() as stack, bar("reading", 1) as shown:
         client = None
@@ -114,6 +116,8 @@ def combine_in_pool(
             paths, plan, out=str(out), client=client, progress=lambda name, done, total: shown.show(done, name, total),
             **options,
         )  # fmt: skip
+    names = {path: worker.name for path, worker in zip(paths, pool.workers, strict=True)}
+    info = replace(info, bad={names[path]: reason for path, reason in info.bad.items()})
     _tell(info, pool, out, time.perf_counter() - started, as_json)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from robustkern.contract.rows import Block, PlainLeaf, Undivided
 from robustkern.distributed import dcp, shards
 from robustkern.distributed.ranks import Asked, Group, call
-from robustkern.distributed.together import Part, Ranks, Together, odd_one
+from robustkern.distributed.together import Part, Ranks, Together, odd_ones
 from robustkern.engine import Info, run
 from robustkern.errors import plain, shown
 from robustkern.files.output import check_place
@@ -185,7 +185,8 @@ def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
 
 def _require_alike(checkpoints: Sequence[Checkpoint]) -> None:
     """Raise where one has other tensors than most."""
-    odd = odd_one([{name: (size, str(dtype)) for name, (size, dtype) in one.tensors.items()} for one in checkpoints])
+    tables = [{name: (size, str(dtype)) for name, (size, dtype) in one.tensors.items()} for one in checkpoints]
+    odd = next(odd_ones(tables), None)
     if odd is not None:
         k, name, ours, theirs = odd
         raise ValueError(

@@ -11,6 +11,7 @@ import functools
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -24,15 +25,17 @@ from numpy.typing import ArrayLike, NDArray
 from robustkern.backends.floats import usual_floats
 from robustkern.backends.registry import choose
 from robustkern.contract.rows import Block, PlainLeaf, T, Undivided
-from robustkern.distributed.together import odd_one
+from robustkern.distributed.together import odd_ones
 from robustkern.engine import Info, Limits, Passes, combining, limits, run
 from robustkern.errors import plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
 from robustkern.files.output import Output, Target, in_order
+from robustkern.files.pieces import require_few
 from robustkern.functions import Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.rules.mean import Mean
 
 __all__ = ["dask_aggregate"]
 
@@ -53,6 +56,7 @@ def dask_aggregate(
     seed: int | None = None,
     only: Patterns = None,
     exclude: Patterns = None,
+    bad: str = "error",
     client: Client | None = None,
     processes: int | None = None,
     block: int = 1 << 26,
@@ -72,6 +76,10 @@ def dask_aggregate(
         Path or URL of the result, a safetensors or npy file, written by this process when all of it is there.
     only, exclude
         As for `robustkern.aggregate`: patterns of tensor names.
+    bad : {"error", "count"}
+        What an update is that cannot be read when the call begins, or has other tensors than most: an error, or one of
+        the f rows that may be Byzantine (`Info.bad`, by path), so that no client can block a round: NaN, and in
+        tensors of integers what the first file that can be used has.
     client : distributed.Client, optional
         Of the cluster; by default one of `processes` processes on this machine, which ends with the call.
     processes : int, optional
@@ -88,7 +96,8 @@ def dask_aggregate(
     Raises
     ------
     FileError
-        If a file cannot be used, has other tensors than most, or changes between two passes; the message names it.
+        If a file cannot be used, or has other tensors than most, and is not counted; if more than f are; or if one
+        changes between two passes; the message names it.
     TypeError, ValueError, NonFiniteError
         As `robustkern.aggregate`; infinities that rows share are not looked for.
 
@@ -106,12 +115,12 @@ def dask_aggregate(
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {block!r:.60}")
     choice = Choice.of(only, exclude, None)
-    files = [_File.of(path) for path in paths]
-    readers = [_reader(file) for file in files]
-    _require_alike(files, readers)
-    choice.check(readers[0].tensors)
-    tensors = {name: readers[0].tensors[name] for name in in_order(readers[0].tensors) if choice.takes(name)}
-    within = limits(plan, len(files), str, f, delta, weights)
+    within = limits(plan, len(paths), str, f, delta, weights)
+    files, wrong = _opened(paths, bad, mean=isinstance(plan, Mean))
+    require_few(within, [wrong.get(k) for k in range(len(paths))])
+    known = _reader(next(file for k, file in enumerate(files) if k not in wrong)).tensors
+    choice.check(known)
+    tensors = {name: known[name] for name in in_order(known) if choice.takes(name)}
     with contextlib.ExitStack() as stack:
         if client is None:
             options = {"n_workers": processes or 2, "threads_per_worker": 1, "dashboard_address": None}
@@ -123,10 +132,11 @@ def dask_aggregate(
         mine = [Path(path) for system, path in map(url_to_fs, paths) if isinstance(system, LocalFileSystem)]
         local = _local(out, stack)
         target = stack.enter_context(Target(Output(local, tensors, {}, mine)))
-        source = _Pool(files, tensors, _Rule(plan, within, backend), block, client, target, progress)
+        asked = _Asked(files, frozenset(wrong), plan, within, backend)
+        source = _Pool(asked, tensors, block, client, target, progress)
         info = run(plan, source, f, delta, weights, seed, "error", backend)
     assert info is not None
-    return info
+    return replace(info, bad={paths[k]: reason for k, reason in sorted(wrong.items())})
 
 
 def _local(out: str, stack: contextlib.ExitStack) -> Path:
@@ -198,22 +208,42 @@ def _reader(file: _File) -> Reader:
     return reader_of(_Remote(file), suffix)
 
 
-def _require_alike(files: list[_File], readers: list[Reader]) -> None:
-    """Raise where a file has other tensors than most."""
-    odd = odd_one([{name: (x.shape, x.dtype.name) for name, x in reader.tensors.items()} for reader in readers])
-    if odd is not None:
-        k, name, ours, theirs = odd
-        raise FileError(
-            f"{files[k].url}: tensor {shown(name)} is {ours}, where most files have {theirs} (leave this one out)"
-        )
+def _opened(paths: Sequence[str], bad: str, mean: bool) -> tuple[list[_File], dict[int, str]]:
+    """Look at all files; return them, and of those that cannot be used, or have other tensors than most, why."""
+    if bad not in ("error", "count"):
+        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")
+    if mean and bad == "count":
+        raise ValueError("mean: bad='count' needs a rule that tolerates bad rows (use bad='error', or another rule)")
+    files: list[_File] = []
+    wrong: dict[int, str] = {}
+    forms: dict[int, dict[str, Any]] = {}
+    for k, path in enumerate(paths):
+        files.append(_File(path, 0, ""))
+        try:
+            files[k] = _File.of(path)
+            forms[k] = {name: (x.shape, x.dtype.name) for name, x in _reader(files[k]).tensors.items()}
+        except FileError as error:
+            if bad == "error":
+                raise
+            wrong[k] = plain(str(error), 1000)
+    if not forms:
+        raise FileError(f"no update can be used; the first: {wrong[0]}")
+    for at, name, ours, theirs in odd_ones(list(forms.values())):
+        k = list(forms)[at]
+        wrong[k] = f"{files[k].url}: tensor {shown(name)} is {ours}, where most files have {theirs}"
+        if bad == "error":
+            raise FileError(f"{wrong[k]} (leave this one out)")
+    return files, wrong
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
-class _Rule(NamedTuple):
-    """What tasks must know of the call."""
+class _Asked(NamedTuple):
+    """What tasks must know of the call; rows that are `wrong` are not read."""
 
+    files: Sequence[_File]
+    wrong: frozenset[int]
     rule: Aggregator
     within: Limits
     backend: str
@@ -244,26 +274,29 @@ def _grid(tensors: dict[str, Tensor], most: int) -> list[list[_Range]]:
     return blocks
 
 
-def _rows(files: Sequence[_File], block: Sequence[_Range]) -> list[dict[str, NDArray[Any]]]:
-    rows = []
-    for file in files:
-        reader, row = _reader(file), {}
+def _rows(asked: _Asked, block: Sequence[_Range]) -> list[dict[str, NDArray[Any]]]:
+    rows: list[dict[str, NDArray[Any]]] = [{} for _ in asked.files]
+    good = [k for k in range(len(rows)) if k not in asked.wrong]
+    for k in good:
+        reader = _reader(asked.files[k])
         for part in block:
             tensor = reader.tensors[part.name]
             values = np.empty(part.high - part.low, dtype=tensor.dtype)
             reader.read_into(values.view(np.uint8), part.name, part.low * tensor.dtype.itemsize)
-            row[part.name] = values
+            rows[k][part.name] = values
         reader.held.check()
-        rows.append(row)
+    for k in asked.wrong:
+        for name, values in rows[good[0]].items():
+            rows[k][name] = values if computed(values.dtype) is None else np.full_like(values, np.nan)
     return rows
 
 
 def _task(
-    files: Sequence[_File], block: Sequence[_Range], asked: _Rule, given: dict[str, Any], name: str, arguments: Any
+    block: Sequence[_Range], asked: _Asked, given: dict[str, Any], name: str, arguments: Any
 ) -> tuple[NDArray[np.float64], list[NDArray[Any]] | None]:
     """Make a pass over a block: what it found, and where it writes the result, that."""
     with np.errstate(all="ignore"), usual_floats():
-        source, result = adapt(_rows(files, block))
+        source, result = adapt(_rows(asked, block))
         source.combine = combining(asked.rule, asked.within)
         kernels = choose(asked.backend, source.dtypes, "cpu")
         found: NDArray[np.float64] = getattr(Passes(source, kernels, **given), name)(*arguments)
@@ -280,23 +313,23 @@ class _Pool(Undivided):
     divided = True
 
     def __init__(
-        self, files: list[_File], tensors: dict[str, Tensor], asked: _Rule, block: int, client: Client,
-        target: Target, progress: Progress | None,
+        self, asked: _Asked, tensors: dict[str, Tensor], block: int, client: Client, target: Target,
+        progress: Progress | None,
     ) -> None:  # fmt: skip
-        self.n, self.device, self.has_centre = len(files), "cpu", False
+        self.n, self.device, self.has_centre = len(asked.files), "cpu", False
         self.plain: Sequence[PlainLeaf] = ()
         self.combine: Any = None
         forms = [(tensor, computed(tensor.dtype)) for tensor in tensors.values()]
         self.d = sum(tensor.size * form.factor for tensor, form in forms if form is not None)
         self.dtypes: set[np.dtype[Any]] = {form.dtype for _, form in forms if form is not None}
-        self._files, self._tensors, self._asked = files, tensors, asked
+        self._asked, self._tensors = asked, tensors
         self._client: Any = client
-        self._blocks = _grid(tensors, max(block // len(files), 1))
+        self._blocks = _grid(tensors, max(block // self.n, 1))
         self._target, self._progress = target, progress
 
     def row_name(self, row: int) -> str:
         """Return how an error should call a file."""
-        return plain(PurePosixPath(self._files[row].url).name, 100)
+        return plain(PurePosixPath(self._asked.files[row].url).name, 100)
 
     def blocks(self) -> Iterator[Block]:
         """Return nothing: no column is here."""
@@ -313,7 +346,7 @@ class _Pool(Undivided):
         given = {"n": self.n, "f": passes.f, "weights": passes.weights, "share": passes.share}
         given["needs_origin"] = passes.needs_origin
         # A task, not scattered data: what a worker that dies has held is made again.
-        told = dumps((self._files, self._asked, given, name, arguments))  # type: ignore[no-untyped-call]
+        told = dumps((self._asked, given, name, arguments))  # type: ignore[no-untyped-call]
         shared = self._client.submit(bytes, told, pure=False)
         futures = [self._client.submit(_in_task, block, shared, pure=False, retries=2) for block in self._blocks]
         found = []
@@ -339,5 +372,5 @@ class _Pool(Undivided):
 
 
 def _in_task(block: Sequence[_Range], shared: bytes) -> Any:
-    files, asked, given, name, arguments = loads(shared)  # type: ignore[no-untyped-call]
-    return _task(files, block, asked, given, name, arguments)
+    asked, given, name, arguments = loads(shared)  # type: ignore[no-untyped-call]
+    return _task(block, asked, given, name, arguments)

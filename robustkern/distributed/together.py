@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Source, T
 
-__all__ = ["Part", "Ranks", "Together", "digest_of", "odd_one", "require_alike"]
+__all__ = ["Part", "Ranks", "Together", "digest_of", "odd_ones", "require_alike"]
 
 #: Sums of more bytes go piece by piece to whoever adds them up, instead of all to all.
 LARGE_SUM = 1 << 16
@@ -284,15 +284,14 @@ def require_alike(calls: list[dict[str, str]]) -> None:
                 )
 
 
-def odd_one(tables: Sequence[Mapping[str, Hashable]]) -> tuple[int, str, Any, Any] | None:
-    """Return the first table that is not what most are: which, the first name that differs, and both its values."""
+def odd_ones(tables: Sequence[Mapping[str, Hashable]]) -> Iterator[tuple[int, str, Any, Any]]:
+    """Yield the tables that are not what most are: which, the first name that differs, and both its values."""
     keys = [tuple(sorted(table.items())) for table in tables]
-    usual = keys.index(Counter(keys).most_common(1)[0][0])
+    usual = tables[keys.index(Counter(keys).most_common(1)[0][0])]
     for k, table in enumerate(tables):
-        for name in sorted({**tables[usual], **table}):
-            if table.get(name) != tables[usual].get(name):
-                return k, name, table.get(name, "none"), tables[usual].get(name, "none")
-    return None
+        if table != usual:
+            name = min(name for name in {**usual, **table} if table.get(name) != usual.get(name))
+            yield k, name, table.get(name, "none"), usual.get(name, "none")
 
 
 def digest_of(values: Any) -> str:

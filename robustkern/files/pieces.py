@@ -35,7 +35,7 @@ from robustkern.files.output import Target, Writer, in_order
 from robustkern.files.workers import Worker
 from robustkern.inputs.leaves import Choice, computed
 
-__all__ = ["Files", "Progress", "Row", "Source", "descriptors"]
+__all__ = ["Files", "Progress", "Row", "Source", "descriptors", "require_few"]
 
 Progress = Callable[[str, int, int], None]
 Bytes = NDArray[np.uint8]
@@ -114,6 +114,16 @@ class Row:
         """Let its files go."""
         for reader in self.readers:
             reader.held.close()
+
+
+def require_few(within: Limits, reasons: Sequence[str | None]) -> None:
+    """Raise where more updates cannot be used, for the reasons that some of n have, than may be bad."""
+    wrong = [reason for reason in reasons if reason is not None]
+    if wrong and not within.tolerates(np.array([reason is not None for reason in reasons])):
+        limit = "fewer than half" if within.f is None else f"f={within.f}"
+        raise FileError(
+            f"{len(wrong)} of {len(reasons)} updates cannot be used, more than {limit}; the first: {wrong[0]}"
+        )
 
 
 def descriptors() -> int:
@@ -286,13 +296,7 @@ class Files:
 
     def check_bad(self) -> None:
         """Raise where more files are bad than may be."""
-        wrong = [row for row in self.rows[: self.n] if row.wrong is not None]
-        wrong += [row for row in self.rows[: self.n] if row.lost is not None and row.wrong is None]
-        mask = np.array([row.wrong is not None or row.lost is not None for row in self.rows[: self.n]])
-        if wrong and not self.within.tolerates(mask):
-            limit = "fewer than half" if self.within.f is None else f"f={self.within.f}"
-            first = wrong[0].wrong or wrong[0].lost
-            raise FileError(f"{len(wrong)} of {self.n} updates cannot be used, more than {limit}; the first: {first}")
+        require_few(self.within, [row.wrong or row.lost for row in self.rows[: self.n]])
 
     @property
     def bad_rows(self) -> dict[str, str]:
