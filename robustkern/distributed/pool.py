@@ -30,12 +30,11 @@ from robustkern.engine import Info, Limits, Passes, combining, limits, run
 from robustkern.errors import plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
 from robustkern.files.output import Output, Target, in_order
-from robustkern.files.pieces import require_few
+from robustkern.files.pieces import check_bad, require_few
 from robustkern.functions import Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
-from robustkern.rules.mean import Mean
 
 __all__ = ["dask_aggregate"]
 
@@ -116,7 +115,8 @@ def dask_aggregate(
         raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {block!r:.60}")
     choice = Choice.of(only, exclude, None)
     within = limits(plan, len(paths), str, f, delta, weights)
-    files, wrong = _opened(paths, bad, mean=isinstance(plan, Mean))
+    check_bad(bad, plan)
+    files, wrong = _opened(paths, bad)
     require_few(within, [wrong.get(k) for k in range(len(paths))])
     known = _reader(next(file for k, file in enumerate(files) if k not in wrong)).tensors
     choice.check(known)
@@ -208,12 +208,8 @@ def _reader(file: _File) -> Reader:
     return reader_of(_Remote(file), suffix)
 
 
-def _opened(paths: Sequence[str], bad: str, mean: bool) -> tuple[list[_File], dict[int, str]]:
+def _opened(paths: Sequence[str], bad: str) -> tuple[list[_File], dict[int, str]]:
     """Look at all files; return them, and of those that cannot be used, or have other tensors than most, why."""
-    if bad not in ("error", "count"):
-        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")
-    if mean and bad == "count":
-        raise ValueError("mean: bad='count' needs a rule that tolerates bad rows (use bad='error', or another rule)")
     files: list[_File] = []
     wrong: dict[int, str] = {}
     forms: dict[int, dict[str, Any]] = {}

@@ -17,7 +17,7 @@ from robustkern.engine import Info, Limits, combining, joined, limits, run
 from robustkern.errors import NonFiniteError
 from robustkern.files.formats import MARK, FileError
 from robustkern.files.output import Output, Target
-from robustkern.files.pieces import Files, Progress, Row, descriptors
+from robustkern.files.pieces import Files, Progress, Row, check_bad, descriptors
 from robustkern.files.workers import Pool, Worker, below_half, capped, claimed, find_workers, named_weights
 from robustkern.inputs.leaves import Choice
 from robustkern.rules.base import Aggregator, as_aggregator
@@ -181,13 +181,10 @@ def aggregate_pool(
     progress: Progress | None,
 ) -> tuple[Info, Weights]:
     """Aggregate workers that were found; see `aggregate_files`. Also return what they weigh."""
-    if bad not in ("error", "count"):
-        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r}")
+    check_bad(bad, rule)
     if scope not in ("update", "leaf"):
         raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     mean = isinstance(rule, Mean)
-    if mean and bad == "count":
-        raise ValueError(f"{rule}: bad='count' needs a rule that tolerates bad rows (use bad='error', or another rule)")
     others = [Path(path) for path in (centre, base) if path is not None]
     hold = sum(len(worker.files) for worker in pool.workers) + len(others) <= descriptors()
     with contextlib.ExitStack() as stack:

@@ -34,8 +34,10 @@ from robustkern.files.formats import FileError, Reader, Tensor, naming, open_rea
 from robustkern.files.output import Target, Writer, in_order
 from robustkern.files.workers import Worker
 from robustkern.inputs.leaves import Choice, computed
+from robustkern.rules.base import Aggregator
+from robustkern.rules.mean import Mean
 
-__all__ = ["Files", "Progress", "Row", "Source", "descriptors", "require_few"]
+__all__ = ["Files", "Progress", "Row", "Source", "check_bad", "descriptors", "require_few"]
 
 Progress = Callable[[str, int, int], None]
 Bytes = NDArray[np.uint8]
@@ -114,6 +116,14 @@ class Row:
         """Let its files go."""
         for reader in self.readers:
             reader.held.close()
+
+
+def check_bad(bad: str, rule: Aggregator) -> None:
+    """Raise where nobody can say what updates that cannot be used are."""
+    if bad not in ("error", "count"):
+        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")
+    if bad == "count" and isinstance(rule, Mean):
+        raise ValueError(f"{rule}: bad='count' needs a rule that tolerates bad rows (use bad='error', or another rule)")
 
 
 def require_few(within: Limits, reasons: Sequence[str | None]) -> None:
