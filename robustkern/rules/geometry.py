@@ -712,10 +712,12 @@ class Given:
 def _connected(pairs: NDArray[np.bool_]) -> list[NDArray[np.intp]]:
     """Return the groups of two or more that pairs connect, each in order."""
     left, groups = np.ones(len(pairs), dtype=np.bool_), []
-    for first in range(len(pairs)):
+    for first in np.flatnonzero(pairs.any(axis=1)):
+        if not left[first]:
+            continue
         group = np.zeros(len(pairs), dtype=np.bool_)
         front = group.copy()
-        front[first] = left[first]
+        front[first] = True
         while front.any():
             group |= front
             front = pairs[front].any(axis=0) & ~group

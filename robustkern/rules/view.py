@@ -303,20 +303,22 @@ class View:
         def again(contenders: NDArray[np.intp]) -> Vector | None:
             finite = geometry.finite
             same = np.arange(self.n) if geometry.single else geometry.copies
+            # Pairs by their numbers: thousands of rows have millions, and each contender its own.
             wanted = []
-            for k in contenders:
-                of_k = np.argwhere(np.triu(np.ones((self.n, self.n), dtype=np.bool_), 1)) if pairs is None else pairs(k)
-                wanted.append(np.sort(same[of_k[finite[of_k].all(axis=1)]], axis=1))
+            for k in contenders if pairs is not None else [0]:
+                first, second = (np.stack(np.triu_indices(self.n, 1), axis=1) if pairs is None else pairs(k)).T
+                both = finite[first] & finite[second]
+                first, second = same[first[both]], same[second[both]]
+                wanted.append(np.minimum(first, second) * self.n + np.maximum(first, second))
             if not geometry.single and pairs is not None:
-                numbers = (np.sort(w[:, 0] * self.n + w[:, 1]) for w in wanted)
-                first = next(numbers)
-                if all(np.array_equal(first, other) for other in numbers):
+                least = np.sort(wanted[0])
+                if all(len(least) == len(other) and np.array_equal(least, np.sort(other)) for other in wanted):
                     return None  # they differ in copies of the same rows only
             if _are_rows(contenders, pairs):
                 apart = self._apart(contenders)
                 if apart is not None and _equal_scores(scores, squares, contenders, apart):
                     return None
-            exact = self._measured_exactly(np.concatenate(wanted))
+            exact = self._measured_exactly(np.stack(np.divmod(np.concatenate(wanted), self.n), axis=1))
             # Copies are as far as their originals.
             return None if exact is None else _as_scores(scores(exact[np.ix_(same, same)]))[contenders]
 
