@@ -205,6 +205,36 @@ def test_no_client_ends_a_round(rule: str, threads: Client, tmp_path: Path) -> N
         save_file(rows[k], paths[k])
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_no_worker_counts_twice(link: Any, threads: Client, tmp_path: Path) -> None:
+    paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
+    Path(paths[6]).unlink()
+    link(paths[2], paths[6])
+    with pytest.raises(
+        FileError, match=r"c6.safetensors: is the same file as .*c2.safetensors, and no worker counts twice"
+    ):
+        dask_aggregate(paths, "median", f=2, out=out, client=threads)
+    info = dask_aggregate(paths, "median", f=2, out=out, client=threads, bad="count")
+    assert list(info.bad) == [paths[6]]
+    command = [
+        "aggregate",
+        *paths,
+        "--rule",
+        "median",
+        "--f",
+        "2",
+        "--processes",
+        "1",
+        "--bad-files",
+        "count",
+        "--json",
+    ]
+    result = CliRunner().invoke(app, [*command, "--out", out])
+    workers = json.loads(result.stdout)["workers"]
+    assert [worker["verdict"] for worker in workers].count("bad file") == 1
+    assert "is the same file as" in workers[6]["why"]
+
+
 def test_more_clients_than_may_be_bad(threads: Client, tmp_path: Path) -> None:
     paths, out = saved(tmp_path), tmp_path / "out.safetensors"
 

@@ -31,6 +31,7 @@ from robustkern.errors import plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
 from robustkern.files.output import Output, Target, in_order
 from robustkern.files.pieces import check_bad, require_few
+from robustkern.files.workers import Worker, distinct
 from robustkern.functions import Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
@@ -76,9 +77,9 @@ def dask_aggregate(
     only, exclude
         As for `robustkern.aggregate`: patterns of tensor names.
     bad : {"error", "count"}
-        What an update is that cannot be read when the call begins, or has other tensors than most: an error, or one of
-        the f rows that may be Byzantine (`Info.bad`, by path), so that no client can block a round: NaN, and in
-        tensors of integers what the first file that can be used has.
+        What an update is that cannot be read when the call begins, has other tensors than most, or is the same file as
+        another one: an error, or one of the f rows that may be Byzantine (`Info.bad`, by path), so that no client can
+        block a round: NaN, and in tensors of integers what the first file that can be used has.
     client : distributed.Client, optional
         Of the cluster; by default one of `processes` processes on this machine, which ends with the call.
     processes : int, optional
@@ -95,7 +96,7 @@ def dask_aggregate(
     Raises
     ------
     FileError
-        If a file cannot be used, or has other tensors than most, and is not counted; if more than f are; or if one
+        If a file cannot be used, has other tensors than most, or is the same as another, and is not counted; if more than f are; or if one
         changes between two passes; the message names it.
     TypeError, ValueError, NonFiniteError
         As `robustkern.aggregate`; infinities that rows share are not looked for.
@@ -209,7 +210,7 @@ def _reader(file: _File) -> Reader:
 
 
 def _opened(paths: Sequence[str], bad: str) -> tuple[list[_File], dict[int, str]]:
-    """Look at all files; return them, and of those that cannot be used, or have other tensors than most, why."""
+    """Look at all files; return them, and which cannot be used, differ from most, or are linked to another one's; why."""
     files: list[_File] = []
     wrong: dict[int, str] = {}
     forms: dict[int, dict[str, Any]] = {}
@@ -229,6 +230,15 @@ def _opened(paths: Sequence[str], bad: str) -> tuple[list[_File], dict[int, str]
         wrong[k] = f"{files[k].url}: tensor {shown(name)} is {ours}, where most files have {theirs}"
         if bad == "error":
             raise FileError(f"{wrong[k]} (leave this one out)")
+    places = [url_to_fs(path) if k not in wrong else (None, "") for k, path in enumerate(paths)]
+    here = [(Path(place),) if isinstance(system, LocalFileSystem) else () for system, place in places]
+    for k, worker in enumerate(
+        distinct([Worker(path, Path(path), own) for path, own in zip(paths, here, strict=True)])
+    ):
+        if worker.wrong is not None:
+            if bad == "error":
+                raise FileError(worker.wrong)
+            wrong[k] = worker.wrong
     return files, wrong
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "below_half",
     "capped",
     "claimed",
+    "distinct",
     "find_workers",
     "named_weights",
     "read_weights",
@@ -108,7 +109,7 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
         return _pool(given[0], out, bad)
     if not given:
         raise FileError("no update files were given")
-    return Pool(_distinct([worker_of(path) for path in given]), False)
+    return Pool(distinct([worker_of(path) for path in given]), False)
 
 
 def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
@@ -138,7 +139,7 @@ def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
         raise FileError(
             f"{folder}: the folder holds no worker: no {', '.join(SUFFIXES)} file, and no subdirectory with one"
         )
-    return Pool(_distinct(entries), True, tuple(ignored))
+    return Pool(distinct(entries), True, tuple(ignored))
 
 
 def _one_worker(folder: Path, name: str) -> str:
@@ -222,7 +223,7 @@ def _sharded(path: Path, index: Path) -> Worker:
     return Worker(name, path, tuple(index.parent / shard for shard in shards), expected)
 
 
-def _distinct(workers: Sequence[Worker]) -> tuple[Worker, ...]:
+def distinct(workers: Sequence[Worker]) -> tuple[Worker, ...]:
     """Give every worker a name of its own, and let a file count once.
 
     Of workers that share a file the one that shares with most others loses, so that nobody pushes others out by linking
