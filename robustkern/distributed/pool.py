@@ -96,8 +96,8 @@ def dask_aggregate(
     Raises
     ------
     FileError
-        If a file cannot be used, has other tensors than most, or is the same as another, and is not counted; if more than f are; or if one
-        changes between two passes; the message names it.
+        If a file cannot be used, has other tensors than most, or is the same as another, and is not counted; if more
+        than f are; or if one changes between two passes; the message names it.
     TypeError, ValueError, NonFiniteError
         As `robustkern.aggregate`; infinities that rows share are not looked for.
 
@@ -210,7 +210,7 @@ def _reader(file: _File) -> Reader:
 
 
 def _opened(paths: Sequence[str], bad: str) -> tuple[list[_File], dict[int, str]]:
-    """Look at all files; return them, and which cannot be used, differ from most, or are linked to another one's; why."""
+    """Look at all files; return them, and which cannot be used, differ from most, or are another one; why."""
     files: list[_File] = []
     wrong: dict[int, str] = {}
     forms: dict[int, dict[str, Any]] = {}
