@@ -153,6 +153,8 @@ def test_adapters_that_are_all_bad() -> None:
         peft.aggregate_lora([{}] * 4, "krum", f=1, bad="count")
     with pytest.raises(ValueError, match="bad must be 'error' or 'count'; got 'drop'"):
         peft.aggregate_lora([lora(k, 4) for k in range(4)], "krum", f=1, bad="drop")
+    with pytest.raises(ValueError, match="mean: bad='count' needs a rule that tolerates bad rows"):
+        peft.aggregate_lora([lora(k, 4) for k in range(4)], "mean", bad="count")
 
 
 def folder(path: Path, adapter: Any, config: Any) -> Path:

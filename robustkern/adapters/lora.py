@@ -18,9 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from robustkern.contract.rows import Vector
 from robustkern.errors import brief, plain, warn
+from robustkern.files.pieces import check_bad_option
 from robustkern.inputs.arrays import array_view
 from robustkern.products import weights_of
 from robustkern.rules import Aggregator
+from robustkern.rules.base import as_aggregator
 
 __all__ = ["A", "aggregate_lora", "checked", "combined", "lora_gram"]
 
@@ -83,8 +85,6 @@ def checked(
 
     That is those that have other modules or shapes than most, and the `unread`, with the reason.
     """
-    if bad not in ("error", "count"):
-        raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")
     if isinstance(adapters, (str, bytes, Mapping)) or not isinstance(adapters, Sequence) or not adapters:
         raise TypeError(f"adapters: expected a list of mappings with lora_A and lora_B; got {type(adapters).__name__}")
     rows: dict[int, dict[str, Pair]] = {}
@@ -203,6 +203,7 @@ def aggregate_lora(
     array([[1., 2.],
            [0., 0.]])
     """
+    check_bad_option(bad, as_aggregator(rule))
     rows = checked(adapters, bad)
     return combined(adapters, rows, rule, scalings, f=f, delta=delta, weights=weights, seed=seed)
 

@@ -15,7 +15,9 @@ from robustkern.adapters import needs
 from robustkern.adapters.lora import A, aggregate_lora, checked, combined, lora_gram
 from robustkern.contract.rows import Vector
 from robustkern.errors import brief, plain
+from robustkern.files.pieces import check_bad_option
 from robustkern.rules import Aggregator
+from robustkern.rules.base import as_aggregator
 
 __all__ = ["aggregate_lora", "aggregate_lora_folders", "lora_gram"]
 
@@ -80,6 +82,7 @@ def aggregate_lora_folders(
     with needs("cli"):
         from safetensors.numpy import save_file
 
+    check_bad_option(bad, as_aggregator(rule))
     target = Path(out)
     if target.exists():
         raise FileExistsError(f"out: {plain(str(out), 200)} exists (pass a new folder)")
@@ -89,7 +92,7 @@ def aggregate_lora_folders(
         try:
             read.append(_read(path))
         except (OSError, ValueError) as error:
-            if bad != "count":
+            if bad == "error":
                 raise
             unread[i] = str(error)
             read.append(Folder({}, {}, 1.0))

@@ -30,7 +30,7 @@ from robustkern.engine import Info, Limits, Passes, combining, limits, run
 from robustkern.errors import plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
 from robustkern.files.output import Output, Target, in_order
-from robustkern.files.pieces import check_bad, require_few
+from robustkern.files.pieces import check_bad_option, require_few
 from robustkern.files.workers import Worker, distinct
 from robustkern.functions import Patterns
 from robustkern.inputs.leaves import Choice, computed
@@ -116,7 +116,7 @@ def dask_aggregate(
         raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {block!r:.60}")
     choice = Choice.of(only, exclude, None)
     within = limits(plan, len(paths), str, f, delta, weights)
-    check_bad(bad, plan)
+    check_bad_option(bad, plan)
     files, wrong = _opened(paths, bad)
     require_few(within, [wrong.get(k) for k in range(len(paths))])
     known = _reader(next(file for k, file in enumerate(files) if k not in wrong)).tensors

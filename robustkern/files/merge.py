@@ -17,7 +17,7 @@ from robustkern.engine import Info, Limits, combining, joined, limits, run
 from robustkern.errors import NonFiniteError
 from robustkern.files.formats import MARK, FileError
 from robustkern.files.output import Output, Target
-from robustkern.files.pieces import Files, Progress, Row, check_bad, descriptors
+from robustkern.files.pieces import Files, Progress, Row, check_bad_option, descriptors
 from robustkern.files.workers import Pool, Worker, below_half, capped, claimed, find_workers, named_weights
 from robustkern.inputs.leaves import Choice
 from robustkern.rules.base import Aggregator, as_aggregator
@@ -181,7 +181,7 @@ def aggregate_pool(
     progress: Progress | None,
 ) -> tuple[Info, Weights]:
     """Aggregate workers that were found; see `aggregate_files`. Also return what they weigh."""
-    check_bad(bad, rule)
+    check_bad_option(bad, rule)
     if scope not in ("update", "leaf"):
         raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     mean = isinstance(rule, Mean)

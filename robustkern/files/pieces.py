@@ -37,7 +37,7 @@ from robustkern.inputs.leaves import Choice, computed
 from robustkern.rules.base import Aggregator
 from robustkern.rules.mean import Mean
 
-__all__ = ["Files", "Progress", "Row", "Source", "check_bad", "descriptors", "require_few"]
+__all__ = ["Files", "Progress", "Row", "Source", "check_bad_option", "descriptors", "require_few"]
 
 Progress = Callable[[str, int, int], None]
 Bytes = NDArray[np.uint8]
@@ -118,7 +118,7 @@ class Row:
             reader.held.close()
 
 
-def check_bad(bad: str, rule: Aggregator) -> None:
+def check_bad_option(bad: str, rule: Aggregator) -> None:
     """Raise where nobody can say what updates that cannot be used are."""
     if bad not in ("error", "count"):
         raise ValueError(f"bad must be 'error' or 'count'; got {bad!r:.80}")

@@ -306,13 +306,13 @@ class View:
             # Pairs by their numbers: thousands of rows have millions, and each contender its own.
             wanted = []
             for k in contenders if pairs is not None else [0]:
-                first, second = (np.stack(np.triu_indices(self.n, 1), axis=1) if pairs is None else pairs(k)).T
+                first, second = np.triu_indices(self.n, 1) if pairs is None else pairs(k).T
                 both = finite[first] & finite[second]
                 first, second = same[first[both]], same[second[both]]
                 wanted.append(np.minimum(first, second) * self.n + np.maximum(first, second))
             if not geometry.single and pairs is not None:
                 least = np.sort(wanted[0])
-                if all(len(least) == len(other) and np.array_equal(least, np.sort(other)) for other in wanted):
+                if all(len(least) == len(other) and np.array_equal(least, np.sort(other)) for other in wanted[1:]):
                     return None  # they differ in copies of the same rows only
             if _are_rows(contenders, pairs):
                 apart = self._apart(contenders)
