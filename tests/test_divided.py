@@ -29,7 +29,6 @@ class Threads:
 
     def __init__(self, rank: int, barrier: threading.Barrier, held: list[Any]) -> None:
         self.rank, self.barrier, self.held = rank, barrier, held
-        self.exchanges = 0
 
     def _all(self, x: Any) -> list[Any]:
         self.held[self.rank] = x
@@ -38,9 +37,12 @@ class Threads:
         self.barrier.wait()
         return everything
 
-    def exchange(self, payload: bytes) -> list[bytes]:
-        self.exchanges += 1
-        return self._all(payload)
+    def gather(self, payload: bytes) -> list[bytes]:
+        brought = self._all(payload)
+        return [] if self.rank else brought
+
+    def broadcast(self, payload: bytes) -> bytes:
+        return bytes(self._all(payload)[0])
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.sum(self._all(x), axis=0)  # type: ignore[no-any-return]
@@ -172,18 +174,19 @@ class Fickle(rk.Aggregator):
 
     def solve(self, view: Any) -> Any:
         rank, x = self.ranks.rank, np.zeros(9)
-        passes = {"same": 3, "more": 3 + rank % 2, "fewer": 3 - rank % 2, "none": 3 if rank == 0 else 0, "other": 3}[
-            self.kind
-        ]
+        passes = {
+            "same": 3, "more": 3 + rank % 2, "fewer": 3 - rank % 2, "none": 3 if rank == 0 else 0, "other": 3,
+            "first": 3, "for nothing": 0 if rank == 0 else 3,
+        }[self.kind]  # fmt: skip
         for k in range(passes):
-            point = k + (rank if self.kind == "other" and k == 1 else 0)
+            point = k + (rank if self.kind in ("other", "first") and k == ("first", "other").index(self.kind) else 0)
             x += view._given.measure_point(point)[0]
-        if self.kind == "fewer" and rank == 2:
+        if self.kind == "none" and rank == 2:
             raise ValueError("a rank that is not asked")
-        return view.mean_of([int(np.argsort(x)[rank])])
+        return view.mean_of([int(np.argsort(x, kind="stable")[rank])])
 
 
-@pytest.mark.parametrize("kind", ["same", "more", "fewer", "none", "other"])
+@pytest.mark.parametrize("kind", ["same", "more", "fewer", "none", "other", "first", "for nothing"])
 def test_rank_0_decides(kind: str) -> None:
     x = rows_of("plain", np.float32)
 
@@ -196,16 +199,17 @@ def test_rank_0_decides(kind: str) -> None:
 
     found = on_all(own)
     Fickle.ranks.rank = 0
-    want, told = rk.aggregate(x[:, :200], Fickle("same"), return_info=True)
+    want, told = rk.aggregate(x[:, :200], Fickle("for nothing" if kind == "for nothing" else "same"), return_info=True)
     assert told.weights is not None
     got, _info = joined(found)
     assert np.array_equal(got, want)
     assert all(np.array_equal(part[1].weights, told.weights) for part in found)
 
 
+@pytest.mark.parametrize("who", [0, 2])
 @pytest.mark.parametrize("at", range(4))
 @pytest.mark.parametrize("rule", ["median", "krum", "ctma(median)", "nnm | median"])
-def test_an_error_of_one_is_an_error_of_all(rule: str, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_is_an_error_of_all(rule: str, at: int, who: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory runs out on one rank, in a kernel's first, second, third or fourth call."""
     from robustkern.backends.cpp import Cpp
 
@@ -215,7 +219,7 @@ def test_an_error_of_one_is_an_error_of_all(rule: str, at: int, monkeypatch: pyt
 
         def failing(self: Any, *arguments: Any, kernel: Any = kernel, **options: Any) -> Any:
             calls.count = getattr(calls, "count", 0) + 1
-            if getattr(calls, "rank", 0) == 2 and calls.count == at + 1:
+            if getattr(calls, "rank", -1) == who and calls.count == at + 1:
                 raise MemoryError("no memory is left")
             return kernel(self, *arguments, **options)
 

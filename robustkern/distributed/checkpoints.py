@@ -152,9 +152,13 @@ class _Alone:
 
     rank, size = 0, 1
 
-    def exchange(self, payload: bytes) -> list[bytes]:
+    def gather(self, payload: bytes) -> list[bytes]:
         """Return what it brings."""
         return [payload]
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Return what it says."""
+        return payload
 
     def total(self, x: Any) -> Any:
         """Return the sum over one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import pickle
@@ -29,13 +30,44 @@ __all__ = ["Asked", "Group", "aggregate", "aggregate_gradients", "aggregate_rows
 
 #: Bytes of a message that are sent at once with how many there are; what is longer takes a second step.
 FIRST = 4096
-#: Up to so many bytes gloo's all_to_all, which sends to all at once, takes 0.9 ms where its all_gather, which sends
-#: round the ring, takes 3.8 (four ranks on two cores).
-SMALL = 1 << 16
-#: Of messages from rank to rank, so that nobody else's are taken for them.
+#: Of results from rank to rank, so that nobody else's messages are taken for them; of what they exchange, one more.
 TAG = 0x726F6275
 # Their names before torch 2.13.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class _Messages(list[Any]):
+    """Messages on their way."""
+
+    def wait(self) -> None:
+        """Return when all have come, or been sent; raise where a rank has gone."""
+        for work in self:
+            work.wait()
+
+
+def _frame(payload: bytes) -> NDArray[np.uint8]:
+    """Return bytes behind their number, `FIRST` of them at least."""
+    data = np.zeros(max(FIRST, 8 + len(payload)), dtype=np.uint8)
+    data[:8] = np.array([len(payload)], dtype=np.int64).view(np.uint8)
+    data[8 : 8 + len(payload)] = np.frombuffer(payload, dtype=np.uint8)
+    return data
+
+
+def _length(head: NDArray[np.uint8]) -> int:
+    """Return how long a frame is that begins so."""
+    return max(FIRST, 8 + int(head[:8].view(np.int64)[0]))
+
+
+def _payload(frame: NDArray[np.uint8]) -> bytes:
+    return frame[8 : 8 + int(frame[:8].view(np.int64)[0])].tobytes()
+
+
+class _Coming(NamedTuple):
+    """The beginning of a frame that another rank sends, and the work that receives it."""
+
+    head: Tensor
+    other: int
+    work: Any
 
 
 class Group:
@@ -70,32 +102,77 @@ class Group:
         self.others = [(k, k if group is None else dist.get_global_rank(group, k)) for k in others]
         backend = dist.get_backend(group)
         self.device = torch.device("cuda" if "nccl" in backend and "gloo" not in backend else "cpu")
+        self._answer: list[_Coming] | None = None
 
-    def exchange(self, payload: bytes) -> list[bytes]:
-        """Return what each rank brings: one all_gather of small messages, two of larger ones."""
-        head = FIRST - 8
-        first = np.zeros(FIRST, dtype=np.uint8)
-        first[:8] = np.array([len(payload)], dtype=np.int64).view(np.uint8)
-        first[8 : 8 + min(len(payload), head)] = np.frombuffer(payload[:head], dtype=np.uint8)
-        heads = self._gathered(first)
-        sizes = heads[:, :8].copy().view(np.int64)[:, 0]
-        longest = int(sizes.max())
-        if longest <= head:
-            return [part[8 : 8 + size].tobytes() for part, size in zip(heads, sizes, strict=True)]
-        rest = np.zeros(longest - head, dtype=np.uint8)
-        rest[: max(len(payload) - head, 0)] = np.frombuffer(payload[head:], dtype=np.uint8)
-        rests = self._gathered(rest)
-        parts = zip(heads, rests, sizes, strict=True)
-        return [first[8 : 8 + size].tobytes() + rest[: max(size - head, 0)].tobytes() for first, rest, size in parts]
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Return on rank 0 what each rank brings."""
+        if self.device.type != "cpu":
+            return self._each(payload)
+        if self.rank:
+            first = self.others[-self.rank]
+            self._answer = self._coming([first])  # at once, so that no sender has to ask
+            self._sent(payload, [first]).wait()
+            return []
+        try:
+            return [payload, *self._received(self._coming(self.others))]
+        except Exception:
+            for other in self.others:  # who lives waits for a word
+                with contextlib.suppress(Exception):
+                    self._sent(b"", [other]).wait()
+            raise
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Return what rank 0 says."""
+        if self.device.type != "cpu":
+            return self._each(payload)[0]
+        if self.rank:
+            answer, self._answer = self._answer, None
+            (payload,) = self._received(answer or self._coming([self.others[-self.rank]]))
+        else:
+            self._sent(payload, self.others).wait()
+        if not payload:
+            raise RuntimeError("robustkern.distributed: a rank has gone, says rank 0")
+        return payload
+
+    def _each(self, payload: bytes) -> list[bytes]:
+        """Return what each rank brings, to all: one all_gather of short messages, two of longer ones."""
+        frame = _frame(payload)
+        heads = self._gathered(frame[:FIRST])
+        rest = np.zeros(max(_length(head) for head in heads) - FIRST, dtype=np.uint8)
+        rest[: frame.size - FIRST] = frame[FIRST:]
+        rests = self._gathered(rest) if rest.size else np.zeros((self.size, 0), dtype=np.uint8)
+        return [_payload(np.concatenate(parts)) for parts in zip(heads, rests, strict=True)]
+
+    def _sent(self, payload: bytes, to: Iterable[tuple[int, int]]) -> _Messages:
+        """Send bytes to some of the others."""
+        data = torch.from_numpy(_frame(payload))
+        pieces = [piece for piece in (data[:FIRST], data[FIRST:]) if piece.numel()]
+        return _Messages(dist.isend(piece, other, self.group, TAG + 1) for _, other in to for piece in pieces)
+
+    def _coming(self, others: Sequence[tuple[int, int]]) -> list[_Coming]:
+        """Return the frames that some of the others send."""
+        heads = torch.empty((len(others), FIRST), dtype=torch.uint8)
+        pairs = zip(heads, others, strict=True)
+        return [_Coming(head, other, dist.irecv(head, other, self.group, TAG + 1)) for head, (_, other) in pairs]
+
+    def _received(self, coming: Sequence[_Coming]) -> list[bytes]:
+        """Return the bytes of frames when they have come."""
+        found = []
+        for head, other, work in coming:
+            work.wait()
+            data = head.numpy()
+            if _length(data) > FIRST:
+                rest = torch.empty(_length(data) - FIRST, dtype=torch.uint8)
+                _Messages([dist.irecv(rest, other, self.group, TAG + 1)]).wait()
+                data = np.concatenate([data, rest.numpy()])
+            found.append(_payload(data))
+        return found
 
     def _gathered(self, mine: NDArray[Any]) -> NDArray[Any]:
         """Return (ranks, ...) arrays of one shape."""
         sent = torch.from_numpy(mine.reshape(-1)).to(self.device)
         got = torch.empty(self.size * mine.size, dtype=sent.dtype, device=self.device)
-        if self.device.type == "cpu" and mine.nbytes <= SMALL:
-            dist.all_to_all_single(got, sent.repeat(self.size), group=self.group)
-        else:
-            _all_gather(got, sent, group=self.group)
+        _all_gather(got, sent, group=self.group)
         return np.asarray(got.cpu().numpy().reshape(self.size, *mine.shape))
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -300,15 +377,6 @@ def padded(parts: Sequence[Tensor], ranks: int) -> Tensor:
         at += part.numel()
     flat[at:] = 0
     return flat
-
-
-class _Messages(list[Any]):
-    """Messages on their way."""
-
-    def wait(self) -> None:
-        """Return when all have come, or been sent; raise where a rank has gone."""
-        for work in self:
-            work.wait()
 
 
 def bring_together(mine: Tensor, full: Tensor, ranks: Group, *, asynchronous: bool = False) -> Any:

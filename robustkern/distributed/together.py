@@ -1,8 +1,8 @@
 """What several processes do together on columns of which each holds some; how they hand things on is somebody else's.
 
-There is one kind of step, an exchange, to which every process brings something or an error. So an error of one is an
-error of all, and nobody waits for who has left; and each says in which step it is, so that different calls on different
-processes are an error too.
+There is one kind of step: every process tells rank 0 something, or an error, and rank 0 answers all. So an error of one
+is an error of all, and nobody waits for who has left; and each says in which step it is, so that different calls on
+different processes are an error too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import pickle
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -21,6 +22,8 @@ from robustkern.contract.rows import Source, T
 
 __all__ = ["Part", "Ranks", "Together", "digest_of", "odd_ones", "require_alike"]
 
+#: In which step, an error, what is brought.
+_Message = tuple[str, Exception | None, Any]
 #: Sums of more bytes go piece by piece to whoever adds them up, instead of all to all.
 LARGE_SUM = 1 << 16
 
@@ -37,8 +40,11 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def exchange(self, payload: bytes) -> list[bytes]:
-        """Return what each of them brings, in their order."""
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Return on rank 0 what each of them brings, in their order; nothing on the others."""
+
+    def broadcast(self, payload: bytes) -> bytes:
+        """Return what rank 0 says; what others pass is ignored."""
 
     def total(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the sum of large arrays of one shape, added in the order of the ranks: the same bits everywhere."""
@@ -58,6 +64,9 @@ class Together:
         self.ranks = ranks
         self.settled = False
         self._known: BaseException | None = None  # an error that all have
+        self._solving = False  # while rank 0 decides which pass is next
+        self._waited_for = False  # on rank 0: whether the others wait for its word
+        self._behind: Any = None  # passes that were made for rank 0, which alone knows what was found
 
     def __enter__(self) -> Together:
         return self
@@ -78,7 +87,10 @@ class Together:
 
     def exchange(self, step: str, value: Any) -> list[Any]:
         """Return what each rank brings to a step; raise where any of them brings an error, or is in another step."""
-        parts = self._exchanged(step, None, value)
+        return [part for _, _, part in self._judged(self._told((step, None, value)))]
+
+    def _judged(self, parts: list[_Message]) -> list[_Message]:
+        """Return what all ranks brought; raise what all of them must."""
         for rank, (_, error, _) in enumerate(parts):
             if error is not None:
                 self._known = error
@@ -90,12 +102,12 @@ class Together:
                     f"{rank} at {theirs} (make the same calls in the same order on all ranks)"
                 )
                 raise self._known
-        return [part for _, _, part in parts]
+        return parts
 
     def _tell(self, error: Exception) -> None:
-        """Bring an error to the exchange that the others are in; raise where a rank before this one brings another."""
+        """Bring an error to the step that the others are in; raise where a rank before this one brings another."""
         self._known = error
-        parts = self._exchanged("an error", _sendable(error), None)
+        parts = self._told(("an error", _sendable(error), None))
         rank = next(k for k, (_, found, _) in enumerate(parts) if found is not None)
         if rank != self.ranks.rank:
             first = parts[rank][1]
@@ -103,12 +115,53 @@ class Together:
             self._known = first
             raise first from RuntimeError(f"on rank {rank}")
 
-    def _exchanged(self, step: str, error: Exception | None, value: Any) -> list[tuple[str, Exception | None, Any]]:
+    def _told(self, message: _Message) -> list[_Message]:
+        """Return what all ranks bring, to all of them."""
         if self.ranks.size == 1:
-            return [(step, error, value)]
+            return [message]
+        if self.ranks.rank:
+            self._bring(message)
+            kind, parts = self._word()
+            assert kind == "parts"
+            return self._all(parts)
+        return self._answered(self._brought(message))
+
+    # What goes between the ranks, by turns: all bring a message, then rank 0 has a word for all.
+
+    def _bring(self, message: _Message) -> list[bytes]:
+        with self._whole():
+            return self.ranks.gather(pickle.dumps(message))
+
+    def _brought(self, message: _Message) -> list[bytes]:
+        """Return on rank 0 what all bring; who waits for its word already brings nothing more."""
+        if self._waited_for:
+            return [pickle.dumps(message), *[pickle.dumps((message[0], None, None))] * (self.ranks.size - 1)]
+        found = self._bring(message)
+        self._waited_for = True
+        return found
+
+    def _word(self, *said: Any) -> Any:
+        """Return rank 0's word: what kind of one, and what it says."""
+        with self._whole():
+            self._waited_for = False
+            return pickle.loads(self.ranks.broadcast(pickle.dumps(said)))
+
+    def _answered(self, brought: list[bytes]) -> list[_Message]:
+        """Let all ranks know what all bring, from rank 0."""
+        different = {part: k for k, part in enumerate(dict.fromkeys(brought))}  # mostly all bring the same
+        return self._all(self._word("parts", (list(different), [different[part] for part in brought]))[1])
+
+    @staticmethod
+    def _all(parts: tuple[list[bytes], list[int]]) -> list[_Message]:
+        different, which = parts
+        return [pickle.loads(different[k]) for k in which]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Remember where a rank has gone, that nobody is told of it."""
         try:
-            return [pickle.loads(part) for part in self.ranks.exchange(pickle.dumps((step, error, value)))]
-        except BaseException as broken:  # a rank has gone
+            yield
+        except BaseException as broken:
             self._known = broken
             raise
 
@@ -125,24 +178,32 @@ class Together:
 
     # -- passes over the data, and what follows from them ------------------------------------------------------------
     #
-    # All ranks do the same work, and so ask for the same passes, unless their processors differ in a last bit that
-    # decides something. Then rank 0 goes on, and whoever asked for another pass only makes those that rank 0 asks for.
+    # Rank 0 alone solves what follows: processors differ in a last bit that may decide something. The others begin the
+    # same work, so that its first pass needs no word, and from then on make those that rank 0 asks for.
 
     def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
         """Make a pass with all ranks, see `robustkern.contract.rows.Source.passed`."""
         asked = pickle.dumps((name, arguments, add))
         mine = self._made(passes, name, arguments)
         large = add and self._is_large(mine)
-        brought = ("pass", asked, None if large else mine)
-        parts = self.exchange("a pass", brought)
-        what, wanted, _ = parts[0]
-        if what == "done":
-            raise _Decided(wanted)
-        if wanted != asked:
-            raise _Diverged(wanted)
-        if any(part[:2] != parts[0][:2] for part in parts):
-            parts = self.exchange("a pass", brought)  # the others have made it by now
-        return [self.ranks.total(mine)] if large else [part for _, _, part in parts]
+        brought = ("a pass", None, (asked, None if large else mine))
+        if not self._solving:
+            parts = self._judged(self._told(brought))
+            return [self.ranks.total(mine)] if large else [part for _, _, (_, part) in parts]
+        if self.ranks.rank:
+            self._bring(brought)
+            raise _Begun(mine)
+        if self._waited_for:
+            self._word("pass", asked)
+        parts = self._alike(brought)
+        if any(what != asked for _, _, (what, _) in parts):  # somebody began with another one, or with none
+            self._word("pass", asked)
+            parts = self._alike(brought)
+        if large:
+            self._word("sum", None)
+            self._waited_for = True
+            return [self.ranks.total(mine)]
+        return [part for _, _, (_, part) in parts]
 
     def _made(self, passes: Any, name: str, arguments: tuple[Any, ...]) -> NDArray[np.float64]:
         try:
@@ -157,32 +218,62 @@ class Together:
 
         An error in it counts if it is rank 0's.
         """
+        if self.ranks.size == 1:
+            return work()
+        self._solving = True
+        try:
+            return self._outcome(self._served(work, passes) if self.ranks.rank else self._solved(work))  # type: ignore[no-any-return]
+        finally:
+            self._solving = False
+
+    def _solved(self, work: Callable[[], Any]) -> Any:
+        """Do the work on rank 0."""
         outcome: Any
         try:
             outcome = (work(), None)
-        except _Decided as decided:
-            return self._outcome(decided.outcome)  # type: ignore[no-any-return]
-        except _Diverged as diverged:
-            return self._outcome(self._serve(passes, diverged.wanted))  # type: ignore[no-any-return]
         except Exception as error:
             if error is self._known:
                 raise
             outcome = (None, _sendable(error))
-        what, word, _ = self.exchange("a pass", ("done", outcome if self.ranks.rank == 0 else None, None))[0]
-        return self._outcome(word if what == "done" else self._serve(passes, word))  # type: ignore[no-any-return]
+        if not self._waited_for:
+            self._alike(("a pass", None, (None, None)))
+        self._word("done", outcome)
+        return outcome
 
-    def _serve(self, passes: Any, wanted: bytes) -> Any:
-        """Make the passes that rank 0 asks for, until it is done."""
+    def _alike(self, message: _Message) -> list[_Message]:
+        """Return on rank 0 what all bring to its pass, and leave them waiting; raise, all, where anything is wrong."""
+        brought = self._brought(message)
+        parts: list[_Message] = [pickle.loads(part) for part in brought]
+        if any(error is not None or step != message[0] for step, error, _ in parts):
+            self._judged(self._answered(brought))
+        return parts
+
+    def _served(self, work: Callable[[], Any], passes: Any) -> Any:
+        """Begin the work elsewhere, make the passes that rank 0 asks for, and return its outcome."""
+        mine: Any = None
+        try:
+            if passes is not self._behind:
+                self._behind = passes
+                work()
+        except _Begun as begun:
+            mine = begun.found
+        except Exception as error:
+            if error is self._known:
+                raise
+        if mine is None:
+            self._bring(("a pass", None, (None, None)))
         while True:
-            name, arguments, add = pickle.loads(wanted)
-            mine = self._made(passes, name, arguments)
-            large = add and self._is_large(mine)
-            self.exchange("a pass", ("pass", wanted, None if large else mine))
-            if large:
+            kind, what = self._word()
+            if kind == "done":
+                return what
+            if kind == "parts":
+                self._judged(self._all(what))
+            elif kind == "sum":
                 self.ranks.total(mine)
-            what, wanted, _ = self.exchange("a pass", ("done", None, None))[0]
-            if what == "done":
-                return wanted
+            else:
+                name, arguments, add = pickle.loads(what)
+                mine = self._made(passes, name, arguments)
+                self._bring(("a pass", None, (what, None if add and self._is_large(mine) else mine)))
 
     def _outcome(self, outcome: tuple[Any, Exception | None]) -> Any:
         result, error = outcome
@@ -201,18 +292,11 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-class _Decided(BaseException):
-    """Rank 0 is done."""
+class _Begun(BaseException):
+    """The first pass is made; what rank 0 makes of it, only rank 0 goes on to."""
 
-    def __init__(self, outcome: tuple[Any, Exception | None]) -> None:
-        self.outcome = outcome
-
-
-class _Diverged(BaseException):
-    """Rank 0 asks for another pass."""
-
-    def __init__(self, wanted: bytes) -> None:
-        self.wanted = wanted
+    def __init__(self, found: NDArray[np.float64]) -> None:
+        self.found = found
 
 
 class Part:

@@ -730,17 +730,22 @@ def dtensors(rank: int, size: int) -> None:
 # ---- ranks that die ----------------------------------------------------------------------------------------------
 
 
-def killed(rank: int, size: int) -> dict[str, Any]:
+def killed(rank: int, size: int, who: int = -1) -> dict[str, Any]:
     """The last rank dies in the middle of a call: the others' calls end with an error, well before the test does."""
     rd.aggregate_rows(np.ones(4), "median", f=1)
     started = time.monotonic()
-    if rank == size - 1:
+    if rank == who % size:
         os._exit(9)
     try:
         while True:
             rd.aggregate_rows(np.ones(4), "krum", f=1)
     except RuntimeError as error:
         return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+
+
+def killed_first(rank: int, size: int) -> dict[str, Any]:
+    """Rank 0 dies, to which all others bring their messages."""
+    return killed(rank, size, 0)
 
 
 def killed_while_collecting(rank: int, size: int) -> dict[str, Any]:
