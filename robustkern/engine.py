@@ -644,12 +644,12 @@ class Passes(Given):
         if not self.source.divided:
             return self._written(*asked)
         found = sum_of(self.source.passed(self, "write_pass", asked, True))
-        return found[: self.n] > 0, bool(found[self.n]), found[self.n + 1 :]
+        return found[1 : self.n + 1] > 0, bool(found[0]), found[self.n + 1 :]
 
     def write_pass(self, *asked: Any) -> Vector:
-        """Write the columns that are here; return what `write` does, end to end."""
+        """Write the columns that are here; return whether they are broken, and for an `Info` what else `write` does."""
         nonfinite, poisoned, squares = self._written(*asked)
-        return np.concatenate([nonfinite, [poisoned], squares])
+        return np.concatenate([[poisoned], nonfinite, squares])
 
     def _written(
         self, weights: Matrix | None, divisor: float, selection: Selection | None, measures: bool, looks: bool

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from robustkern.distributed.ranks import Asked, Group, bring_together, call, padded, share_out
+from robustkern.distributed.ranks import Asked, Group, call, padded, share_out
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.engine import Info
 from robustkern.rules.base import Aggregator, as_aggregator
@@ -111,16 +111,13 @@ class DDPState:
         shards = [each.rows for each in sent]
         columns = [each.d for each in sent]
         centre = [self._centre_of(each) for each in sent] if self._measures else None
-        results, self.info = call(
+        rows = [each.flat for each in sent]
+        _, self.info = call(
             self.ranks,
-            lambda together: combine_shards(together, self.ranks, shards, columns, self.asked, centre),
+            lambda together: combine_shards(together, self.ranks, shards, columns, self.asked, centre, rows),
         )
-        collected = []
-        for each, mine in zip(sent, results, strict=True):
+        for each in sent:
             full = each.rows.view(-1)
-            collected.append((each, full, bring_together(mine, full, self.ranks, asynchronous=True)))
-        for each, full, work in collected:
-            work.wait()
             if self._measures:
                 parts = torch.split(full[: each.d].clone(), [p.numel() for p in each.parameters])
                 self._centre |= dict(zip(each.parameters, parts, strict=True))

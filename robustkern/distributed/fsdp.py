@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from robustkern.distributed.ranks import Asked, Group, bring_together, call, padded, share_out
+from robustkern.distributed.ranks import Asked, Group, call, padded, share_out
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.distributed.together import Together
 from robustkern.engine import Info
@@ -66,12 +66,17 @@ class RobustFSDP(ReduceScatter):
             raise_after_backward(error, [output_tensor])
 
     def _combined(
-        self, ranks: Group, shards: list[Tensor], columns: list[int], check: Callable[[], None] | None = None
+        self,
+        ranks: Group,
+        shards: list[Tensor],
+        columns: list[int],
+        check: Callable[[], None] | None = None,
+        rows: list[Tensor] | None = None,
     ) -> list[Tensor]:
         def work(together: Together) -> tuple[list[Tensor], Info | None]:
             if check is not None:
                 check()
-            return combine_shards(together, ranks, shards, columns, self.asked)
+            return combine_shards(together, ranks, shards, columns, self.asked, rows=rows)
 
         found: tuple[list[Tensor], Info | None] = call(ranks, work)
         self.info = found[1]
@@ -84,11 +89,10 @@ class RobustFSDP(ReduceScatter):
         received = torch.empty_like(flat)
         share_out(flat, received, ranks)
         try:
-            (mine,) = self._combined(ranks, [received.view(ranks.size, -1)], [shard.numel()])
+            self._combined(ranks, [received.view(ranks.size, -1)], [shard.numel()], rows=[flat])
         except Exception as error:
             raise_after_backward(error, [shard])
             return
-        bring_together(mine, received, ranks)
         shard.copy_(received[: shard.numel()].view_as(shard))
 
     def finish(self) -> Info | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustkern.contract.rows import Source
-from robustkern.distributed.ranks import Asked, Group, call
+from robustkern.distributed.ranks import Asked, Collecting, Group, call
 from robustkern.distributed.together import Part, Together, require_alike
 from robustkern.engine import Info
 from robustkern.functions import aggregated
@@ -25,6 +25,7 @@ def combine_shards(
     columns: Sequence[int],
     asked: Asked,
     centre: Sequence[Tensor] | None = None,
+    rows: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], Info | None]:
     """Combine columns, of which each rank has some in each shard.
 
@@ -42,15 +43,21 @@ def combine_shards(
         The rule, and with what.
     centre : sequence of (width,) tensors, optional
         This rank's columns of it.
+    rows : list of (ranks * width,) tensors, optional
+        This rank's, where all ranks' results are to be collected, in the memory of `shards`.
 
     Returns
     -------
     list of (width,) tensors, Info or None
-        The results, with zeros where there are no columns; and with `return_info` what was found out.
+        This rank's results, with zeros where there are no columns; and with `return_info` what was found out.
     """
     counts = [max(min(x.shape[1], d - ranks.rank * x.shape[1]), 0) for x, d in zip(shards, columns, strict=True)]
     results = [x.new_zeros(x.shape[1]) for x in shards]
-    rows = [
+    collecting = None
+    if rows is not None:
+        collecting = Collecting(ranks, rows, results, [x.view(-1) for x in shards])
+        collecting.begin(together, asked)
+    parts = [
         {str(k): x[i, :count] for k, (x, count) in enumerate(zip(shards, counts, strict=True))}
         for i in range(ranks.size)
     ]
@@ -63,9 +70,11 @@ def combine_shards(
         return Part(together, source, sum(columns), source.dtypes)
 
     found = aggregated(
-        rows, asked.rule, asked.f, asked.delta, asked.weights, point, asked.seed, None, None, "update", None,
+        parts, asked.rule, asked.f, asked.delta, asked.weights, point, asked.seed, None, None, "update", None,
         asked.nonfinite, out, "auto", asked.return_info, through,
     )  # fmt: skip
+    if collecting is not None:
+        collecting.end(together)
     return results, found[1] if asked.return_info else None
 
 

@@ -58,14 +58,18 @@ class Together:
     settled : bool
         Whether all know that nothing has gone wrong, nor can any more; else the end of the context is one more
         exchange.
+    handed_out : bool
+        Whether `hand_out` has brought all ranks what is written.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.settled = False
+        self.settled = self.handed_out = False
         self._known: BaseException | None = None  # an error that all have
         self._solving = False  # while rank 0 decides which pass is next
         self._waited_for = False  # on rank 0: whether the others wait for its word
+        self._hand_out: Callable[[bool], bool] | None = None
+        self._decided = False  # whether writing the result is next, and nothing before it
         self._behind: Any = None  # passes that were made for rank 0, which alone knows what was found
 
     def __enter__(self) -> Together:
@@ -107,6 +111,7 @@ class Together:
     def _tell(self, error: Exception) -> None:
         """Bring an error to the step that the others are in; raise where a rank before this one brings another."""
         self._known = error
+        self._all_well(False)
         parts = self._told(("an error", _sendable(error), None))
         rank = next(k for k, (_, found, _) in enumerate(parts) if found is not None)
         if rank != self.ranks.rank:
@@ -188,6 +193,9 @@ class Together:
         large = add and self._is_large(mine)
         brought = ("a pass", None, (asked, None if large else mine))
         if not self._solving:
+            if name == "write_pass" and self._all_well(not mine[0]):  # the rest is for an Info
+                self.handed_out = True
+                return [mine]
             parts = self._judged(self._told(brought))
             return [self.ranks.total(mine)] if large else [part for _, _, (_, part) in parts]
         if self.ranks.rank:
@@ -204,6 +212,28 @@ class Together:
             self._waited_for = True
             return [self.ranks.total(mine)]
         return [part for _, _, (_, part) in parts]
+
+    def hand_out(self, results: Callable[[bool], bool], decided: bool) -> None:
+        """Have all ranks' results go to all with the word whether all is well, instead of an exchange after writing.
+
+        For calls without an Info, for which more would have to be added up.
+
+        Parameters
+        ----------
+        results : callable
+            Sends what is written, with a word; returns whether all ranks' words are good. It is called once.
+        decided : bool
+            Whether there is nothing to solve, and no exchange before the writing.
+        """
+        self._hand_out, self._decided = results, decided
+
+    def _all_well(self, here: bool) -> bool:
+        """Hand results out where that is next; tell whether all is well everywhere."""
+        if self._hand_out is None or not self._decided:
+            return False
+        hand_out, self._hand_out = self._hand_out, None
+        with self._whole():
+            return hand_out(here)
 
     def _made(self, passes: Any, name: str, arguments: tuple[Any, ...]) -> NDArray[np.float64]:
         try:
@@ -222,9 +252,11 @@ class Together:
             return work()
         self._solving = True
         try:
-            return self._outcome(self._served(work, passes) if self.ranks.rank else self._solved(work))  # type: ignore[no-any-return]
+            found = self._outcome(self._served(work, passes) if self.ranks.rank else self._solved(work))
         finally:
             self._solving = False
+        self._decided = True
+        return found  # type: ignore[no-any-return]
 
     def _solved(self, work: Callable[[], Any]) -> Any:
         """Do the work on rank 0."""
@@ -343,7 +375,7 @@ class Part:
 
     def results(self) -> Any:
         """Return them once more to have results written."""
-        self._together.settled = False
+        self._together.settled = self._together.handed_out = False
         return self._inner.results()
 
     def row_name(self, row: int) -> str:

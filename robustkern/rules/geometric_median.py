@@ -87,8 +87,9 @@ class GeometricMedian(Aggregator):
         converges = self._converges
         if converges and view.n >= MANY_ROWS and (columns := view.few_columns(self.name)) is not None:
             return _solve_in_columns(view, *columns)
-        # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell.
-        geometry, weights = view.measured(self.name, quick=converges)
+        # A few steps depend on the first distances, from the origin too, more than any bound at the end could tell; and
+        # float32 products never decide between two rows, of which every point between is as good.
+        geometry, weights = view.measured(self.name, quick=converges and view.n > 2)
         if converges and (row := _majority(view, weights)) is not None:
             return view.mean_of([row])._replace(kept=None, order=None, iterations=0, converged=True, gap=0.0)
         used = np.flatnonzero(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -163,6 +164,24 @@ def rows(rank: int, size: int) -> None:
             assert torch.equal(got[name], x) or rule == "geometric_median", (rule, name)
             require_same_bits(got[name])
         assert (info.order, info.d) == (told.order, told.d)
+        quick = rd.aggregate_rows(row_of(rank), rule, f=1)  # without Info results go out with the word that all is well
+        assert all(torch.equal(quick[name], got[name]) for name in want), rule
+    x = np.random.default_rng(5).standard_normal((size, 11)).astype(np.float32)
+    hostile = {"nothing": x, "a row": x.copy(), "a number": x.copy(), "a first number": x.copy(), "shared": x.copy()}
+    hostile["a row"][3] = np.nan
+    hostile["a number"][1, 7] = np.inf
+    hostile["a first number"][1, 0] = np.nan
+    hostile["shared"][:3, ::3] = -np.inf  # with every rank, and for its first number
+    for kind, values in hostile.items():
+        for rule in ("mean", "median", "trimmed_mean", "krum", "ctma(median)"):
+            if rule == "mean" and kind == "shared":
+                continue  # of which it makes NaN, or an error
+            want, told = rk.aggregate(values, rule, f=1, return_info=True)
+            got = rd.aggregate_rows(values[rank], rule, f=1)
+            assert np.array_equal(got, want, equal_nan=True), (rule, kind)
+            got, info = rd.aggregate_rows(values[rank], rule, f=1, return_info=True)
+            assert np.array_equal(got, want, equal_nan=True), (rule, kind)
+            assert info.shared_inf == told.shared_inf == (4 if kind == "shared" else 0), (rule, kind)
     weights = [1.0, 2.0, 3.0, 1.0]
     want = rk.aggregate(everyone, "median", delta=0.3, weights=weights)
     got = rd.aggregate_rows(row_of(rank), "median", delta=0.3, weights=weights)
@@ -205,6 +224,21 @@ def rows(rank: int, size: int) -> None:
     assert letter.tolist() == [7.0 + (rank - 1) % size]
 
 
+def _is_used(where: str, rule: str) -> bool:
+    """Tell whether an aggregation of numbers by this rule gets there."""
+
+    def come(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"robustkern.{where}", come)
+        try:
+            rk.aggregate(np.arange(20.0).reshape(4, 5) ** 2, rule, f=1)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
 def errors(rank: int, size: int) -> None:
     """An error of one is an error of all, and the next call works."""
     x = np.ones(5)
@@ -221,13 +255,13 @@ def errors(rank: int, size: int) -> None:
         def solve(self, view: Any) -> Any:
             raise self.error
 
-    def out_of_memory(*_: Any) -> None:
+    def out_of_memory(*_: Any, **__: Any) -> None:
         raise MemoryError("none is left")
 
-    def patched(where: str, work: Callable[[], Any]) -> Any:
+    def patched(where: str, work: Callable[[], Any], who: int = 1) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            if rank == 1:
-                patch.setattr(f"robustkern.distributed.ranks.{where}", out_of_memory)
+            if rank == who:
+                patch.setattr(f"robustkern.{where}", out_of_memory)
             return work()
 
     alike = (
@@ -265,9 +299,20 @@ def errors(rank: int, size: int) -> None:
         (ValueError, "centre holds NaN or Inf", lambda: rd.aggregate_rows(x, "ctma(centre)", f=1, centre=x * np.nan)),
         (ValueError, "failing here", lambda: rd.aggregate_rows(x, Failing(ValueError("failing here", np.ones(3))))),
         (RuntimeError, "Local: failing there", lambda: rd.aggregate_rows(x, Failing(Local("failing there")))),
-        (MemoryError, "none is left", lambda: patched("padded", lambda: rd.aggregate_rows(x, "median"))),
-        (MemoryError, "none is left", lambda: patched("_like", lambda: rd.aggregate_rows(x, "median"))),
-        (MemoryError, "none is left", lambda: patched("aggregated", lambda: rd.aggregate(np.ones((5, 2)), "krum", f=1))),
+        (MemoryError, "none is left", lambda: patched("distributed.ranks.padded", lambda: rd.aggregate_rows(x, "median"))),
+        (MemoryError, "none is left", lambda: patched("distributed.ranks._like", lambda: rd.aggregate_rows(x, "median"))),
+        (MemoryError, "none is left", lambda: patched("distributed.ranks.aggregated", lambda: rd.aggregate(np.ones((5, 2)), "krum", f=1))),
+    ]  # fmt: skip
+    cases += [
+        (MemoryError, "none is left", functools.partial(patched, where, functools.partial(rd.aggregate_rows, x + rank, rule, f=1), who))
+        for who in (0, 2)
+        for rule in ("mean", "median", "krum", "ctma(median)")
+        for where in (
+            "engine.choose", "engine.View", "rules.coordinate.Median.solve", "rules.krum.Krum.solve", "rules.mean.Mean.solve",
+            "backends.cpp.Cpp.gram", "backends.cpp.Cpp.select_columns", "backends.cpp.Cpp.weighted_row_sum",
+        )
+        if _is_used(where, rule)
+        and (who == 0 or not where.endswith("solve") or rule in ("mean", "median"))  # else rank 0 alone solves
     ]  # fmt: skip
     for kind, message, work in cases:
         with pytest.raises(kind, match=message):
@@ -757,7 +802,7 @@ def killed_while_collecting(rank: int, size: int) -> dict[str, Any]:
     rd.aggregate_rows(np.ones(4), "median", f=1)
     started = time.monotonic()
     if rank == size - 1:
-        ranks.bring_together = die
+        ranks.Collecting._collect = die  # type: ignore[method-assign]
     try:
         rd.aggregate_rows(np.ones(1_000_000), "median", f=1)
     except RuntimeError as error:
