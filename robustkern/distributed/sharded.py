@@ -52,26 +52,28 @@ def combine_shards(
         This rank's results, with zeros where there are no columns; and with `return_info` what was found out.
     """
     counts = [max(min(x.shape[1], d - ranks.rank * x.shape[1]), 0) for x, d in zip(shards, columns, strict=True)]
-    results = [x.new_zeros(x.shape[1]) for x in shards]
     collecting = None
-    if rows is not None:
-        collecting = Collecting(ranks, rows, results, [x.view(-1) for x in shards])
+    if rows is None:
+        results = [x.new_zeros(x.shape[1]) for x in shards]
+        found_by = [[x[rank] for x in shards] for rank in range(ranks.size)]
+    else:
+        collecting = Collecting(ranks, rows, [x.view(-1) for x in shards])
         collecting.begin(together, asked)
-    parts = [
-        {str(k): x[i, :count] for k, (x, count) in enumerate(zip(shards, counts, strict=True))}
-        for i in range(ranks.size)
-    ]
-    out = {str(k): x[:count] for k, (x, count) in enumerate(zip(results, counts, strict=True))}
-    point = None
-    if centre is not None:
-        point = {str(k): x[:count] for k, (x, count) in enumerate(zip(centre, counts, strict=True))}
+        results = collecting.results
+        found_by = [collecting.of_rank(rank) for rank in range(ranks.size)]
+
+    def named(parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {str(k): x[:count] for k, (x, count) in enumerate(zip(parts, counts, strict=True))}
+
+    point = None if centre is None else named(centre)
 
     def through(source: MemorySource, leaf: str = "") -> Source:
         return Part(together, source, sum(columns), source.dtypes)
 
+    own = [named(parts) for parts in found_by]
     found = aggregated(
-        parts, asked.rule, asked.f, asked.delta, asked.weights, point, asked.seed, None, None, "update", None,
-        asked.nonfinite, out, "auto", asked.return_info, through,
+        own, asked.rule, asked.f, asked.delta, asked.weights, point, asked.seed, None, None, "update", None,
+        asked.nonfinite, named(results), "auto", asked.return_info, through,
     )  # fmt: skip
     if collecting is not None:
         collecting.end(together)
