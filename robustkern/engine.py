@@ -355,7 +355,7 @@ def _solved(
     def solve() -> Solution:
         solution = _until_told_apart(given, lambda: rule.solve(view))
         view.check(solution, rule)
-        return solution
+        return solution if wants_info else solution._replace(mixture=None)  # n x n, which ranks would be sent
 
     solution = source.once(solve, given) if source.divided and not rule.looks_at_no_row else solve()
     if solution.gave_up:

@@ -273,11 +273,11 @@ def aggregate(
 
     Notes
     -----
-    The reads of `robustkern.aggregate`, of a rank's own columns. Between ranks go a Gram for each pass that takes one
-    (n x n float64, from 64 KB on once there and once back instead of to all) and a few messages of 4 KB. What follows
-    from them is solved on every rank, and rank 0's solution counts, or its error: bits do not depend on processors.
-    Results are those of one process, to the last bit where the rule selects rows or columns, and within a rounding or
-    two where weights follow from the Gram.
+    The reads of `robustkern.aggregate`, of a rank's own columns. To rank 0 go a Gram for each pass that takes one (n x
+    n float64; from 64 KB on it is added up in parts by all ranks) and a few messages of 4 KB, and from it as many to
+    all. Rank 0 alone solves what follows from them, so that bits do not depend on processors, and has the others make
+    the passes that it needs. Results are those of one process, to the last bit where the rule selects rows or columns,
+    and within a rounding or two where weights follow from the Gram.
 
     Hostile inputs on honest ranks are survived; a rank that lies about the columns it owns is not, see
     docs/distributed.md.
@@ -511,8 +511,9 @@ def aggregate_rows(
     Notes
     -----
     Each rank sends and receives (ranks - 1) / ranks of a row twice, once to spread the columns (all_to_all) and once to
-    collect the result (all_gather): the bytes of a ring all_reduce, besides those of `aggregate`. Extra memory: two
-    rows and a result.
+    collect the result: the bytes of a ring all_reduce, besides those of `aggregate`. Without an Info the result goes
+    out with the word that all is well, a NaN for its first number where it is not: a mean that begins with NaN goes
+    twice, as do the columns. Extra memory: a row, and one more where its leaves must be laid end to end.
     """
     ranks = Group(group)
 

@@ -69,28 +69,24 @@ class RankPoint:
 
 
 def sent_bytes(rule: str, ranks: int, d: int, itemsize: int = 4) -> int:
-    """Return how many bytes a rank sends for a rule, by count: columns, results, and what is added up between.
+    """Return how many bytes rank 0 sends for a rule, by count; it sends most.
 
-    Columns go once to where they are combined and results once to all, as in a ring all_reduce. A message is one of
-    4 KB to each other rank; a Gram that is larger than 64 KB over all ranks goes out and comes back in parts.
+    Columns go once to where they are combined and results once to all, as in a ring all_reduce. Rank 0 answers twice in
+    messages of 4 KB: that all rows are alike, and, to rules that look at rows, what follows from their Gram; one that
+    is larger than 64 KB over all ranks goes out and comes back in parts, at a third word.
     """
     from robustkern.distributed.ranks import FIRST
     from robustkern.distributed.together import LARGE_SUM
     from robustkern.rules import parse_rule
 
     others = ranks - 1
-    sent = 2 * others * -(-d // ranks) * itemsize
-    messages = 2  # what is asked for; what is not finite, or that all is well
-    plan = parse_rule(rule)
-    if not plan.looks_at_no_row:
+    sent = others * (2 * -(-d // ranks) * itemsize + FIRST)
+    if not parse_rule(rule).looks_at_no_row:
         gram = 8 * (ranks + 1) * ranks if not rule.startswith("ctma(m") else 16 * ranks
-        messages += 2
+        sent += others * max(FIRST, 500 + 26 * ranks)  # weights, and which rows in what order
         if gram * ranks > LARGE_SUM:
-            sent += 2 * others * -(-gram // ranks)
-        else:
-            sent += others * max(gram - FIRST, 0)
-        sent += others * max(8 * ranks - FIRST, 0)
-    return sent + messages * others * FIRST
+            sent += others * (2 * -(-gram // ranks) + FIRST)
+    return sent
 
 
 def study_ranks(ranks: Sequence[int], d: Sequence[int], rules: Sequence[str], seconds: float) -> Iterator[RankPoint]:

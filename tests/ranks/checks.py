@@ -30,6 +30,7 @@ import robustkern.distributed as rd
 from robustkern.distributed import ranks, shards
 from robustkern.files import output
 from robustkern.files.formats import is_output
+from robustkern.measure.ranks import sent_bytes
 from robustkern.training import Mu2Server, Mu2Worker, Settings, Simulation, load_data
 
 Losses = list[float]
@@ -182,6 +183,23 @@ def rows(rank: int, size: int) -> None:
             got, info = rd.aggregate_rows(values[rank], rule, f=1, return_info=True)
             assert np.array_equal(got, want, equal_nan=True), (rule, kind)
             assert info.shared_inf == told.shared_inf == (4 if kind == "shared" else 0), (rule, kind)
+    for rule in ("median", "krum", "ctma(median)"):
+        sent: list[int] = []
+
+        send = ranks.Group.send
+
+        def counted(group: Any, x: torch.Tensor, *to: int, sent: list[int] = sent, send: Any = send) -> Any:
+            sent.append(x.nbytes)
+            return send(group, x, *to)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks.Group, "send", counted)
+            rd.aggregate_rows(np.ones(10_001) * rank**2, rule, f=0)
+        spread = (size - 1) * 2501 * 8
+        if rank == 0:
+            assert sum(sent) + spread == sent_bytes(rule, size, 10_001, 8), rule
+        else:
+            assert sum(sent) + spread <= sent_bytes(rule, size, 10_001, 8), rule
     weights = [1.0, 2.0, 3.0, 1.0]
     want = rk.aggregate(everyone, "median", delta=0.3, weights=weights)
     got = rd.aggregate_rows(row_of(rank), "median", delta=0.3, weights=weights)
