@@ -245,6 +245,24 @@ def test_few_rows() -> None:
     assert solve(x[1:]).converged
 
 
+@pytest.mark.parametrize(("n", "singles"), [(2, [False]), (3, [True])])
+def test_two_rows_are_measured_once(n: int, singles: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64: of two rows float32 products decide nothing, so asking for them was a read in vain."""
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    asked, gram_pass = [], geometry.Given.gram_pass
+
+    def counted(self: geometry.Given, scale: float, single: bool) -> Any:
+        asked.append(single)
+        return gram_pass(self, scale, single)
+
+    monkeypatch.setattr(geometry.Given, "gram_pass", counted)
+    x = np.random.default_rng(3).standard_normal((n, 1000)).astype(np.float32)
+    got = rk.aggregate(x, "geometric_median", f=0)
+    assert asked == singles
+    if n == 2:
+        assert got.tobytes() == x.mean(axis=0, dtype=np.float64).astype(np.float32).tobytes()
+
+
 @pytest.mark.parametrize(("others", "row"), [(1.0, True), (1 + 1e-6, False), (1 - 1e-6, True)])
 def test_weight_of_exactly_half(others: float, row: bool) -> None:
     """The heavy row, unless it is outweighed in one direction; equal weights on both sides leave the way open."""
