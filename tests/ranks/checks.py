@@ -156,17 +156,8 @@ def row_of(rank: int) -> dict[str, Any]:
     }
 
 
-def rows(rank: int, size: int) -> None:
-    everyone = [row_of(k) for k in range(size)]
-    for rule in ("mean", "median", "krum", "ctma(median)", "geometric_median", "nnm | trimmed_mean"):
-        want, told = rk.aggregate(everyone, rule, f=1, return_info=True)
-        got, info = rd.aggregate_rows(row_of(rank), rule, f=1, return_info=True)
-        for name, x in want.items():
-            assert torch.equal(got[name], x) or rule == "geometric_median", (rule, name)
-            require_same_bits(got[name])
-        assert (info.order, info.d) == (told.order, told.d)
-        quick = rd.aggregate_rows(row_of(rank), rule, f=1)  # without Info results go out with the word that all is well
-        assert all(torch.equal(quick[name], got[name]) for name in want), rule
+def hostile_rows(rank: int, size: int) -> None:
+    """Of whom a word that all is well may be wrong at first."""
     x = np.random.default_rng(5).standard_normal((size, 11)).astype(np.float32)
     hostile = {"nothing": x, "a row": x.copy(), "a number": x.copy(), "a first number": x.copy(), "shared": x.copy()}
     hostile["a row"][3] = np.nan
@@ -183,6 +174,29 @@ def rows(rank: int, size: int) -> None:
             got, info = rd.aggregate_rows(values[rank], rule, f=1, return_info=True)
             assert np.array_equal(got, want, equal_nan=True), (rule, kind)
             assert info.shared_inf == told.shared_inf == (4 if kind == "shared" else 0), (rule, kind)
+
+
+def rows(rank: int, size: int) -> None:
+    hostile_rows(rank, size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks.Group, "direct", False)  # as on GPUs, by collectives
+        hostile_rows(rank, size)
+        mine = slice(rank * 10, (rank + 1) * 10)
+        for n in (30, 60):  # a Gram of 7 KB, whose message has two parts; and one of 29 KB, which all add up
+            x = np.random.default_rng(1).standard_normal((n, 40))
+            assert np.array_equal(rd.aggregate(x[:, mine], "krum", f=9), rk.aggregate(x, "krum", f=9)[mine])
+        with pytest.raises(ValueError, match="f is 1 on rank 0, and 0 on rank 3"):
+            rd.aggregate_rows(np.ones(5), "median", f=int(rank < 3))
+    everyone = [row_of(k) for k in range(size)]
+    for rule in ("mean", "median", "krum", "ctma(median)", "geometric_median", "nnm | trimmed_mean"):
+        want, told = rk.aggregate(everyone, rule, f=1, return_info=True)
+        got, info = rd.aggregate_rows(row_of(rank), rule, f=1, return_info=True)
+        for name, x in want.items():
+            assert torch.equal(got[name], x) or rule == "geometric_median", (rule, name)
+            require_same_bits(got[name])
+        assert (info.order, info.d) == (told.order, told.d)
+        quick = rd.aggregate_rows(row_of(rank), rule, f=1)  # without Info results go out with the word that all is well
+        assert all(torch.equal(quick[name], got[name]) for name in want), rule
     for rule in ("median", "krum", "ctma(median)"):
         sent: list[int] = []
 
