@@ -174,6 +174,81 @@ def test_hostile_checkpoints(damage: str, folders: list[Path], tmp_path: Path, m
     assert not (tmp_path / "ran").exists()
 
 
+def with_nan(*bad: int) -> list[dict[str, Any]]:
+    """All updates as tensors by name, some of them NaN, with the integers of the first."""
+    rows = [flat(state) for state in states()]
+    for k in bad:
+        rows[k] = {name: torch.full_like(x, torch.nan) if x.is_floating_point() else x for name, x in rows[0].items()}
+    return rows
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_hostile_checkpoints_that_count(
+    damage: str, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, message = DAMAGES[damage]
+    change(folders[3])
+    info = rd.aggregate_checkpoints(folders, "ctma(median)", f=1, out=tmp_path / "out", bad="count")
+    assert list(info.bad) == [str(folders[3])]
+    assert re.search(message, info.bad[str(folders[3])])
+    assert "\x1b" not in info.bad[str(folders[3])]
+    assert (info.n, info.nonfinite_rows) == (5, (3,))
+    want = rk.aggregate(with_nan(3), "ctma(median)", f=1)
+    found = loaded(tmp_path / "out")
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_command_counts(folders: list[Path], tmp_path: Path) -> None:
+    (folders[3] / ".metadata").unlink()  # so that it is not even seen as one
+    DAMAGES["truncated"][0](folders[4])
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    places = [folder.rename(pool / folder.name) for folder in folders]
+    for updates in ([pool], places):
+        out = tmp_path / f"out-{len(updates)}"
+        command = ["aggregate", *map(str, updates), "--rule", "median", "--f", "2", "--out", str(out), "--json"]
+        result = CliRunner().invoke(app, [*command, "--bad-files", "count"])
+        assert result.exit_code == 0, result.output
+        workers = json.loads(result.output)["workers"]
+        bad = [Path(worker["file"]).name for worker in workers if worker["verdict"] == "bad file"]
+        assert bad == ["client-3", "client-4"]
+        found = loaded(out)
+        want = rk.aggregate(with_nan(3, 4), "median", f=2)
+        assert all(torch.equal(found[name], x) for name, x in want.items())
+    refused = CliRunner().invoke(app, [*command[:-3], str(tmp_path / "never")])
+    assert refused.exit_code != 0
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_counts_as_bad(folders: list[Path], tmp_path: Path) -> None:
+    def attempt(match: str, paths: list[Path], rule: str = "median", f: int | None = 1, bad: Any = "count") -> None:
+        with pytest.raises(ValueError, match=match):
+            rd.aggregate_checkpoints(paths, rule, f=f, out=tmp_path / "out", bad=bad)
+        assert not (tmp_path / "out").exists()
+
+    attempt("bad must be 'error' or 'count'; got 'drop'", folders, bad="drop")
+    attempt("mean: bad='count' needs a rule that tolerates bad rows", folders, "mean", None)
+    info = rd.aggregate_checkpoints([*folders, folders[1]], "median", f=1, out=tmp_path / "twice", bad="count")
+    assert [info.n, *info.bad] == [6, str(folders[1])]
+    assert "no worker counts twice" in info.bad[str(folders[1])]
+    missing = tmp_path / "none"
+    attempt("2 of 7 updates cannot be used, more than f=1; the first: .*none: is no", [*folders, missing, folders[0]])
+    attempt("no checkpoint can be used; the first: .*none: is no checkpoint", [missing, missing])
+    for k in (3, 4):
+        DAMAGES["truncated"][0](folders[k])
+    attempt("2 of 5 updates cannot be used, more than f=1; the first: .*client-3: tensor '.*': cannot be read", folders)
+    hidden = folders[2].rename(tmp_path / "client-\x1b[31m2")
+    (hidden / ".metadata").unlink()
+    info = rd.aggregate_checkpoints([*folders[:2], hidden], "median", f=1, out=tmp_path / "three", bad="count")
+    (reason,) = info.bad.values()
+    assert "\x1b" not in reason
+
+
 def test_a_file_that_changes_between_passes(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,10 +371,10 @@ def test_no_file_counts_twice(folders: list[Path], tmp_path: Path) -> None:
     for number, other in ((5, 3), (6, 2)):
         paths = [tmp_path / f"{k}.safetensors" for k in (0, 1, 2, 3, number)]
         with pytest.raises(
-            ValueError, match=rf"{number}.safetensors: has the same file as .*{other}.safetensors, and no"
+            ValueError, match=rf"{number}.safetensors: is the same file as .*{other}.safetensors, and no"
         ):
             rd.aggregate_checkpoints(paths, "median", f=1, out=tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match=r"client-1: has the same file as .*client-1, and no worker counts twice"):
+    with pytest.raises(ValueError, match=r"client-1: is the same file as .*client-1, and no worker counts twice"):
         rd.aggregate_checkpoints([*folders[:3], folders[1]], "median", f=1, out=tmp_path / "out")
 
 

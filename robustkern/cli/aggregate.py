@@ -122,21 +122,21 @@ def aggregate(
         "base": base,
         "scope": scope is Scope.leaf,
         "dtype": dtype,
-        "bad-files": bad_files is BadFiles.count,
     }
     if processes is not None or dask is not None:
         file_to_write(out, "out", (".safetensors", ".npy"))
         pool = find_workers(updates, out, bad_files.value)
         more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes, "bad": bad_files.value}
-        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size, "bad-files": False}
+        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
         combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
         return
     with said("shard-size"):
         shard = None if shard_size is None else memory_of(shard_size)
-    on_ranks = for_ranks(updates, out)
+    on_ranks = for_ranks(updates, out, bad_files.value)
     if on_ranks is not None:
         shares = _weights(weights, on_ranks)
         more = {"weights": shares, "memory": most, "nonfinite": nonfinite.value, "shard_size": shard}
+        more["bad"] = bad_files.value
         combine_on_ranks(on_ranks, plan, out, options | patterns | more, files_only, as_json)
         return
     file_to_write(out, "out", WRITTEN)

@@ -24,25 +24,27 @@ def _is_one(path: Path) -> bool:
     return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
 
 
-def for_ranks(updates: Sequence[Path], out: Path) -> Pool | None:
+def for_ranks(updates: Sequence[Path], out: Path, bad: str) -> Pool | None:
     """Return the workers that ranks of torch.distributed combine, None where this process does it.
 
-    Checkpoint folders of torch.distributed, which paths are, or which a single folder holds; and all else that several
-    processes of torchrun are asked for.
+    Checkpoint folders of torch.distributed, which paths are, or which a single folder holds (where bad ones count, most
+    of them); and all else that several processes of torchrun are asked for.
     """
-    folders = _folders_of(updates)
+    folders = _folders_of(updates, bad)
     if folders is not None:
         return Pool(tuple(Worker(path.name, path) for path in folders), False)
-    return None if launched_rank() is None else find_workers(updates, out)
+    return None if launched_rank() is None else find_workers(updates, out, bad)
 
 
-def _folders_of(updates: Sequence[Path]) -> list[Path] | None:
+def _folders_of(updates: Sequence[Path], bad: str) -> list[Path] | None:
     if len(updates) == 1 and updates[0].is_dir() and not _is_one(updates[0]):
         inside = [path for path in updates[0].iterdir() if not path.name.startswith(".")]
         updates = sorted((path for path in inside), key=lambda path: natural(path.name))
         if not updates:
             return None
-    return list(updates) if len(updates) > 1 and all(map(_is_one, updates)) else None
+    ones = sum(map(_is_one, updates))
+    enough = 2 * ones > len(updates) if bad == "count" else ones == len(updates)
+    return list(updates) if len(updates) > 1 and enough else None
 
 
 def combine_on_ranks(
@@ -76,6 +78,7 @@ def combine_on_ranks(
             # Its threads, if they lived at the process's end, would abort it now and then.
             stack.callback(dist.destroy_process_group)
         info = aggregate_checkpoints([worker.path for worker in pool.workers], plan, out=out, **options)
+    info = _named(info, [str(worker.path) for worker in pool.workers], pool)
     seconds = time.perf_counter() - started
     if rank:
         return
@@ -116,9 +119,13 @@ def combine_in_pool(
             paths, plan, out=str(out), client=client, progress=lambda name, done, total: shown.show(done, name, total),
             **options,
         )  # fmt: skip
+    _tell(_named(info, paths, pool), pool, out, time.perf_counter() - started, as_json)
+
+
+def _named(info: Info, paths: Sequence[str], pool: Pool) -> Info:
+    """Call bad updates by their workers' names."""
     names = {path: worker.name for path, worker in zip(paths, pool.workers, strict=True)}
-    info = replace(info, bad={names[path]: reason for path, reason in info.bad.items()})
-    _tell(info, pool, out, time.perf_counter() - started, as_json)
+    return replace(info, bad={names[path]: reason for path, reason in info.bad.items()})
 
 
 def _refuse(others: dict[str, Any], what: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +20,11 @@ from robustkern.contract.rows import Block, PlainLeaf, Undivided
 from robustkern.distributed import dcp, shards
 from robustkern.distributed.ranks import Asked, Group, call
 from robustkern.distributed.together import Part, Ranks, Together, odd_ones
-from robustkern.engine import Info, run
+from robustkern.engine import Info, limits, run
 from robustkern.errors import plain, shown
 from robustkern.files.output import check_place
+from robustkern.files.pieces import check_bad_option, require_few
+from robustkern.files.workers import Worker, distinct
 from robustkern.functions import NonFinite, Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
@@ -60,6 +63,7 @@ def aggregate_checkpoints(
     memory: int = 1 << 30,
     shard_size: int | None = None,
     backend: str = "auto",
+    bad: Literal["error", "count"] = "error",
     group: Any = None,
 ) -> Info:
     """Combine n checkpoints into one, on all ranks.
@@ -82,6 +86,10 @@ def aggregate_checkpoints(
     shard_size : int, optional
         Most bytes of the tensors in a safetensors file; more go to shards, "model.safetensors" to
         "model-00001-of-00002.safetensors" and "model.safetensors.index.json". A larger tensor has its own.
+    bad : "error" or "count"
+        With "count" a checkpoint that is none, cannot be read, has other tensors than most, or shares a file with
+        another counts as one of the f, as a row of NaN would; which, and why, is in the Info. It is found before the
+        call begins, for which each rank reads its part of DCP folders once more; what goes wrong later is an error.
     group : ProcessGroup, optional
         By default all ranks; without any process group this process does everything.
 
@@ -96,7 +104,8 @@ def aggregate_checkpoints(
         If `out` is a folder that is there.
     TypeError, ValueError, NonFiniteError, RuntimeError
         As `robustkern.distributed.aggregate`; and where one is no checkpoint, holds what torch does not write, has
-        other tensors than most, or changes while it is read; the message names it.
+        other tensors than most, or changes while it is read; the message names it. With ``bad="count"`` if more than
+        may be bad cannot be used.
 
     Notes
     -----
@@ -113,16 +122,22 @@ def aggregate_checkpoints(
 
     def work(together: Together) -> Info:
         plan = as_aggregator(rule)
+        check_bad_option(bad, plan)
+        choice = Choice.of(only, exclude, None)
+        if not paths:
+            raise ValueError("aggregate_checkpoints: there are no checkpoints (pass at least one)")
         with ExitStack() as files:
-            checkpoints = [_opened(Path(path), files) for path in paths]
-            if not checkpoints:
-                raise ValueError("aggregate_checkpoints: there are no checkpoints (pass at least one)")
-            _require_alike(checkpoints)
-            _require_distinct(checkpoints)
-            form = checkpoints[0].tensors
-            choice = Choice.of(only, exclude, None)
+            found = _Found(together, [Path(path) for path in paths], files, bad == "count")
+            found.require_alike()
+            found.require_distinct()
+            form = found.first.tensors
             choice.check(form)
             sizes = {name: shape for name, (shape, _) in form.items() if choice.takes(name)}
+            found.require_readable(sizes)
+            require_few(
+                limits(plan, len(paths), str, f, delta, weights), [found.wrong.get(k) for k in range(len(paths))]
+            )
+            checkpoints = found.checkpoints
             used = [file for one in checkpoints for file in (one.path, *one.files)]
             files_of, folders = [x for x in used if not x.is_dir()], [x for x in used if x.is_dir()]
             written = shards.Written.of(target, {name: form[name] for name in sizes}, files_of, folders, shard_size)
@@ -132,7 +147,12 @@ def aggregate_checkpoints(
                     raise FileExistsError(f"{plain(str(target), 200)}: is there already (name a folder that is not)")
             source = _Checkpoints(checkpoints, list(sizes), ranks, memory)
             asked = Asked(plan, f, delta, weights, seed, nonfinite).told()
-            asked |= {"out": str(target), "shard_size": str(shard_size), "the number of tensors": str(len(sizes))}
+            asked |= {
+                "bad": bad,
+                "out": str(target),
+                "shard_size": str(shard_size),
+                "the number of tensors": str(len(sizes)),
+            }
             info = run(plan, Part.of(together, source, asked), f, delta, weights, seed, nonfinite, backend)
             if written is None:
                 together.settle()
@@ -141,7 +161,7 @@ def aggregate_checkpoints(
                 begins = {name: _my_range(size, ranks)[0] for name, size in sizes.items()}
                 written.write(source.done, begins, together)
         assert info is not None
-        return info
+        return replace(info, bad={str(paths[k]): reason for k, reason in sorted(found.wrong.items())})
 
     found: Info = call(ranks, work)
     return found
@@ -173,30 +193,113 @@ def _opened(path: Path, files: ExitStack) -> Checkpoint:
     return shards.Shards(path, files) if shards.is_one(path) else dcp.Folder(path, files)
 
 
-def _require_distinct(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise where two have a file in common, through links too: nobody counts twice."""
-    seen: dict[tuple[int, int], Checkpoint] = {}
-    for one in checkpoints:
-        for file in one.files:
-            stat = file.stat()
-            other = seen.setdefault((stat.st_dev, stat.st_ino), one)
-            if other is not one:
+class _Found:
+    """Checkpoints at some paths, and which cannot be used; why.
+
+    Parameters
+    ----------
+    together : Together
+        The call.
+    paths : list of Path
+    files : ExitStack
+        Closes their files.
+    counts : bool
+        Whether those that cannot be used are kept account of, instead of an error.
+
+    Attributes
+    ----------
+    wrong : dict of int to str
+        The same on all ranks.
+    """
+
+    def __init__(self, together: Together, paths: list[Path], files: ExitStack, counts: bool) -> None:
+        self._together, self._counts, self.wrong = together, counts, dict[int, str]()
+        self._paths, self._opened = paths, dict[int, Checkpoint]()
+        for k, path in enumerate(paths):
+            with self._kept(k):
+                self._opened[k] = _opened(path, files)
+        self._agree()
+
+    @contextmanager
+    def _kept(self, k: int) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if not self._counts:
+                raise
+            self.wrong.setdefault(k, plain(str(error), 1000))
+
+    def _agree(self) -> None:
+        """Set aside on all ranks what one of them cannot use."""
+        if self._counts:
+            told = self._together.exchange("what cannot be used", self.wrong)
+            self.wrong = {k: reason for theirs in reversed(told) for k, reason in theirs.items()}
+        if len(self.wrong) == len(self._paths):
+            raise ValueError(f"no checkpoint can be used; the first: {self.wrong[0]}")
+
+    @property
+    def _good(self) -> dict[int, Checkpoint]:
+        return {k: one for k, one in self._opened.items() if k not in self.wrong}
+
+    @property
+    def first(self) -> Checkpoint:
+        """The first that can be used."""
+        return next(iter(self._good.values()))
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All of them; those that cannot be used are NaN."""
+        good = self._good
+        return [good[k] if k in good else _Unusable(path, self.first) for k, path in enumerate(self._paths)]
+
+    def require_alike(self) -> None:
+        """Set aside who has other tensors than most."""
+        good = list(self._good.items())
+        tables = [{name: (size, str(dtype)) for name, (size, dtype) in one.tensors.items()} for _, one in good]
+        for at, name, ours, theirs in odd_ones(tables):
+            k, one = good[at]
+            with self._kept(k):
                 raise ValueError(
-                    f"{plain(str(one.path), 200)}: has the same file as {plain(str(other.path), 200)}, and no worker "
-                    "counts twice (leave one of them out)"
+                    f"{plain(str(one.path), 200)}: tensor {shown(name)} is {ours}, where most checkpoints have "
+                    f"{theirs} (leave this one out)"
                 )
 
+    def require_distinct(self) -> None:
+        """Set aside who shares a file with another, through links too: nobody counts twice."""
+        workers = [Worker(plain(str(one.path), 200), one.path, one.files) for one in self._good.values()]
+        for k, worker in zip(list(self._good), distinct(workers), strict=True):
+            with self._kept(k):
+                if worker.wrong is not None:
+                    raise ValueError(plain(worker.wrong, 1000))
 
-def _require_alike(checkpoints: Sequence[Checkpoint]) -> None:
-    """Raise where one has other tensors than most."""
-    tables = [{name: (size, str(dtype)) for name, (size, dtype) in one.tensors.items()} for one in checkpoints]
-    odd = next(odd_ones(tables), None)
-    if odd is not None:
-        k, name, ours, theirs = odd
-        raise ValueError(
-            f"{plain(str(checkpoints[k].path), 200)}: tensor {shown(name)} is {ours}, where most checkpoints have "
-            f"{theirs} (leave this one out)"
-        )
+    def require_readable(self, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Set aside who cannot be read, if that is asked for: safetensors are, as their headers say."""
+        if not self._counts:
+            return
+        for k, one in self._good.items():
+            with self._kept(k):
+                for name, size in sizes.items() if isinstance(one, dcp.Folder) else ():
+                    one.read(name, *_my_range(size, self._together.ranks))
+        self._agree()
+
+
+class _Unusable:
+    """What stands for a checkpoint that cannot be used: NaN, and for integers what another one has."""
+
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, path: Path, like: Checkpoint) -> None:
+        self.path, self._like = path, like
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Those of the other one."""
+        return self._like.tensors
+
+    def read(self, name: str, low: int, high: int) -> Tensor:
+        """Return NaN in the shape of the other one's."""
+        part = self._like.read(name, low, high)
+        return part if computed(shards.numpy_dtype(part.dtype)) is None else torch.full_like(part, torch.nan)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

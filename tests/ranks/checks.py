@@ -679,6 +679,31 @@ def checkpoints(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match="is no checkpoint of torch"):
         rd.aggregate_checkpoints(folders if rank != 2 else [folder], "median", out=folder / "never")
     assert not (folder / "never").exists()
+    if rank == 0:  # what only the last rank finds out
+        (folder / "c2" / "__3_0.distcp").write_bytes(b"no longer")
+    dist.barrier()
+    paths = [*folders, folder / "none"]
+    rows = [*states(), states()[0]]
+    for k in (2, 6):
+        rows[k] = {name: torch.full_like(x, torch.nan) if x.is_floating_point() else x for name, x in rows[0].items()}
+    want, told = rk.aggregate(rows, "median", f=3, return_info=True)
+    info = rd.aggregate_checkpoints(paths, "median", f=3, out=folder / "counted", bad="count")
+    assert (list(info.bad), info.nonfinite_rows) == ([str(paths[2]), str(paths[6])], told.nonfinite_rows)
+    assert len(set(everywhere(str(info.bad)))) == 1
+    found = {name: torch.empty_like(x) for name, x in want.items()}
+    dcp.load(found, checkpoint_id=folder / "counted", no_dist=True)
+    assert all(torch.equal(found[name], x) for name, x in want.items())
+    for options in ({"f": 1, "bad": "count"}, {"f": 2}):
+        with pytest.raises(ValueError, match=r"2 of 7 updates cannot be used, more than f=1|is no checkpoint of torch"):
+            rd.aggregate_checkpoints(paths, "median", out=folder / "never", **options)
+    with pytest.raises(ValueError, match="the ranks call different functions"):
+        rd.aggregate_checkpoints(folders, "median", f=2, out=folder / "never", bad="error" if rank == 1 else "count")
+    assert not (folder / "never").exists()
+    if rank == 0:  # for who reads them next
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(states()[2], checkpoint_id=folder / "c2", no_dist=True)
+    dist.barrier()
 
 
 def safetensors(rank: int, size: int) -> None:
