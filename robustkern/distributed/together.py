@@ -70,6 +70,7 @@ class Together:
         self._waited_for = False  # on rank 0: whether the others wait for its word
         self._hand_out: Callable[[bool], bool] | None = None
         self._decided = False  # whether writing the result is next, and nothing before it
+        self._begun: NDArray[np.float64] | None = None  # elsewhere: what the first pass has found
         self._behind: Any = None  # passes that were made for rank 0, which alone knows what was found
 
     def __enter__(self) -> Together:
@@ -189,6 +190,10 @@ class Together:
     def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
         """Make a pass with all ranks, see `robustkern.contract.rows.Source.passed`."""
         asked = pickle.dumps((name, arguments, add))
+        if self._begun is not None:
+            raise _Begun  # once more: a rule has gone on after it
+        if self._solving and self._waited_for:
+            self._word("pass", asked)
         mine = self._made(passes, name, arguments)
         large = add and self._is_large(mine)
         brought = ("a pass", None, (asked, None if large else mine))
@@ -200,9 +205,8 @@ class Together:
             return [self.ranks.total(mine)] if large else [part for _, _, (_, part) in parts]
         if self.ranks.rank:
             self._bring(brought)
-            raise _Begun(mine)
-        if self._waited_for:
-            self._word("pass", asked)
+            self._begun = mine
+            raise _Begun
         parts = self._alike(brought)
         if any(what != asked for _, _, (what, _) in parts):  # somebody began with another one, or with none
             self._word("pass", asked)
@@ -282,16 +286,16 @@ class Together:
 
     def _served(self, work: Callable[[], Any], passes: Any) -> Any:
         """Begin the work elsewhere, make the passes that rank 0 asks for, and return its outcome."""
-        mine: Any = None
         try:
             if passes is not self._behind:
                 self._behind = passes
                 work()
-        except _Begun as begun:
-            mine = begun.found
+        except _Begun:
+            pass
         except Exception as error:
             if error is self._known:
                 raise
+        mine, self._begun = self._begun, None
         if mine is None:
             self._bring(("a pass", None, (None, None)))
         while True:
@@ -301,6 +305,7 @@ class Together:
             if kind == "parts":
                 self._judged(self._all(what))
             elif kind == "sum":
+                assert mine is not None
                 self.ranks.total(mine)
             else:
                 name, arguments, add = pickle.loads(what)
@@ -326,9 +331,6 @@ def _sendable(error: Exception) -> Exception:
 
 class _Begun(BaseException):
     """The first pass is made; what rank 0 makes of it, only rank 0 goes on to."""
-
-    def __init__(self, found: NDArray[np.float64]) -> None:
-        self.found = found
 
 
 class Part:
