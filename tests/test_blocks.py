@@ -302,6 +302,23 @@ def test_samples_are_spread_over_segments(dtype: np.dtype[Any]) -> None:
         assert np.array_equal(got.astype(float), want.astype(float))
 
 
+def test_rows_of_two_places_are_copied() -> None:
+    """With the copy between them NumPy makes copies of copies until its stack ends; it was the process's end."""
+    script = """
+import numpy as np
+from robustkern.contract.rows import Rows
+mapped, g, kept = np.zeros(1 << 24, np.float32), np.random.default_rng(0), []
+for t in range(4000):
+    m, k = int(g.choice([1, 5, 9, 17, 63, 203])), int(g.integers(0, 1 << 23))
+    a, b = np.full(m, 1, np.float32), mapped[k : k + m] if t % 2 else np.full(m, 2, np.float32)
+    kept = [np.empty(int(size), np.uint8) for size in g.integers(1, 3000, 3)]
+    x = Rows.of([a, b]).matrix(0)
+    assert np.array_equal(x[0], a) and np.array_equal(x[1], b)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("rule", ["krum", "multi_krum", "medoid"])
 def test_what_few_rows_leave_open_takes_one_read_more(asked: Asked, rule: str) -> None:
     """Pairs of rows with the same values in other places have the same score, but for some last digits of one."""

@@ -150,10 +150,16 @@ class Rows:
         """Return all rows' parts of one segment, (n, m): a copy; only of rows in the host's memory."""
         first, count = self.addresses[segment].astype(np.int64), int(self.offsets[segment + 1] - self.offsets[segment])
         step = int(first[1] - first[0]) if len(first) > 1 else 0
-        if count and step >= count * self.dtype.itemsize and (np.diff(first) == step).all():  # of one array
-            memory = np.asarray(_Memory(int(first[0]), step * (len(first) - 1) + count * self.dtype.itemsize))
-            whole = np.lib.stride_tricks.as_strided(memory, (len(first), count * self.dtype.itemsize), (step, 1))
-            return whole.copy().view(self.dtype)
+        if count and step >= count * self.dtype.itemsize and (np.diff(first) == step).all():  # of one array, perhaps
+            begin, length = int(first[0]), step * (len(first) - 1) + count * self.dtype.itemsize
+            result = np.empty((len(first), count), dtype=self.dtype)
+            # Between rows that are not of one array anything may lie, the copy too; NumPy then cannot tell whether it
+            # overlaps them, and makes copies of copies until its stack ends.
+            if not begin - result.nbytes < address_of(result) < begin + length:
+                memory = np.asarray(_Memory(begin, length))
+                whole = np.lib.stride_tricks.as_strided(memory, (len(first), count * self.dtype.itemsize), (step, 1))
+                result.view(np.uint8)[:] = whole
+                return result
         return np.stack([self.array(segment, i) for i in range(self.n)])
 
     def sampled(self, runs: int, width: int) -> Rows:
