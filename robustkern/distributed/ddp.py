@@ -14,6 +14,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
 from robustkern.distributed.ranks import Asked, Group, call, padded, share_out
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
+from robustkern.distributed.together import Together
 from robustkern.engine import Info
 from robustkern.rules.base import Aggregator, as_aggregator
 
@@ -110,12 +111,13 @@ class DDPState:
             each.work.wait()
         shards = [each.rows for each in sent]
         columns = [each.d for each in sent]
-        centre = [self._centre_of(each) for each in sent] if self._measures else None
         rows = [each.flat for each in sent]
-        _, self.info = call(
-            self.ranks,
-            lambda together: combine_shards(together, self.ranks, shards, columns, self.asked, centre, rows),
-        )
+
+        def work(together: Together) -> Any:
+            centre = [self._centre_of(each) for each in sent] if self._measures else None
+            return combine_shards(together, self.ranks, shards, columns, self.asked, centre, rows)
+
+        _, self.info = call(self.ranks, work)
         for each in sent:
             full = each.rows.view(-1)
             if self._measures:

@@ -297,23 +297,20 @@ def aggregate(
     def work(together: Together) -> Any:
         asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
         told = asked.told() | {"scope": str(scope), "only": str(only), "exclude": str(exclude), "dtype": str(dtype)}
-        integers = 0
         rows, layouts = local_parts(local_columns, together.ranks)
         point, target = (None if x is None else local_parts([x], together.ranks)[0][0] for x in (centre, out))
 
         def through(source: MemorySource, leaf: str = "") -> Source:
-            nonlocal integers
-            integers += len(source.integers)
             return Part.of(together, source, told | {"leaf": brief(leaf)})
 
         found = aggregated(
             rows, asked.rule, f, delta, weights, point, seed, only, exclude, scope, dtype, nonfinite, target,
             backend, return_info, through,
         )  # fmt: skip
-        everywhere = together.exchange("the end", integers)
-        together.settled = True
         result, info = found if return_info else (found, None)
         result = layouts.spread(result) if out is None else out
+        everywhere = together.exchange("the end", 0 if info is None else info.integers)
+        together.settled = True
         return result if info is None else (result, replace(info, integers=sum(everywhere)))
 
     return call(Group(group), work)
@@ -403,11 +400,19 @@ class Collecting(NamedTuple):
         This rank's, which stay.
     columns : list of (ranks * width,) tensors
         What `share_out` makes of them.
+    spare : list of (width,) tensors
+        Room for results: nothing may fail between messages.
     """
 
     ranks: Group
     rows: list[Tensor]
     columns: list[Tensor]
+    spare: list[Tensor]
+
+    @classmethod
+    def of(cls, ranks: Group, rows: list[Tensor], columns: list[Tensor]) -> Collecting:
+        """Make it ready."""
+        return cls(ranks, rows, columns, [x.new_empty(x.numel() // ranks.size) for x in columns])
 
     @property
     def results(self) -> list[Tensor]:
@@ -448,10 +453,10 @@ class Collecting(NamedTuple):
         self._collect()
         if not self._parts(self.columns[first])[:, 0].isnan().any():
             return True
-        for row, columns, result in zip(self.rows, self.columns, self.results, strict=True):
-            written = result.clone()
+        for row, columns, result, spare in zip(self.rows, self.columns, self.results, self.spare, strict=True):
+            spare.copy_(result)
             share_out(row, columns, self.ranks)
-            result.copy_(written)
+            result.copy_(spare)
         return False
 
     def _collect(self) -> None:
@@ -537,13 +542,13 @@ def _rows(together: Together, ranks: Group, my_row: Any, asked: Asked, centre: A
     # All memory first: nothing may fail between what the ranks have agreed on and the messages that follow.
     pieces = row.pieces(ranks)
     received = [torch.empty_like(piece.flat) for piece in pieces]
-    row.require_everywhere(together, asked)
+    collecting = Collecting.of(ranks, [piece.flat for piece in pieces], received)
+    elsewhere = row.require_everywhere(together, asked, ranks.device)
     for piece, target in zip(pieces, received, strict=True):
         share_out(piece.flat, target, ranks)
     integers = {row.names[k]: x for k, x in enumerate(row.tensors) if not x.is_floating_point()}
     counted = {name: together.exchange("a counter", x.cpu().numpy()) for name, x in integers.items()}
     d = sum(piece.d for piece in pieces)
-    collecting = Collecting(ranks, [piece.flat for piece in pieces], received)
     collecting.begin(together, asked)
 
     def named(parts: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -559,17 +564,16 @@ def _rows(together: Together, ranks: Group, my_row: Any, asked: Asked, centre: A
     done = {name: out[name] for name in integers}
     for piece, full in zip(pieces, received, strict=True):  # whose columns are not needed in the end
         done |= piece.parts(row, full)
-    elsewhere = any(x.device != ranks.device for x in row.leaves if is_torch_array(x))
     made = None if elsewhere else row.like(done)  # views of what the ranks' messages fill
     mine: Any = out
     at: Any = None if point is None else point.columns(ranks)
-    if len(out) == 1:  # which saves a fifth of what small calls take
+    if len(out) == 1 and not integers:  # which saves a fifth of what small calls take
         (mine,) = out.values()
         own = [one.popitem()[1] for one in own]
         at = None if at is None else at.popitem()[1]
 
     def through(source: MemorySource, leaf: str = "") -> Source:
-        return Part(together, source, d, source.dtypes)
+        return Part(together, source, d, source.dtypes, not asked.return_info)
 
     found = aggregated(
         own, asked.rule, asked.f, asked.delta, asked.weights, at, asked.seed, None, None, "update", None,
@@ -620,16 +624,24 @@ class _Row(NamedTuple):
         if difference:
             raise ValueError(f"aggregate_rows: the centre is not like the row: {difference}")
 
-    def require_everywhere(self, together: Together, asked: Asked) -> None:
-        """Raise where the ranks ask for different things, or their rows are not alike."""
+    def require_everywhere(self, together: Together, asked: Asked, device: torch.device) -> bool:
+        """Raise where the ranks ask for different things, or their rows are not alike.
+
+        Returns
+        -------
+        bool
+            Whether a rank's results must go elsewhere than where messages come.
+        """
         digest = hashlib.sha256(pickle.dumps(self.layout)).hexdigest()
-        calls = together.exchange("a row", (digest, asked.told()))
-        if any(theirs != calls[0][0] for theirs, _ in calls):
+        elsewhere = any(x.device.type != device.type for x in self.leaves if is_torch_array(x))
+        calls = together.exchange("a row", (digest, asked.told(), elsewhere))
+        if any(theirs != calls[0][0] for theirs, _, _ in calls):
             layouts = together.exchange("the leaves", self.layout)
-            rank = next(k for k, (theirs, _) in enumerate(calls) if theirs != calls[0][0])
+            rank = next(k for k, (theirs, _, _) in enumerate(calls) if theirs != calls[0][0])
             difference = _first_difference(layouts[rank], layouts[0])
             raise ValueError(f"aggregate_rows: the rows of ranks {rank} and 0 are not alike: {difference}")
-        require_alike([told for _, told in calls])
+        require_alike([told for _, told, _ in calls])
+        return any(elsewhere for _, _, elsewhere in calls)
 
     def pieces(self, ranks: Group) -> list[_Piece]:
         """Return the floating-point leaves by dtype."""

@@ -57,7 +57,7 @@ def combine_shards(
         results = [x.new_zeros(x.shape[1]) for x in shards]
         found_by = [[x[rank] for x in shards] for rank in range(ranks.size)]
     else:
-        collecting = Collecting(ranks, rows, [x.view(-1) for x in shards])
+        collecting = Collecting.of(ranks, rows, [x.view(-1) for x in shards])
         collecting.begin(together, asked)
         results = collecting.results
         found_by = [collecting.of_rank(rank) for rank in range(ranks.size)]
@@ -68,7 +68,7 @@ def combine_shards(
     point = None if centre is None else named(centre)
 
     def through(source: MemorySource, leaf: str = "") -> Source:
-        return Part(together, source, sum(columns), source.dtypes)
+        return Part(together, source, sum(columns), source.dtypes, not asked.return_info)
 
     own = [named(parts) for parts in found_by]
     found = aggregated(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from robustkern.contract.rows import Source, T
 __all__ = ["Part", "Ranks", "Together", "digest_of", "odd_ones", "require_alike"]
 
 #: In which step, an error, what is brought.
-_Message = tuple[str, Exception | None, Any]
+_Message = tuple[str, "_Sent | None", Any]
 #: Sums of more bytes go piece by piece to whoever adds them up, instead of all to all.
 LARGE_SUM = 1 << 16
 
@@ -81,7 +81,7 @@ class Together:
     ) -> None:
         if error is None:
             self.settle()
-        elif isinstance(error, Exception) and error is not self._known:
+        elif isinstance(error, Exception) and error is not self._known and not self.settled:
             self._tell(error)
 
     def settle(self) -> None:
@@ -96,9 +96,9 @@ class Together:
 
     def _judged(self, parts: list[_Message]) -> list[_Message]:
         """Return what all ranks brought; raise what all of them must."""
-        for rank, (_, error, _) in enumerate(parts):
-            if error is not None:
-                self._known = error
+        for rank, (_, sent, _) in enumerate(parts):
+            if sent is not None:
+                self._known = error = sent.error()
                 raise error from (None if rank == self.ranks.rank else RuntimeError(f"on rank {rank}"))
         for rank, (theirs, _, _) in enumerate(parts):
             if theirs != parts[0][0]:
@@ -113,13 +113,11 @@ class Together:
         """Bring an error to the step that the others are in; raise where a rank before this one brings another."""
         self._known = error
         self._all_well(False)
-        parts = self._told(("an error", _sendable(error), None))
-        rank = next(k for k, (_, found, _) in enumerate(parts) if found is not None)
+        parts = self._told(("an error", _Sent.of(error), None))
+        rank, first = next((k, sent) for k, (_, sent, _) in enumerate(parts) if sent is not None)
         if rank != self.ranks.rank:
-            first = parts[rank][1]
-            assert first is not None
-            self._known = first
-            raise first from RuntimeError(f"on rank {rank}")
+            self._known = other = first.error()
+            raise other from RuntimeError(f"on rank {rank}")
 
     def _told(self, message: _Message) -> list[_Message]:
         """Return what all ranks bring, to all of them."""
@@ -198,7 +196,9 @@ class Together:
         large = add and self._is_large(mine)
         brought = ("a pass", None, (asked, None if large else mine))
         if not self._solving:
-            if name == "write_pass" and self._all_well(not mine[0]):  # the rest is for an Info
+            if name != "write_pass":
+                self._hand_out = None  # of a rule that says it looks at no row
+            elif self._all_well(not mine[0]):  # the rest is for an Info
                 self.handed_out = True
                 return [mine]
             parts = self._judged(self._told(brought))
@@ -254,7 +254,7 @@ class Together:
         """
         if self.ranks.size == 1:
             return work()
-        self._solving = True
+        self._solving, self._known = True, None
         try:
             found = self._outcome(self._served(work, passes) if self.ranks.rank else self._solved(work))
         finally:
@@ -267,13 +267,15 @@ class Together:
         outcome: Any
         try:
             outcome = (work(), None)
+            told = pickle.dumps(outcome)
         except Exception as error:
-            if error is self._known:
-                raise
-            outcome = (None, _sendable(error))
+            outcome = (None, _Sent.of(error))
+            told = pickle.dumps(outcome)
+        if self._known is not None:  # whatever the rule has made of it
+            raise self._known
         if not self._waited_for:
             self._alike(("a pass", None, (None, None)))
-        self._word("done", outcome)
+        self._word("done", told)
         return outcome
 
     def _alike(self, message: _Message) -> list[_Message]:
@@ -290,18 +292,17 @@ class Together:
             if passes is not self._behind:
                 self._behind = passes
                 work()
-        except _Begun:
+        except (_Begun, Exception):  # rank 0's counts
             pass
-        except Exception as error:
-            if error is self._known:
-                raise
+        if self._known is not None:
+            raise self._known
         mine, self._begun = self._begun, None
         if mine is None:
             self._bring(("a pass", None, (None, None)))
         while True:
             kind, what = self._word()
             if kind == "done":
-                return what
+                return pickle.loads(what)
             if kind == "parts":
                 self._judged(self._all(what))
             elif kind == "sum":
@@ -312,21 +313,36 @@ class Together:
                 mine = self._made(passes, name, arguments)
                 self._bring(("a pass", None, (what, None if add and self._is_large(mine) else mine)))
 
-    def _outcome(self, outcome: tuple[Any, Exception | None]) -> Any:
-        result, error = outcome
-        if error is not None:
-            self._known = error
+    def _outcome(self, outcome: tuple[Any, _Sent | None]) -> Any:
+        result, sent = outcome
+        if sent is not None:
+            self._known = error = sent.error()
             raise error
         return result
 
 
-def _sendable(error: Exception) -> Exception:
-    """Return an error, or one that says the same where it cannot go to other processes."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+class _Sent(NamedTuple):
+    """An error on its way to other processes, and what it says for those that do not know it."""
+
+    data: bytes
+    text: str
+
+    @classmethod
+    def of(cls, error: Exception) -> _Sent:
+        """Return what goes."""
+        text = f"{type(error).__name__}: {error}"
+        try:
+            return cls(pickle.dumps(error), text)
+        except Exception:
+            return cls(b"", text)
+
+    def error(self) -> Exception:
+        """Return the error, or one that says the same."""
+        try:
+            found = pickle.loads(self.data)
+        except Exception:
+            found = None
+        return found if isinstance(found, Exception) else RuntimeError(self.text)
 
 
 class _Begun(BaseException):
@@ -344,10 +360,14 @@ class Part:
         The columns that are here; d may be 0.
     d, dtypes
         Of all columns.
+    last : bool
+        Whether the call is over, with nothing more to be exchanged, when all have written the result.
     """
 
-    def __init__(self, together: Together, inner: Source, d: int, dtypes: set[np.dtype[Any]]) -> None:
-        self._inner, self._together = inner, together
+    def __init__(
+        self, together: Together, inner: Source, d: int, dtypes: set[np.dtype[Any]], last: bool = False
+    ) -> None:
+        self._inner, self._together, self._last = inner, together, last
         self.n, self.device, self.has_centre, self.plain = inner.n, inner.device, inner.has_centre, inner.plain
         self.d, self.dtypes = d, dtypes
         self.divided = together.ranks.size > 1
@@ -387,7 +407,7 @@ class Part:
     def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
         """Make a pass with all ranks; after the last one nothing has gone wrong with what was written."""
         found = self._together.passed(passes, name, arguments, add)
-        self._together.settled = name == "write_pass"
+        self._together.settled = self._last and name == "write_pass" and not any(part[0] for part in found)
         return found
 
 

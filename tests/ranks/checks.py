@@ -271,6 +271,64 @@ def _is_used(where: str, rule: str) -> bool:
     return False
 
 
+class OwnRule(rk.Aggregator):
+    """Catches what it should not, or returns what does not pickle."""
+
+    name = "own"
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def solve(self, view: Any) -> Any:
+        rows = [0]
+        if self.kind == "fin":
+            try:
+                geometry = view.geometry()
+            finally:
+                rows = [int(geometry.gram.diagonal().argmax())]  # UnboundLocalError where it was not measured
+        elif self.kind == "swallow":
+            for _ in range(3):
+                try:
+                    rows = [int(view.geometry().gram.diagonal().argmax())]
+                except:  # noqa: E722
+                    rows = [1]
+        elif self.kind == "fallback":
+            try:
+                view.geometry()
+            except MemoryError:
+                rows = [2]
+        solution = view.mean_of(rows)
+        return solution._replace(scores=np.array([lambda: 0] * view.n)) if self.kind == "unpicklable" else solution
+
+
+def own_rules(rank: int) -> list[tuple[type[Exception], str, Callable[[], Any]]]:
+    """Rules that would have left the ranks out of step."""
+    x = np.ones(5)
+
+    def failing(who: int, error: Exception, kind: str) -> Any:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == who:
+                patch.setattr("robustkern.backends.cpp.Cpp.gram", fail)
+            return rd.aggregate_rows(x * rank, OwnRule(kind), f=1)
+
+    if rank == 1:  # a class that the others do not know
+        known_here = type("KnownHere", (Exception,), {"__module__": __name__})
+        globals()["KnownHere"] = known_here
+        error: Exception = known_here("from rank 1")
+    else:
+        error = ValueError("of nobody")
+    return [
+        (MemoryError, "none is left", functools.partial(failing, who, MemoryError("none is left"), "fallback"))
+        for who in (0, 2)
+    ] + [
+        (Exception, "annot pickle|an't pickle|an't get local", lambda: rd.aggregate_rows(x, OwnRule("unpicklable"), f=1)),
+        (Exception, "from rank 1", lambda: failing(1, error, "fin")),
+    ]  # fmt: skip
+
+
 def errors(rank: int, size: int) -> None:
     """An error of one is an error of all, and the next call works."""
     x = np.ones(5)
@@ -346,10 +404,32 @@ def errors(rank: int, size: int) -> None:
         if _is_used(where, rule)
         and (who == 0 or not where.endswith("solve") or rule in ("mean", "median"))  # else rank 0 alone solves
     ]  # fmt: skip
+    cases += own_rules(rank)
     for kind, message, work in cases:
         with pytest.raises(kind, match=message):
             work()
         assert rd.aggregate_rows(x * rank, "median", f=1).tolist() == [1.5] * 5
+    for rule in ("fin", "swallow"):  # whatever a rule catches, it works as in one process
+        got = rd.aggregate_rows(x * rank**2, OwnRule(rule), f=1)
+        assert np.array_equal(got, rk.aggregate(np.outer(np.arange(4.0) ** 2, x), OwnRule(rule), f=1)), rule
+
+    def late(*given: Any) -> None:
+        end(*given)
+        raise MemoryError("when all others are done")
+
+    end = ranks.Collecting.end
+    for options in ({}, {"return_info": True}):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(ranks.Collecting, "end", late)
+                with pytest.raises(MemoryError, match="when all others are done"):
+                    rd.aggregate_rows(x, "median", f=1, **options)
+            else:
+                rd.aggregate_rows(x, "median", f=1, **options)
+        assert rd.aggregate_rows(x * rank, "median", f=1).tolist() == [1.5] * 5
+    counts = [{"x": np.ones((5, 2)) * k, "n": np.array([k, 9])} for k in range(5)]
+    assert rd.aggregate(counts, "median", scope="leaf", return_info=True)[1].integers == size  # one of each rank
+    assert rd.aggregate_rows({"n": np.array([rank, 7])}, "median")["n"].tolist() == [1, 7]
 
 
 # ---- models ------------------------------------------------------------------------------------------------------
