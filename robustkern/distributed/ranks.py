@@ -20,6 +20,7 @@ from torch import Tensor
 from robustkern.contract.rows import Source
 from robustkern.distributed.dtensors import local_parts
 from robustkern.distributed.together import Part, Ranks, Together, digest_of, require_alike
+from robustkern.engine import solved_alone
 from robustkern.errors import brief, plain
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
 from robustkern.inputs.arrays import name_of
@@ -282,7 +283,7 @@ def aggregate(
     n float64; from 64 KB on it is added up in parts by all ranks) and a few messages of 4 KB, and from it as many to
     all. Rank 0 alone solves what follows from them, so that bits do not depend on processors, and has the others make
     the passes that it needs. Results are those of one process, to the last bit where the rule selects rows or columns,
-    and within a rounding or two where weights follow from the Gram.
+    and within a rounding or two of the rows' largest numbers where weights follow from the Gram.
 
     Hostile inputs on honest ranks are survived; a rank that lies about the columns it owns is not, see
     docs/distributed.md.
@@ -429,7 +430,7 @@ class Collecting(NamedTuple):
     def begin(self, together: Together, asked: Asked) -> None:
         """Have it done when results are written; to be called before anything may fail on one rank, as others wait."""
         if self.ranks.size > 1 and asked.nonfinite == "error" and not asked.return_info and self._first is not None:
-            together.hand_out(self._with_a_word, asked.rule.looks_at_no_row)
+            together.hand_out(self._with_a_word, solved_alone(asked.rule))
 
     def end(self, together: Together) -> None:
         """Do it now, unless it is done; raise where anything has gone wrong with any rank."""

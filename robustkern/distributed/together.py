@@ -188,17 +188,17 @@ class Together:
     def passed(self, passes: Any, name: str, arguments: tuple[Any, ...], add: bool) -> list[NDArray[np.float64]]:
         """Make a pass with all ranks, see `robustkern.contract.rows.Source.passed`."""
         asked = pickle.dumps((name, arguments, add))
+        if self._solving and self._known is not None:
+            raise self._known  # once more: a rule has gone on after it
         if self._begun is not None:
-            raise _Begun  # once more: a rule has gone on after it
+            raise _Begun
         if self._solving and self._waited_for:
             self._word("pass", asked)
         mine = self._made(passes, name, arguments)
         large = add and self._is_large(mine)
         brought = ("a pass", None, (asked, None if large else mine))
         if not self._solving:
-            if name != "write_pass":
-                self._hand_out = None  # of a rule that says it looks at no row
-            elif self._all_well(not mine[0]):  # the rest is for an Info
+            if name == "write_pass" and self._all_well(not mine[0]):  # the rest is for an Info
                 self.handed_out = True
                 return [mine]
             parts = self._judged(self._told(brought))

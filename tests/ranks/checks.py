@@ -296,23 +296,31 @@ class OwnRule(rk.Aggregator):
             try:
                 view.geometry()
             except MemoryError:
-                rows = [2]
+                view.geometry()
         solution = view.mean_of(rows)
         return solution._replace(scores=np.array([lambda: 0] * view.n)) if self.kind == "unpicklable" else solution
+
+
+class Liar(rk.rules.coordinate.Median):
+    """Inherits that it looks at no row."""
+
+    def solve(self, view: Any) -> Any:
+        view.geometry()
+        return super().solve(view)
 
 
 def own_rules(rank: int) -> list[tuple[type[Exception], str, Callable[[], Any]]]:
     """Rules that would have left the ranks out of step."""
     x = np.ones(5)
 
-    def failing(who: int, error: Exception, kind: str) -> Any:
+    def failing(who: int, error: Exception, rule: rk.Aggregator) -> Any:
         def fail(*_: Any, **__: Any) -> None:
             raise error
 
         with pytest.MonkeyPatch.context() as patch:
             if rank == who:
                 patch.setattr("robustkern.backends.cpp.Cpp.gram", fail)
-            return rd.aggregate_rows(x * rank, OwnRule(kind), f=1)
+            return rd.aggregate_rows(x * rank, rule, f=1)
 
     if rank == 1:  # a class that the others do not know
         known_here = type("KnownHere", (Exception,), {"__module__": __name__})
@@ -321,11 +329,12 @@ def own_rules(rank: int) -> list[tuple[type[Exception], str, Callable[[], Any]]]
     else:
         error = ValueError("of nobody")
     return [
-        (MemoryError, "none is left", functools.partial(failing, who, MemoryError("none is left"), "fallback"))
+        (MemoryError, "none is left", functools.partial(failing, who, MemoryError("none is left"), rule))
         for who in (0, 2)
+        for rule in (OwnRule("fallback"), Liar())
     ] + [
         (Exception, "annot pickle|an't pickle|an't get local", lambda: rd.aggregate_rows(x, OwnRule("unpicklable"), f=1)),
-        (Exception, "from rank 1", lambda: failing(1, error, "fin")),
+        (Exception, "from rank 1", lambda: failing(1, error, OwnRule("fin"))),
     ]  # fmt: skip
 
 
