@@ -18,7 +18,8 @@ from torch import Tensor
 
 from robustkern.contract.rows import Block, PlainLeaf, Undivided
 from robustkern.distributed import dcp, shards
-from robustkern.distributed.ranks import Asked, Group, call
+from robustkern.distributed.group import Group
+from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.together import Part, Ranks, Together, odd_ones
 from robustkern.engine import Info, limits, run
 from robustkern.errors import plain, shown

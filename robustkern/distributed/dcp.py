@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from robustkern.distributed.ranks import Group
+from robustkern.distributed.group import Group
 from robustkern.distributed.together import Ranks
 from robustkern.errors import plain, shown
 from robustkern.files.formats import MAX_AXES

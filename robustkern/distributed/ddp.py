@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 
-from robustkern.distributed.ranks import Asked, Group, call, padded, share_out
+from robustkern.distributed.group import Group, padded, share_out
+from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.distributed.together import Together
 from robustkern.engine import Info

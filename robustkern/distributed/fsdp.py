@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from robustkern.distributed.ranks import Asked, Group, call, padded, share_out
+from robustkern.distributed.group import Group, padded, share_out
+from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.distributed.together import Together
 from robustkern.engine import Info

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from robustkern.contract.rows import Source
-from robustkern.distributed.ranks import Asked, Collecting, Group, call
+from robustkern.distributed.group import Group
+from robustkern.distributed.ranks import Asked, Collecting, call
 from robustkern.distributed.together import Part, Together, require_alike
 from robustkern.engine import Info
 from robustkern.functions import aggregated

@@ -75,7 +75,7 @@ def sent_bytes(rule: str, ranks: int, d: int, itemsize: int = 4) -> int:
     messages of 4 KB: that all rows are alike, and, to rules that look at rows, what follows from their Gram; one that
     is larger than 64 KB over all ranks goes out and comes back in parts, at a third word.
     """
-    from robustkern.distributed.ranks import FIRST
+    from robustkern.distributed.group import FIRST
     from robustkern.distributed.together import LARGE_SUM
     from robustkern.rules import parse_rule
 
@@ -194,7 +194,8 @@ def _points_of(d: int, rules: Sequence[str], seconds: float, size: int, rank: in
     import torch.distributed as dist
 
     from robustkern.distributed.fsdp import RobustFSDP
-    from robustkern.distributed.ranks import Asked, _all_gather, aggregate_rows
+    from robustkern.distributed.group import all_gather
+    from robustkern.distributed.ranks import Asked, aggregate_rows
     from robustkern.rules import parse_rule
 
     row = torch.from_numpy(np.random.default_rng([rank, d]).standard_normal(d, dtype=np.float32))
@@ -205,7 +206,7 @@ def _points_of(d: int, rules: Sequence[str], seconds: float, size: int, rank: in
     def parts() -> None:
         received = torch.empty(width * size)
         dist.all_to_all_single(received, padded)
-        _all_gather(torch.empty(width * size), received[:width].clone())
+        all_gather(torch.empty(width * size), received[:width].clone())
 
     world: Any = dist.group.WORLD
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -291,10 +292,11 @@ def _check(row: Any, rules: dict[str, int], size: int) -> bool:
     import torch
 
     import robustkern as rk
-    from robustkern.distributed.ranks import Group, _all_gather, aggregate_rows
+    from robustkern.distributed.group import Group, all_gather
+    from robustkern.distributed.ranks import aggregate_rows
 
     rows = torch.empty(size * row.numel())
-    _all_gather(rows, row, group=Group().group)
+    all_gather(rows, row, group=Group().group)
     for rule, f in rules.items():
         want = rk.aggregate(rows.view(size, -1), rule, f=f)
         got = aggregate_rows(row, rule, f=f)
