@@ -211,3 +211,12 @@ def test_warnings_point_at_the_callers_line(monkeypatch: pytest.MonkeyPatch) -> 
             warnings.simplefilter("always")
             call()
         assert [(w.filename, w.lineno) for w in caught] == [(__file__, call.__code__.co_firstlineno)]
+
+
+@pytest.mark.skipif(not (PACKAGE.parent / ".git").exists(), reason="not in a checkout")
+def test_nothing_else_lies_at_the_top() -> None:
+    """What scripts leave where they are started is committed too easily."""
+    command = ["git", "ls-files"]
+    files = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True).stdout.split("\n")
+    folders = {name.split("/")[0] for name in files if "/" in name}
+    assert folders == {".ci", ".github", "bench", "csrc", "docs", "packaging", "robustkern", "tests"}

@@ -267,9 +267,15 @@ class Together:
         outcome: Any
         try:
             outcome = (work(), None)
-            told = pickle.dumps(outcome)
         except Exception as error:
             outcome = (None, _Sent.of(error))
+        try:
+            told = pickle.dumps(outcome)
+        except Exception as error:
+            unsent = TypeError(
+                f"what rank 0 found cannot go to the other ranks: {error} (return arrays and numbers only)"
+            )
+            outcome = (None, _Sent.of(unsent))
             told = pickle.dumps(outcome)
         if self._known is not None:  # whatever the rule has made of it
             raise self._known

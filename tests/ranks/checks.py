@@ -333,7 +333,7 @@ def own_rules(rank: int) -> list[tuple[type[Exception], str, Callable[[], Any]]]
         for who in (0, 2)
         for rule in (OwnRule("fallback"), Liar())
     ] + [
-        (Exception, "annot pickle|an't pickle|an't get local", lambda: rd.aggregate_rows(x, OwnRule("unpicklable"), f=1)),
+        (TypeError, r"what rank 0 found cannot go to the other ranks: .*lambda.* \(return arrays and numbers only\)", lambda: rd.aggregate_rows(x, OwnRule("unpicklable"), f=1)),
         (Exception, "from rank 1", lambda: failing(1, error, OwnRule("fin"))),
     ]  # fmt: skip
 
