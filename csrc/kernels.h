@@ -88,6 +88,9 @@ struct Kernels {
   // (centres, n) squared distances, in doubled float64: correct to the last bit but for rounding of about 1e-30; or,
   // not exact, in float64. A NaN or Inf in the row or the centre gives NaN or Inf.
   Status (*row_sq_distances)(const Rows&, const Centres&, double scale, bool exact, double* out, int threads);
+  // (n) squared distances to the rows' average by shares (n) that add up to 1, which is not rounded: in float64, of
+  // differences from one of the rows that have a share. Rows of share 0 are not in the average.
+  Status (*sq_distances_to_average)(const Rows&, const double* shares, double* out, int threads);
   // out[s * k + j] = segment s of row j of weights (k, n) @ rows / divisors (k, or null: all 1): sums in float64, of
   // float64 rows with what their roundings lose, divided and rounded once. Rows of weight 0 are never read.
   Status (*weighted_row_sum)(const Rows&, const double* weights, const double* divisors, std::int64_t k,

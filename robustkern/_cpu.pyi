@@ -57,6 +57,15 @@ def row_sq_distances(
     out: NDArray[float64],
     threads: int,
 ) -> None: ...
+def sq_distances_to_average(
+    isa: str,
+    data: NDArray[uint64],
+    offsets: NDArray[int64],
+    dtype: int,
+    shares: NDArray[float64],
+    out: NDArray[float64],
+    threads: int,
+) -> None: ...
 def weighted_row_sum(
     isa: str,
     data: NDArray[uint64] | Stretches,

@@ -6,18 +6,18 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import make_rows, one_row
-from test_rules import RULES
+from test_rules import RULES, long_geometric_median
 
 import robustkern as rk
 from robustkern import engine
 from robustkern.backends import registry
-from robustkern.contract.primitives import Kernels, Selected, Window
+from robustkern.contract.primitives import AveragingKernels, Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
 from robustkern.files import aggregate_files, pieces
 from robustkern.rules import geometry
@@ -110,6 +110,11 @@ class Counting:
         self.calls.append("row_sq_distances")
         self.nbytes += rows.nbytes
         return self.inner.row_sq_distances(rows, centres, **options)
+
+    def sq_distances_to_average(self, rows: Rows, shares: Vector) -> Vector:
+        self.calls.append("sq_distances_to_average")
+        self.nbytes += rows.nbytes
+        return cast(AveragingKernels, self.inner).sq_distances_to_average(rows, shares)
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         self.calls.append("weighted_row_sum")
@@ -206,6 +211,34 @@ def test_chains_read_large_rows_twice(monkeypatch: pytest.MonkeyPatch, n: int, a
         rk.aggregate(x, rule, f=f)
         assert counting.calls.count("gram") == 1
         assert counting.nbytes <= 2 * x.nbytes, (rule, counting.calls)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 3e-6])
+@pytest.mark.parametrize("n", [16, 32, 64, 130])
+def test_attackers_around_the_cut_cost_a_read(monkeypatch: pytest.MonkeyPatch, gap: float, n: int) -> None:
+    """Those who know all: on rays from the geometric median, which they so do not move, as far as the last that counts.
+
+    What float32 products leave open is measured from the median, in one read; they were two, and float64 products.
+    """
+    counting = Counting(registry.load_backend("cpp"))
+    monkeypatch.setitem(registry._loaded, "cpp", counting)
+    honest = make_rows("normal", n, 300_000 // n, np.dtype(np.float32))
+    f = (n - 3) // 2
+    z = long_geometric_median(honest)
+    away = honest - z
+    r = np.sqrt((away**2).sum(axis=1))
+    k = n // 4
+    x = honest.copy()
+    x[:k] = z + away[:k] * (np.sort(r)[n - f - 1] / r[:k] * (1 + gap * np.arange(k)))[:, None]
+    nbytes = []
+    for rows in (honest, x):
+        counting.nbytes, counting.calls = 0, []
+        rk.aggregate(rows, "ctma(geometric_median)", f=f, backend="cpp")
+        nbytes.append(
+            counting.nbytes - honest.nbytes * (rows is honest) * ("sq_distances_to_average" in counting.calls)
+        )
+    assert counting.calls == ["gram", "sq_distances_to_average", "weighted_row_sum"]
+    assert nbytes[1] - nbytes[0] <= 1.1 * honest.nbytes
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -375,6 +408,8 @@ def test_each_task_is_done_once(d: int) -> None:
         kernels.weighted_row_sum(x, np.full((1, 9), 1 / 9), total)
         found.append([out.array(0, 0).tobytes(), selected.sq_distances.tobytes(), total.array(0, 0).tobytes()])
         found[-1] += [kernels.gram(x).tobytes(), kernels.row_sq_distances(x, None).tobytes()]
+        assert isinstance(kernels, AveragingKernels)
+        found[-1].append(kernels.sq_distances_to_average(x, np.arange(9) / 36).tobytes())
     assert all(one == found[0] for one in found)
 
 

@@ -15,7 +15,7 @@ from emulated import EmulatedCuda, multiplies_float32
 from numpy.typing import NDArray
 from support import IMPLEMENTATIONS, KINDS, assert_close, make_rows, one_row
 
-from robustkern.contract.primitives import Kernels, Window
+from robustkern.contract.primitives import AveragingKernels, Kernels, Window
 from robustkern.contract.rows import DTYPES, Rows, Stretches
 from robustkern.inputs.addresses import address_of, addresses_of
 
@@ -600,6 +600,62 @@ def test_row_sq_distances_of_rows_that_are_not_finite(kernels: Kernels, dtype: n
         ]
 
 
+AVERAGING = {name: k for name, k in IMPLEMENTATIONS.items() if isinstance(k, AveragingKernels)}
+
+
+@pytest.fixture(params=list(AVERAGING))
+def averaging(request: pytest.FixtureRequest) -> AveragingKernels:
+    return AVERAGING[request.param]
+
+
+def test_which_backends_measure_from_averages() -> None:
+    """On the CPU those that take float32 products, whose questions this answers, and the reference."""
+    assert {name.partition("-")[0] for name in AVERAGING} == {"cpp", "reference"}
+
+
+@pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "extreme", "subnormal"])
+def test_sq_distances_to_an_average_match_the_oracle(
+    averaging: AveragingKernels, dtype: np.dtype[Any], kind: str
+) -> None:
+    rng = np.random.default_rng(1)
+    for n, d in [*SIZES, (5, 1023), (6, 1025), (300, 1100), (9, 40_000)]:
+        x = make_rows(kind, n, d, dtype, seed=n)
+        if dtype == np.float64 and kind != "normal":
+            x = np.clip(x, -1e100, 1e100)
+        shares = rng.random(n) * (rng.random(n) < 0.7)
+        shares[rng.integers(n)] = 1.0
+        shares /= shares.sum()
+        wide, exact = x.astype(np.longdouble), shares.astype(np.longdouble)
+        want = (((wide - wide[0]) - (exact / exact.sum()) @ (wide - wide[0])) ** 2).sum(axis=1).astype(np.float64)
+        got = averaging.sq_distances_to_average(Rows.of(x), shares)
+        np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12 * np.median(want))
+
+
+def test_sq_distances_to_averages_of_one_row_and_of_rows_far_from_the_origin(
+    averaging: AveragingKernels, dtype: np.dtype[Any]
+) -> None:
+    """An average that was rounded to float64 would be half a unit of the rows off, in every column alike."""
+    x = np.full((4, 3000), 1, dtype=dtype)
+    x[1:] = np.nextafter(x[1:], dtype.type(2)) if dtype.name != "bfloat16" else 1.0078125
+    step = float(x[1, 0]) - 1
+    got = averaging.sq_distances_to_average(Rows.of(x), np.full(4, 0.25))
+    np.testing.assert_allclose(got, 3000 * np.array([0.5625, 0.0625, 0.0625, 0.0625]) * step**2, rtol=1e-13)
+    got = averaging.sq_distances_to_average(Rows.of(x), np.array([0, 0, 1.0, 0]))
+    assert got.tolist() == [3000 * step**2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_sq_distances_to_an_average_of_rows_that_are_not_finite(
+    averaging: AveragingKernels, dtype: np.dtype[Any], bad: float
+) -> None:
+    x = np.ones((6, 70), dtype=dtype)
+    x[2, 67] = bad
+    for shares, finite in (([0.5, 0.25, 0, 0.25, 0, 0], [0, 1, 3, 4, 5]), ([0.5, 0.25, 0.25, 0, 0, 0], [])):
+        got = averaging.sq_distances_to_average(Rows.of(x), np.array(shares))
+        assert np.flatnonzero(np.isfinite(got)).tolist() == finite
+        assert not got[finite].any()
+
+
 @pytest.mark.parametrize("kind", ["normal", "offset", "one_huge", "subnormal", "signed_zeros"])
 def test_weighted_row_sum_matches_the_oracle(kernels: Kernels, dtype: np.dtype[Any], kind: str) -> None:
     rng = np.random.default_rng(1)
@@ -645,6 +701,9 @@ def test_misaligned_rows(fast: Kernels, dtype: np.dtype[Any]) -> None:
         (fast.row_sq_distances(odd, odd.take([2])), fast.row_sq_distances(Rows.of(x), Rows.of(x[2:3]))),
     ):
         assert np.array_equal(found, expected)
+    if isinstance(fast, AveragingKernels):
+        shares = np.full(n, 1 / n)
+        assert np.array_equal(*(fast.sq_distances_to_average(rows, shares) for rows in (odd, Rows.of(x))))
     got, out = one_row(d, dtype)
     want, expected_out = one_row(d, dtype)
     for nearest in (None, 5):
@@ -753,6 +812,10 @@ def test_bindings_refuse_other_arrays() -> None:
             _cpu.row_sq_distances(
                 _cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, at, 1.0, True, np.zeros(shape), 1
             )
+    for sizes in ((3, 4), (5, 4), (4, 3)):
+        shares, found = map(np.ones, sizes)
+        with pytest.raises(ValueError, match="one share and one distance for each row"):
+            _cpu.sq_distances_to_average(_cpu.supported_isas()[0], rows.addresses, rows.offsets, 2, shares, found, 1)
     with pytest.raises(ValueError, match="multiplicities must not be negative"):
         call(multiplicities=np.arange(-1, 3))
     mix, divisors = np.ones((4, 4)), np.ones(4)

@@ -16,6 +16,7 @@ from support import assert_close, make_rows
 
 import robustkern as rk
 from robustkern.backends import registry
+from robustkern.backends.cpp import Cpp
 from robustkern.rules import cuts, geometry, registered
 
 Array = NDArray[Any]
@@ -809,35 +810,53 @@ def test_weiszfeld_steps_are_taken_on_float64_products(monkeypatch: pytest.Monke
 def rows_around_a_geometric_median(gap: float, f: int) -> tuple[Array, Array]:
     """Return 40 rows, and their squared distances to it; five of them, of which three are kept, are `gap` apart.
 
-    Along its ray from the geometric median a row moves without moving that: any distances can be had.
+    Along its ray from the geometric median a row moves without moving that: any distances can be had, but for what
+    float32 rounds, some 1e-9 of them.
     """
     rng = np.random.default_rng(int(1e9 * gap))
     n, d = 40, 1500
     x = rng.standard_normal((n, d))
-    z = x.mean(axis=0)
-    for _ in range(200):
-        pull = 1 / np.linalg.norm(x - z, axis=1)
-        z = pull @ x / pull.sum()
+    z = long_geometric_median(x)
     radii = np.linspace(0.9, 1.1, n)
     radii[n - f - 3 : n - f + 2] = radii[n - f - 3] * (1 + gap * np.arange(5))
-    away = (x - z) / np.linalg.norm(x - z, axis=1, keepdims=True)
+    away = (x - z) / np.linalg.norm((x - z).astype(np.float64), axis=1, keepdims=True)
     rows = (z + np.sqrt(d) * rng.permutation(radii)[:, None] * away).astype(np.float32)
-    return rows, ((rows - z.astype(np.longdouble)) ** 2).sum(axis=1)
+    return rows, ((rows - long_geometric_median(rows)) ** 2).sum(axis=1)
+
+
+def long_geometric_median(x: Array) -> Any:
+    """Weiszfeld in 80 bits; among normal rows of many columns a step leaves a thirtieth."""
+    z = x.astype(np.longdouble).mean(axis=0)
+    for _ in range(30):
+        pull = 1 / np.sqrt(((x - z) ** 2).sum(axis=1))
+        z = pull @ x / pull.sum()
+    return z
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
-    ("gap", "useless", "lines", "restarts"),
+    ("gap", "kind", "averages", "lines", "restarts"),
     [
-        (1e-4, False, 0, 0),  # float32 products tell
-        (3e-6, False, 1, 0),  # what is measured in float64 from five rows tells
-        (3e-6, True, 1, 1),  # or does not
-        (1e-7, False, 0, 1),  # only float64 products can tell
-        (0.0, False, 0, 1),
+        (1e-4, "", 0, 0, 0),  # float32 products tell
+        (3e-6, "", 1, 0, 0),  # the distances from the average tell, moved to the median
+        (1e-7, "", 1, 0, 0),
+        (0.0, "", 1, 0, 0),
+        (1e-7, "far", 1, 0, 1),  # it seems to be far away: only float64 products can tell
+        (3e-6, "no averages", 0, 1, 0),  # what is measured in float64 from five rows tells
+        (3e-6, "useless lines", 0, 1, 1),  # or does not
+        (1e-7, "no averages", 0, 0, 1),
+        (0.0, "no averages", 0, 0, 1),
     ],
 )
 def test_rows_as_far_from_a_geometric_median_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, backend: str, gap: float, useless: bool, lines: int, restarts: int, weighted: bool
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    gap: float,
+    kind: str,
+    averages: int,
+    lines: int,
+    restarts: int,
+    weighted: bool,
 ) -> None:
     made: list[str] = []
 
@@ -846,17 +865,44 @@ def test_rows_as_far_from_a_geometric_median_are_told_apart(
         monkeypatch.setattr(geometry.Given, name, lambda *given: made.append(name) or change(once(*given)))
 
     monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
-    counted("lines_pass", np.ones_like if useless else lambda found: found)
+    noise = 1 + 1e-3 * np.random.default_rng(0).standard_normal(40)
+    counted("average_pass", (lambda found: found * noise) if kind == "far" else lambda found: found)
+    counted("lines_pass", np.ones_like if kind == "useless lines" else lambda found: found)
     counted("start_again")
+    if kind in ("no averages", "useless lines"):  # as on GPUs
+        monkeypatch.delattr(Cpp, "sq_distances_to_average")
     f = 12
     rows, exact = rows_around_a_geometric_median(gap, f)
     n = len(rows)
     options: dict[str, Any] = {"delta": f / n, "weights": np.ones(n)} if weighted else {"f": f}
     _, info = rk.aggregate(rows, "ctma(geometric_median)", backend=backend, return_info=True, **options)
-    wanted = (lines, restarts) if backend == "cpp" else (0, 0)  # others take float64 products at once
-    assert (made.count("lines_pass"), made.count("start_again")) == wanted
-    if gap:
-        assert np.array_equal(np.flatnonzero(info.kept), np.sort(exact.argsort()[: n - f]))
+    wanted = (averages, lines, restarts) if backend == "cpp" else (0, 0, 0)  # others take float64 products at once
+    assert (made.count("average_pass"), made.count("lines_pass"), made.count("start_again")) == wanted
+    assert np.array_equal(np.flatnonzero(info.kept), np.sort(exact.argsort()[: n - f]))
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_rows_as_far_from_an_average_are_told_apart(monkeypatch: pytest.MonkeyPatch, offset: int) -> None:
+    """Whole numbers of rows, and copies among those that are as far: these count as equal."""
+    rng = np.random.default_rng(0)
+    n, f, d = 30, 8, 1200
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    x[12:] *= 40
+    made: list[str] = []
+    once = geometry.Given.average_pass
+    monkeypatch.setattr(geometry.Given, "average_pass", lambda *given: made.append("") or once(*given))
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    anchor = rk.MultiKrum(m=12)
+    centre = x[:12].astype(np.longdouble).mean(axis=0)
+    away = x[12:] - centre
+    away *= 30 * np.sqrt(d) / np.sqrt((away**2).sum(axis=1, keepdims=True))
+    x[12:] = (centre + away).astype(np.float32)
+    x[20] = x[15]
+    x += np.float32(offset)
+    _, info = rk.ctma(x, f=f, anchor=anchor, backend="cpp", return_info=True)
+    exact = ((x - x[:12].astype(np.longdouble).mean(axis=0)) ** 2).sum(axis=1)
+    assert len(made) == 1
+    assert np.array_equal(np.flatnonzero(info.kept), np.sort(exact.argsort(kind="stable")[: n - f]))
 
 
 KINDS_OF_CUT = [

@@ -105,6 +105,20 @@ void row_sq_distances(const char* isa, Addresses data, Offsets offsets, int dtyp
   check(status);
 }
 
+void sq_distances_to_average(const char* isa, Addresses data, Offsets offsets, int dtype, Array<const double, 1> shares,
+                             Array<double, 1> out, int threads) {
+  const rk::Kernels& table = kernels(isa);
+  const rk::Rows rows = rows_of(data, offsets, dtype);
+  const auto n = static_cast<std::size_t>(rows.n);
+  require(shares.shape(0) == n && out.shape(0) == n, "one share and one distance for each row");
+  rk::Status status;
+  {
+    const Outside outside;
+    status = table.sq_distances_to_average(rows, shares.data(), out.data(), threads_for(rows, threads));
+  }
+  check(status);
+}
+
 bool weighted_row_sum(const char* isa, nb::handle data, Offsets offsets, int dtype, Matrix weights, Divisors divisors,
                       Addresses out, int threads) {
   const rk::Kernels& table = kernels(isa);
@@ -245,6 +259,8 @@ NB_MODULE(_cpu, m) {
         "single"_a, "out"_a, "threads"_a);
   m.def("row_sq_distances", &row_sq_distances, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "centres"_a.none(), "scale"_a,
         "exact"_a, "out"_a, "threads"_a);
+  m.def("sq_distances_to_average", &sq_distances_to_average, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "shares"_a,
+        "out"_a, "threads"_a);
   m.def("weighted_row_sum", &weighted_row_sum, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "weights"_a,
         "divisors"_a.none(), "out"_a, "threads"_a);
   m.def("update_momenta", &update_momenta, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "corrections"_a.none(), "keep"_a,

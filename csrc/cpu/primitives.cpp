@@ -447,6 +447,18 @@ void add_sq_distances(int64_t count, const S* const* src, int64_t n, const doubl
   }
 }
 
+// out[i] = the sum of what the tasks found.
+void add_tasks(const double* partials, int64_t n_tasks, int64_t count, double* out) {
+  for (int64_t at = 0; at < count; ++at) {
+    double high = 0, low = 0, plain = 0;
+    for (int64_t task = 0; task < n_tasks; ++task) {
+      add_doubled(high, low, partials[2 * (task * count + at)], partials[2 * (task * count + at) + 1]);
+      plain += partials[2 * (task * count + at)];
+    }
+    out[at] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
+  }
+}
+
 template <class S, bool kExact>
 Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, double* out, int threads) {
   const int64_t n = rows.n, count = from.count * n;
@@ -505,14 +517,102 @@ Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, 
             add_doubled(partial[2 * at], partial[2 * at + 1], total[v].high[lane], total[v].low[lane]);
     }
   });
-  for (int64_t at = 0; at < count; ++at) {
-    double high = 0, low = 0, plain = 0;
-    for (int64_t task = 0; task < grid.n_tasks; ++task) {
-      add_doubled(high, low, partials[2 * (task * count + at)], partials[2 * (task * count + at) + 1]);
-      plain += partials[2 * (task * count + at)];
-    }
-    out[at] = plain - plain == 0 ? high + low : plain;  // an overflow stays an infinity
+  add_tasks(partials, grid.n_tasks, count, out);
+  return Status::ok;
+}
+
+// ---- sq_distances_to_average ---------------------------------------------------------------------------
+
+constexpr int64_t kAverageRows = 4;  // at a time
+
+// sums[j] (+)= the shares of some rows' differences from the base; meanwhile fetches as much of the rows `next`.
+template <int64_t kCount, class S>
+RK_INLINE void add_differences(const S* const* rows, const S* const* next, const S* base, const double* shares,
+                               int64_t columns, bool begin, double* sums) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
+  F64 share[kCount];
+  for (int64_t i = 0; i < kCount; ++i) share[i] = splat<F64>(shares[i]);
+  for (int64_t j = 0; j < columns; j += kDoubles) {
+    if (j % line == 0)
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kCount; ++i) __builtin_prefetch(next[i] + j, 0, 2);
+    const F64 from = load_double(base + j);
+    F64 sum = begin ? F64{} : load(sums + j);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kCount; ++i) sum = fmadd(share[i], load_double(rows[i] + j) - from, sum);
+    store(sums + j, sum);
   }
+}
+
+// The squared distances of some rows, less the base, to the sums over a tile.
+template <int64_t kCount, class S>
+RK_INLINE void add_sq_distances_from(const S* const* rows, const S* base, const double* sums, int64_t columns,
+                                     double* partial) {
+  F64 total[kCount] = {};
+  for (int64_t j = 0; j < columns; j += kDoubles) {
+    const F64 from = load_double(base + j), sum = load(sums + j);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kCount; ++i) {
+      const F64 difference = load_double(rows[i] + j) - from - sum;
+      total[i] = fmadd(difference, difference, total[i]);
+    }
+  }
+  for (int64_t i = 0; i < kCount; ++i) add_doubled(partial[2 * i], partial[2 * i + 1], sum_lanes(total[i]), 0);
+}
+
+// The row of the largest share is the base: digits that all rows have in common are not rounded away, and far rows,
+// which have little, stay out.
+template <class S>
+Status sq_distances_to_average_of(const Rows& rows, const double* shares, double* out, int threads) {
+  const int64_t n = rows.n;
+  int64_t base = 0;
+  for (int64_t i = 1; i < n; ++i)
+    if (shares[i] > shares[base]) base = i;
+  const Grid grid = streaming_grid(rows, kDistanceColumns);
+  Workspace space, sums;
+  const int64_t at_buffer = space.reserve<S>(n * kStored<S>), at_src = space.reserve<const S*>(n);
+  const int64_t at_used = space.reserve<const S*>(n), at_shares = space.reserve<double>(n);
+  const int64_t at_sums = space.reserve<double>(kDistanceColumns);
+  const int64_t at_partials = sums.reserve<double>(grid.n_tasks * n * 2);
+  if (!space.allocate(threads) || !sums.allocate(1)) return Status::out_of_memory;
+  double* partials = sums.part<double>(0, at_partials);
+  memset(partials, 0, sizeof(double) * static_cast<size_t>(grid.n_tasks * n * 2));
+
+  Tasks tasks = tasks_of<S>(grid, rows, threads);
+  in_threads(threads, [&](const Member& member) {
+    const int thread = member.thread;
+    S* buffer = space.part<S>(thread, at_buffer);
+    const S** src = space.part<const S*>(thread, at_src);
+    const S** used = space.part<const S*>(thread, at_used);
+    double* share = space.part<double>(thread, at_shares);
+    double* average = space.part<double>(thread, at_sums);
+    int64_t n_used = 0;
+    for (int64_t i = 0; i < n; ++i)
+      if (shares[i] != 0) share[n_used++] = shares[i];
+    const auto run_tile = [&](int64_t segment, int64_t first, int64_t columns, double* partial) {
+      const int64_t padded = round_up(columns, kStored<S>);
+      read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
+      for (int64_t i = 0, u = 0; i < n; ++i)
+        if (shares[i] != 0) used[u++] = src[i];
+      memset(average, 0, sizeof(double) * static_cast<size_t>(padded));
+      int64_t i = 0;
+      for (; i + kAverageRows <= n_used; i += kAverageRows)
+        add_differences<kAverageRows>(used + i, used + (i + 2 * kAverageRows <= n_used ? i + kAverageRows : i),
+                                      src[base], share + i, padded, i == 0, average);
+      for (; i < n_used; ++i) add_differences<1>(used + i, used + i, src[base], share + i, padded, i == 0, average);
+      for (i = 0; i + kAverageRows <= n; i += kAverageRows)
+        add_sq_distances_from<kAverageRows>(src + i, src[base], average, padded, partial + 2 * i);
+      for (; i < n; ++i) add_sq_distances_from<1>(src + i, src[base], average, padded, partial + 2 * i);
+    };
+    for (int64_t task; (task = tasks.take(thread)) >= 0;)
+      for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t columns) {
+        const int64_t whole = columns / kStored<S> * kStored<S>;
+        for (int64_t j = 0; j < whole; j += kDistanceColumns)
+          run_tile(segment, first + j, min64(kDistanceColumns, whole - j), partials + 2 * task * n);
+        if (whole < columns) run_tile(segment, first + whole, columns - whole, partials + 2 * task * n);
+      });
+  });
+  add_tasks(partials, grid.n_tasks, n, out);
   return Status::ok;
 }
 
@@ -791,6 +891,10 @@ Status row_sq_distances(const Rows& rows, const Centres& centres, double scale, 
                  : row_sq_distances_of<decltype(s), false>(rows, centres, scale, out, threads);
   });
 }
+Status sq_distances_to_average(const Rows& rows, const double* shares, double* out, int threads) {
+  return by_dtype(rows.dtype,
+                  [&](auto s) { return sq_distances_to_average_of<decltype(s)>(rows, shares, out, threads); });
+}
 Status weighted_row_sum(const Rows& rows, const double* weights, const double* divisors, int64_t k, void* const* out,
                         int threads) {
   return by_dtype(rows.dtype,
@@ -809,8 +913,8 @@ uint64_t read_pass(const Rows& rows, int threads);                              
 uint64_t digest(const void* data, int64_t bytes, const uint32_t* key, uint64_t point);  // digest.cpp
 
 extern const Kernels table;
-const Kernels table{RK_ISA_NAME,      select_columns, gram,      row_sq_distances,
-                    weighted_row_sum, update_momenta, read_pass, digest};
+const Kernels table{RK_ISA_NAME,    select_columns, gram,  row_sq_distances, sq_distances_to_average, weighted_row_sum,
+                    update_momenta, read_pass,      digest};
 
 }  // namespace RK_ISA
 }  // namespace rk

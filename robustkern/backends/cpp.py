@@ -152,6 +152,14 @@ class Cpp:
         )
         return out
 
+    def sq_distances_to_average(self, rows: Rows, shares: Vector) -> Vector:
+        """See the contract."""
+        out = np.zeros(rows.n)
+        self._cpu.sq_distances_to_average(
+            self.isa, rows.addresses, rows.offsets, _CODES[rows.dtype], shares, out, requested_threads()
+        )
+        return out
+
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         call = rows.offsets, _CODES[rows.dtype], weights, divisors, out.addresses, requested_threads()

@@ -117,6 +117,17 @@ class Reference:
         with np.errstate(over="ignore"):
             return total.astype(np.float64)
 
+    def sq_distances_to_average(self, rows: Rows, shares: Vector) -> Vector:
+        """See the contract: by 80-bit sums where the machine has them."""
+        total, used = np.zeros(rows.n, dtype=np.longdouble), shares != 0
+        with np.errstate(all="ignore"):
+            for block, _ in _blocks(rows, None):
+                x = _stack(block).astype(np.longdouble)
+                x -= x[int(shares.argmax())].copy()
+                x -= shares[used] @ x[used]
+                total += (x * x).sum(axis=1)
+            return total.astype(np.float64)
+
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
         """See the contract."""
         used = np.flatnonzero((weights != 0).any(axis=0))

@@ -8,14 +8,14 @@ a pytree, blocks of a file and shards on several machines all rest on.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Rows, Vector
 
-__all__ = ["PRIMITIVES", "Kernels", "MomentumKernels", "Selected", "Window"]
+__all__ = ["PRIMITIVES", "AveragingKernels", "Kernels", "MomentumKernels", "Selected", "Window"]
 
 PRIMITIVES = ("select_columns", "gram", "row_sq_distances", "weighted_row_sum")
 
@@ -222,6 +222,32 @@ class Kernels(Protocol):
         (weights that are not negative and add up to the divisor) of finite rows is finite: where sums overflow they
         are taken again, scaled by a power of two. The sign of a zero is not kept. One read of the rows that have some
         weight (on a GPU one for each sum).
+        """
+
+
+@runtime_checkable
+class AveragingKernels(Kernels, Protocol):
+    """What the C++ backend and the reference do besides, to tell apart what float32 products leave open, see `gram`."""
+
+    def sq_distances_to_average(self, rows: Rows, shares: Vector) -> Vector:
+        """Squared distance of each row to an average of them, which is not rounded.
+
+        Parameters
+        ----------
+        rows : Rows
+            n rows of d columns.
+        shares : (n,) float64
+            Not negative, of sum 1 but for rounding; rows of share exactly 0 are not in the average.
+
+        Returns
+        -------
+        (n,) float64
+            NaN or inf where the row is not finite, everywhere where one that has a share is not.
+
+        Notes
+        -----
+        Sums of differences from the row of the largest share, in float64: good to `roundings` and n more. One read of
+        the data.
         """
 
 

@@ -113,7 +113,10 @@ class GeometricMedian(Aggregator):
         gave_up = not converged and self.max_iter is None
         # Shares add up to 1 but for rounding, which rows that are far from the origin would feel.
         total = math.fsum(found) or 1.0  # or all of it lies on the origin
-        return Solution(result, total, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up)
+        pulled_by = weights if converges else None
+        return Solution(
+            result, total, iterations=iterations, converged=converged, gap=gap, gave_up=gave_up, pulled_by=pulled_by
+        )
 
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Plain Weiszfeld until a step is below 1e-7 of the spread; every step reads the data twice."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.counters import lower_median
-from robustkern.contract.primitives import Kernels, Selected, Window
+from robustkern.contract.primitives import AveragingKernels, Kernels, Selected, Window
 from robustkern.contract.rows import Matrix, Rows, Source, Vector
 from robustkern.errors import NonFiniteError, plain
 from robustkern.lazy import lazy
@@ -632,6 +632,25 @@ class Given:
             errors[row, known] = errors[known, row] = self.rounding * line[known]
         self.geometry = replace(geometry, sharper=(squares, errors))
         return True
+
+    def measure_average(self, shares: Vector) -> Vector | None:
+        """Squared distances of all rows to an average of them, of 16 and 32 bits; one read. None where it is not had.
+
+        Good to `rounding`, and one for each row.
+        """
+        if not isinstance(self.kernels, AveragingKernels):
+            return None
+        found = sum_of(self._passed("average_pass", (shares,), True))
+        return np.fmin(found, np.inf)  # NaN is as far as it gets
+
+    def average_pass(self, shares: Vector) -> Vector:
+        """Squared distances to an average, which is not rounded."""
+        assert isinstance(self.kernels, AveragingKernels)
+        total = np.zeros(self.n, dtype=np.longdouble)
+        for block in self.source.blocks():
+            for rows in block.rows:
+                total += self.kernels.sq_distances_to_average(self.without_centre(rows), shares)
+        return _in_float64(total)
 
     def lines_pass(self, scale: float, some: NDArray[np.intp]) -> Matrix:
         """Squared distances of all rows from some of them."""

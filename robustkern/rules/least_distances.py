@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 
-__all__ = ["Median", "Products", "converged_weights", "shift_bound", "smoothed_weights"]
+__all__ = ["Median", "Products", "converged_weights", "moved_to_median", "shift_bound", "smoothed_weights"]
 
 MAX_STEPS = 100
 MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
@@ -600,6 +600,46 @@ def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, noise: floa
     if curvature <= 0:
         return math.inf
     return float((s * e / (2 * r * r)).sum()) / curvature / _middle(r)
+
+
+def moved_to_median(gram: Matrix, s: Vector, w: Vector, squares: Vector, wrong: float) -> tuple[Vector, float, float]:
+    """Squared distances of the rows to the median, by exact ones to a point beside it.
+
+    One Newton step, of which the inner products need few digits, leaves its square over the least distance, and as much
+    of it as the inner products are wrong by.
+
+    Parameters
+    ----------
+    gram : (n, n) float64
+        Inner products of the rows, 0 for rows that are not finite.
+    s, w : (n,) float64
+        Weights of the distances in the sum, and of the rows in the point, of sum 1; 0 for rows that are not finite.
+    squares : (n,) float64
+        The rows' squared distances to the point.
+    wrong : float
+        Errors of the inner products, in units of the rows' lengths.
+
+    Returns
+    -------
+    (n,) float64, float, float
+        Squared distances; how long the step was, and how far the median may still be.
+    """
+    used = np.flatnonzero(s)
+    products = gram @ w
+    square = float(w @ products)
+    inner = gram[np.ix_(used, used)]
+    r = np.sqrt(squares[used])
+    c = s[used] / r
+    total = float(c.sum())
+    g = c - total * w[used]
+    pulled = inner @ g
+    at = _Point(w[used], products[used], square, r, c, total, total - c, g, pulled - w[used] @ pulled)
+    change = np.zeros_like(w)
+    change[used], _ = _newton(inner, at, 0.0, MAX_PRODUCTS)
+    moved = gram @ change
+    length = math.sqrt(max(float(change @ moved), 0.0))
+    left = 4 * length * (length / float(r.min()) + wrong)
+    return np.maximum(squares - 2 * (moved - w @ moved) + length**2, 0.0), length, left
 
 
 def _smoothed_step(gram: Matrix, s: Vector, w: Vector | None, r: Vector, nu: float) -> Vector:

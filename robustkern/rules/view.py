@@ -22,6 +22,7 @@ from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
     MAX_SHIFT,
+    SINGLE_ROUNDING,
     UNIT_ROUNDING,
     Geometry,
     Given,
@@ -36,6 +37,7 @@ from robustkern.rules.geometry import (
     tolerated,
     unscaled,
 )
+from robustkern.rules.least_distances import moved_to_median
 
 __all__ = ["Mixture", "Solution", "View"]
 
@@ -73,6 +75,8 @@ class Solution(NamedTuple):
         Of rules that iterate: steps, whether they sufficed, and a bound of what is left, see `Info`.
     gave_up : bool
         It should have converged, and did not: the caller is warned.
+    pulled_by : (n,) float64 or None
+        Of the geometric median, the weights in the sum of distances that it minimises, 0 for rows that are not finite.
     mixture : (m, n) float64 or None
         Shares of the input rows in the rows that were mixed on the way.
     """
@@ -89,6 +93,7 @@ class Solution(NamedTuple):
     converged: bool | None = None
     gap: float | None = None
     gave_up: bool = False
+    pulled_by: Vector | None = None
     mixture: Matrix | None = None
 
 
@@ -392,20 +397,50 @@ class View:
             if self.mix is None and point == "origin":
                 again = functools.partial(self._given.exact_from, point, self._given.scale)
             elif self.mix is None and geometry.single and centre == 0.0 and share_of_origin(shares, centre) == 0.0:
-                again = functools.partial(self._told_apart, shares, values, 0.0 if point is not None else MAX_SHIFT)
+                again = functools.partial(self._told_apart, solution, values)
             return Distances(values, geometry.errors_to(shares, centre), again, geometry.scale)
         values, scale = self._given.measure_selection(selection, self.mix)
         errors = _relative(values, self._given.rounding)
         again = functools.partial(self._given.exact_sq_distances_to, selection, scale) if self.mix is None else None
         return Distances(values, errors, again, scale)
 
-    def _told_apart(self, shares: Vector, values: Vector, shift: float, contenders: NDArray[np.intp]) -> Vector:
+    def _told_apart(self, solution: Solution, values: Vector, contenders: NDArray[np.intp]) -> Vector:
+        """Squared distances of some rows to a combination of all, good to float64; equal where these leave it open."""
+        geometry, shares = self.geometry(quick=True), _shares(solution)
+        squares = None if (shares < 0).any() else self._given.measure_average(shares)
+        if squares is None:
+            return self._told_apart_by_lines(solution, values, contenders)
+        assert solution.weights is not None
+        doubt, left = np.zeros(self.n), 0.0
+        shift = MAX_SHIFT * math.sqrt(float(np.median(squares[shares > 0])))
+        if solution.pulled_by is not None:
+            wrong = 4 * SINGLE_ROUNDING
+            squares, moved, left = moved_to_median(geometry.gram, solution.pulled_by, shares, squares, wrong)
+            doubt = wrong * moved * np.sqrt(squares)
+            if not moved <= shift:  # it is none
+                geometry.require_double()
+        elif (solution.weights != np.rint(solution.weights)).any():  # they may follow from float32 products
+            left = shift
+        order = contenders[squares[contenders].argsort()]
+        apart = np.sqrt(geometry.sq_distances[order[1:], order[:-1]])
+        certain = (self._given.rounding + self.n * EPSILON) * (squares[order[1:]] + squares[order[:-1]])
+        steps = np.diff(squares[order])
+        equal = steps <= certain
+        if (~equal & (steps <= certain + 2 * left * apart + doubt[order[1:]] + doubt[order[:-1]])).any():
+            geometry.require_double()
+        # One of rows that are equally far stands for them.
+        first = order[np.maximum.accumulate(np.where(np.append(False, equal), 0, np.arange(len(order))))]
+        squares[order] = squares[first]
+        return np.asarray(values[order[0]] + (squares[contenders] - squares[order[0]]))
+
+    def _told_apart_by_lines(self, solution: Solution, values: Vector, contenders: NDArray[np.intp]) -> Vector:
         """Squared distances of some rows to a combination of all, by float64 distances between the former and all.
 
         What these add to each, the combination's own square, is common to all. Where rounding, or that the combination
         may be off by `shift` middle distances, could still decide, all products have to be float64.
         """
-        geometry, used = self.geometry(quick=True), np.flatnonzero(shares)
+        geometry, shares = self.geometry(quick=True), _shares(solution)
+        used, shift = np.flatnonzero(shares), 0.0 if _point_of(solution) is not None else MAX_SHIFT
         among = np.ix_(contenders, contenders)
         blur = 2 * shift * math.sqrt(float(np.median(values[used])))
 
@@ -532,7 +567,7 @@ class View:
     def carried_back(self, solution: Solution, mixture: Mixture) -> Solution:
         """Return a solution for this view's rows as one for the rows that they are mixtures of."""
         assert self.mix is not None
-        solution = solution._replace(mixture=self.mix.matrix, scores=None, order=None)
+        solution = solution._replace(mixture=self.mix.matrix, scores=None, order=None, pulled_by=None)
         if solution.weights is None:
             return solution
         kept = None if solution.kept is None else (mixture.weights[solution.kept] != 0).any(axis=0)
