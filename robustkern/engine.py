@@ -510,7 +510,11 @@ def _checked_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vec
     """Return the weights as float64, None where there are none or all are equal."""
     if weights is None:
         return None
+    if isinstance(weights, np.ma.MaskedArray):
+        raise TypeError(f"{rule}: weights are a masked array, whose mask would be lost (pass weights.filled(0))")
     try:
+        if np.iscomplexobj(weights):
+            raise TypeError("complex numbers came")
         values = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with gradients
         raise TypeError(f"{rule}: weights must be numbers, one for each row ({error})") from None

@@ -256,6 +256,8 @@ def aggregated(
     plan = parse(rule) if isinstance(rule, str) else rule
     if not isinstance(plan, Aggregator):
         plan = as_aggregator(plan)  # which says what is wrong
+    if not isinstance(scope, str):
+        raise ValueError(f"scope must be 'update' or 'leaf'; got {type(scope).__name__}")
     choice = EVERYTHING
     if only is not None or exclude is not None or dtype is not None:
         choice = Choice.of(only, exclude, dtype, isinstance(plan, Mean))

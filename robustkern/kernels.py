@@ -16,6 +16,7 @@ from robustkern.backends.floats import in_usual_floats
 from robustkern.backends.registry import choose
 from robustkern.contract.primitives import Kernels, MomentumKernels, Window
 from robustkern.contract.rows import Matrix, Rows, Vector
+from robustkern.errors import brief
 from robustkern.inputs.arrays import name_of, view_on_host
 from robustkern.inputs.memory import MemorySource
 from robustkern.inputs.trees import adapt
@@ -38,10 +39,25 @@ def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource
     return source, result, choose(backend, source.dtypes, source.device)
 
 
-def _scale(name: str, scale: float) -> float:
-    if not (isinstance(scale, (int, float)) and scale > 0 and math.frexp(scale)[0] == 0.5):
-        raise ValueError(f"{name}: scale must be a power of two; got {scale!r}")
-    return float(scale)
+def _scale(name: str, scale: Any) -> float:
+    value = _number(scale)
+    if value is None or not 0 < value < math.inf or math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{name}: scale must be a power of two; got {brief(scale)}")
+    return value
+
+
+def _number(x: Any) -> float | None:
+    """Return a number as Python's float, inf where it is too large for one; None where it is no number."""
+    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
+        return None
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
+
+
+def _rank(x: Any) -> int | None:
+    return int(x) if isinstance(x, (int, np.integer)) and not isinstance(x, bool) else None
 
 
 @in_usual_floats
@@ -91,22 +107,26 @@ def select_columns(
     is taken first; infinite values are farther than any number, and NaN are farthest. One read of the data.
     """
     source, result, kernels = _open("select_columns", updates, out, backend)
-    lo, hi = window
-    if not 0 <= lo < hi <= source.n:
+    ranks = tuple(map(_rank, window)) if isinstance(window, (tuple, list, np.ndarray)) else ()
+    lo, hi = ranks if len(ranks) == 2 else (None, None)
+    if lo is None or hi is None or not 0 <= lo < hi <= source.n:
         raise ValueError(
-            f"select_columns: window must satisfy 0 <= lo < hi <= n; got ({lo}, {hi}) with n={source.n} rows"
+            f"select_columns: window must satisfy 0 <= lo < hi <= n; got {brief(window)} with n={source.n} rows (two "
+            "whole numbers)"
         )
-    if nearest is not None and not 1 <= nearest <= source.n:
+    count = _rank(nearest)
+    if nearest is not None and (count is None or not 1 <= count <= source.n):
         raise ValueError(
-            f"select_columns: nearest must satisfy 1 <= nearest <= n; got nearest={nearest} with n={source.n} rows"
+            f"select_columns: nearest must satisfy 1 <= nearest <= n; got nearest={brief(nearest)} with n={source.n} "
+            "rows (a whole number)"
         )
     total = np.zeros(source.n)
     for block in source.blocks():
         for rows, target in zip(block.rows, block.out, strict=True):
             found = kernels.select_columns(
                 rows,
-                Window(int(lo), int(hi)),
-                nearest=None if nearest is None else int(nearest),
+                Window(lo, hi),
+                nearest=count,
                 distances=distances,
                 scale=_scale("select_columns", scale),
                 out=target,
@@ -183,7 +203,7 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     -----
     One read of the data.
     """
-    if centre is not None and not isinstance(updates, (str, bytes, dict)):
+    if centre is not None and hasattr(updates, "__iter__") and not isinstance(updates, (str, bytes, dict)):
         updates = [*updates, centre]
     source, _, kernels = _open("row_sq_distances", updates, None, backend)
     n = source.n - (centre is not None)
@@ -233,14 +253,26 @@ def weighted_row_sum(
     primitive.
     """
     source, result, kernels = _open("weighted_row_sum", updates, out, backend)
-    values = np.ascontiguousarray(np.asarray(weights, dtype=np.float64))
+    try:
+        values = np.asarray(weights, dtype=np.float64).copy()
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # RuntimeError: a tensor with gradients
+        raise TypeError(f"weighted_row_sum: weights must be numbers, one for each row ({error})") from None
     if values.shape != (source.n,) or not np.isfinite(values).all():
         raise ValueError(
             f"weighted_row_sum: weights must be {source.n} finite numbers, one for each row; got shape {values.shape}"
         )
-    if isinstance(divisor, bool) or not isinstance(divisor, (int, float, np.number)) or not 0 < divisor < math.inf:
-        raise ValueError(f"weighted_row_sum: divisor must be a finite number above 0; got {divisor!r}")
-    divisors = np.array([divisor], dtype=np.float64)
+    by = _number(divisor)
+    if by is None or not 0 < by < math.inf:
+        raise ValueError(f"weighted_row_sum: divisor must be a finite number above 0; got {brief(divisor)}")
+    if not 2.0**-900 < by < 2.0**900:  # products of it are to be numbers
+        exponent = math.frexp(by)[1]
+        values, by = np.ldexp(values, -exponent), math.ldexp(by, -exponent)
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"weighted_row_sum: weights over the divisor must be finite numbers; got weights of up to "
+                f"{abs(np.asarray(weights, dtype=np.float64)).max():.3g} over {divisor!r}"
+            )
+    divisors = np.array([by])
     for block in source.blocks():
         for rows, target in zip(block.rows, block.out, strict=True):
             kernels.weighted_row_sum(rows, values[None], target, divisors=divisors)
@@ -326,7 +358,7 @@ def update_momenta(
 
 def _in_place(name: str, what: str, x: Any, momenta: NDArray[Any] | None) -> NDArray[Any]:
     """Return a contiguous array in the host's memory as a NumPy view, checked against the momenta."""
-    array = view_on_host(x, f"{name}: {what}")
+    array = view_on_host(x, f"{name}: {what}", is_input=momenta is not None)
     if array.ndim < 2 or len(array) < 1 or not array.flags.c_contiguous:
         raise ValueError(
             f"{name}: {what} must be a C-contiguous array of shape (n, ...) with n >= 1; got shape {array.shape} and "

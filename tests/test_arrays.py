@@ -16,6 +16,9 @@ from support import make_rows
 import robustkern as rk
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+from torch._subclasses import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 TORCH_DTYPES = {
     "float16": torch.float16,
@@ -187,6 +190,58 @@ def test_tensors_without_memory_in_a_tree() -> None:
     zero = torch._efficientzerotensor((4,))
     with pytest.raises(TypeError, match=r"row 0, leaf \['a'\] is a torch tensor that NumPy cannot view"):
         rk.median([{"a": zero}] * 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_tensors_that_torch_transforms() -> None:
+    """Their addresses are nobody's memory: what came was garbage, or ended the process."""
+    x = torch.randn(5, 4)
+    traced = "traced or transformed by torch, which cannot follow the kernels"
+    for what, call in (
+        ("updates is a torch tensor without memory", rk.median),
+        ("row 0 is a torch tensor without memory", lambda y: rk.ctma(list(y), f=1)),
+        (r"row 0, leaf \['a'\] is a torch tensor without memory", lambda y: rk.median([{"a": row} for row in y])),
+        ("tensors are not made in memory here", lambda y: rk.median(x) + y[0]),
+    ):
+        with pytest.raises(TypeError, match=f"{what}.*{traced}"):
+            torch.func.functionalize(call)(x)
+    with pytest.raises(TypeError, match=traced):
+        torch.func.grad(lambda y: (y * rk.median(x)).sum())(x[0])
+    with FakeTensorMode():
+        for call in (rk.median, lambda y: rk.kernels.weighted_row_sum(y, [1.0] * 5)):
+            with pytest.raises(TypeError, match=f"tensors are not made in memory here.*{traced}"):
+                call(x)
+    with pytest.raises(TypeError, match=traced):
+        torch.jit.trace(lambda y: rk.median(y, backend="auto"), (x,))
+    with pytest.raises(TypeError, match=traced):
+        make_fx(lambda y: rk.median(y) + 0)(x)
+    with FlopCounterMode(display=False):
+        assert np.array_equal(rk.median(x).numpy(), rk.median(x.numpy()))
+
+
+def test_out_that_torch_would_negate() -> None:
+    x = torch.ones(5, 4)
+    words = "is a view that torch negates or conjugates as it is read"
+    for out in (torch._neg_view(torch.zeros(4)), torch.zeros(4, dtype=torch.complex64).conj().imag):
+        with pytest.raises(ValueError, match=rf"out {words}.*pass a fresh tensor"):
+            rk.median(x, out=out)
+        with pytest.raises(ValueError, match=rf"out, leaf \['a'\] {words}"):
+            rk.median([{"a": row} for row in x], out={"a": out})
+        with pytest.raises(ValueError, match=f"out {words}"):
+            rk.kernels.weighted_row_sum(x, [1.0] * 5, out=out)
+    with pytest.raises(ValueError, match=f"out {words}"):
+        rk.median(x.to(torch.complex64), out=torch.zeros(4, dtype=torch.complex64).conj())
+    with pytest.raises(ValueError, match=f"update_momenta: momenta {words}"):
+        rk.kernels.update_momenta(torch._neg_view(torch.zeros(5, 4)), x, keep=0.5)
+
+
+def test_tensors_whose_storage_was_freed() -> None:
+    x = torch.randn(5, 40_000)
+    rows, strided = list(x), [row[::2] for row in x]
+    x.untyped_storage().resize_(0)
+    for updates, what in ((x, "updates"), (rows, "row 0"), (rows[1:], "row 0"), (strided, "row 0")):
+        with pytest.raises(TypeError, match=rf"{what} is a torch tensor whose storage was freed \(gather it first\)"):
+            rk.median(updates)
 
 
 def test_read_only_out_of_a_tree() -> None:
@@ -373,6 +428,17 @@ def test_out_that_cannot_be_written_to_as_it_is(kind: Callable[[Any], Any]) -> N
             rk.median(updates, out=out)
 
 
+@pytest.mark.parametrize("divisor", [1e-300, 2.0**-901, 2.0**899, 2.0**901, 1e300, 1.7e308])
+def test_sums_over_any_divisor(backend: str, dtype: np.dtype[Any], divisor: float) -> None:
+    x = np.arange(12).reshape(4, 3).astype(dtype)
+    weights = np.array([1.0, 2, 3, 4]) * min(divisor, 1e290)
+    want = (weights / divisor) @ x.astype(np.longdouble)
+    got = rk.kernels.weighted_row_sum(x, weights, divisor=divisor)
+    np.testing.assert_allclose(
+        got.astype(float), want.astype(dtype).astype(float), rtol=float(ml_dtypes.finfo(dtype).eps)
+    )
+
+
 def test_pytrees_without_end() -> None:
     loop: list[Any] = []
     loop.append(loop)
@@ -423,6 +489,55 @@ def test_primitives_take_updates_too() -> None:
             rk.kernels.select_columns(x, (3, 4), nearest=nearest)
     with pytest.raises(ValueError, match="weights must be 7 finite numbers, one for each row; got shape"):
         rk.kernels.weighted_row_sum(x, np.ones(6))
+    for bad in (torch.ones(7, requires_grad=True), [10**400] * 7, ["a"] * 7):
+        with pytest.raises(TypeError, match="weighted_row_sum: weights must be numbers, one for each row"):
+            rk.kernels.weighted_row_sum(x, bad)
+    for divisor in (0, -1.0, np.nan, np.inf, 10**400, True, "1"):
+        with pytest.raises(ValueError, match="weighted_row_sum: divisor must be a finite number above 0; got"):
+            rk.kernels.weighted_row_sum(x, np.ones(7), divisor=divisor)
+    with pytest.raises(
+        ValueError, match=r"weights over the divisor must be finite numbers; got weights of up to 1e\+200"
+    ):
+        rk.kernels.weighted_row_sum(x, [1e200] * 7, divisor=1e-300)
+    for window in ((0.5, 2.5), None, ("a", "b"), (0, 1, 2), np.array([[0, 1]]), (True, 2), (2, 2), (0, 8)):
+        with pytest.raises(
+            ValueError, match=r"window must satisfy 0 <= lo < hi <= n; got .* rows \(two whole numbers\)"
+        ):
+            rk.kernels.select_columns(x, window)
+    for nearest in (1.5, 0, 8, "1", True):
+        with pytest.raises(ValueError, match=r"nearest must satisfy 1 <= nearest <= n; got .* rows \(a whole number\)"):
+            rk.kernels.select_columns(x, (3, 4), nearest=nearest)
+    for scale in (2**2000, 3, 0.0, -2.0, np.nan, True, "2"):
+        with pytest.raises(ValueError, match="gram: scale must be a power of two; got"):
+            rk.kernels.gram(x, scale=scale)
+    assert np.array_equal(rk.kernels.gram(x, scale=np.float32(2)), rk.kernels.gram(x, scale=2.0))
+    with pytest.raises(TypeError, match="updates is int; expected an array of shape"):
+        rk.kernels.row_sq_distances(5, x[0])
+    for rule, options, error, words in (
+        (
+            "median",
+            {"weights": np.full(7, 1j)},
+            TypeError,
+            r"weights must be numbers, one for each row \(complex numbers came",
+        ),
+        (
+            "median",
+            {"weights": np.ma.masked_less(np.arange(7.0), 2)},
+            TypeError,
+            "weights are a masked array, whose mask",
+        ),
+        ("median", {"scope": np.array([1, 2])}, ValueError, "scope must be 'update' or 'leaf'; got ndarray"),
+        ("median(even='low', even='high')", {}, ValueError, "gives a parameter twice"),
+    ):
+        with pytest.raises(error, match=words):
+            rk.aggregate(x, rule, **options)
+    with pytest.raises(
+        ValueError, match="with a centre, which is one row more, expected at most 65534 rows; got 65535"
+    ):
+        rk.aggregate(np.zeros((65535, 1)), "centre", centre=np.zeros(1))
+    big, sums = np.ones((3000, 3000)), np.arange(3000.0)
+    rk.kernels.weighted_row_sum(big, sums, out=sums)  # the weights are read before they are written
+    assert (sums == 3000 * 2999 / 2).all()
     with pytest.raises(ValueError, match="scale must be a power of two; got 3"):
         rk.kernels.gram(x, scale=3)
     with pytest.raises(

@@ -372,6 +372,73 @@ def test_select_columns_of_mixed_rows(kernels: Kernels, dtype: np.dtype[Any]) ->
                 np.testing.assert_allclose(found.sq_distances, want, rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e10, 1e20, 1e100, 1e300])
+def test_rows_of_little_weight_cost_a_mix_no_digits(kernels: Kernels, size: float) -> None:
+    """They may be as far away as they like: the honest values' digits are not those of differences from them."""
+    rng = np.random.default_rng(0)
+    for n, k, d in [(5, 1, 9), (6, 3, 20), (9, 9, 65), (30, 6, 33)]:
+        x = rng.standard_normal((n, d))
+        weights = rng.random((k, n)) + 0.5
+        weights[:, ::3] *= 0.3 / size
+        x[::3] *= size
+        divisors = weights.sum(axis=1)
+        exact = (weights.astype(np.longdouble) @ x.astype(np.longdouble)) / divisors[:, None].astype(np.longdouble)
+        for r in range(k):
+            got, out = one_row(d, np.dtype(np.float64))
+            kernels.select_columns(
+                Rows.of(x),
+                Window(r, r + 1),
+                mix=np.ascontiguousarray(weights),
+                mix_divisors=divisors,
+                out=out,
+            )
+            np.testing.assert_allclose(got, np.sort(exact, axis=0)[r].astype(float), atol=1e-14)
+
+
+@pytest.mark.parametrize("beside", ["nothing", "zeros", "ordinary", "huge", "infinite"])
+def test_averages_of_subnormal_numbers(kernels: Kernels, beside: str) -> None:
+    """Of float64 rows they are lifted, unless numbers beside them leave no room; to a unit they are right anyway."""
+    rng = np.random.default_rng(0)
+    unit = 5e-324
+    for n, k, d in [(1, 1, 1), (2, 1, 9), (5, 3, 17), (9, 8, 65), (20, 4, 1030)]:
+        x = rng.standard_normal((n, d)) * 10.0 ** rng.uniform(-324, -305, (n, 1))
+        x[0, ::2] = unit * rng.integers(-3, 4, x[0, ::2].shape)
+        last = {"zeros": 0.0, "ordinary": rng.standard_normal(d), "huge": 1e305, "infinite": np.inf}.get(beside)
+        if last is not None and n > 1:
+            x[-1, : max(d // 2, 1)] = last if np.ndim(last) == 0 else last[: max(d // 2, 1)]
+        weights = np.where(rng.random((k, n)) < 0.5, 1.0, 0.0)
+        weights[:, 0] = 1.0
+        divisors = weights.sum(axis=1)
+        got = np.full((k, d), 77.0)
+        kernels.weighted_row_sum(Rows.of(x), weights, Rows.of(got), divisors=divisors)
+        wide = x.astype(np.longdouble)
+        want = np.array([wide[w != 0].sum(axis=0) / by for w, by in zip(weights, divisors, strict=True)])
+        spread = np.array([abs(wide[w != 0]).max(axis=0) for w in weights])
+        order = np.argsort(want, axis=0, kind="stable")
+        for found, exact, reach in [
+            (got, want, spread),
+            *(
+                (
+                    mixed_at(kernels, x, weights, divisors, r),
+                    np.take_along_axis(want, order, 0)[r],
+                    spread.max(axis=0),
+                )
+                for r in range(k)
+            ),
+        ]:
+            assert np.array_equal(np.isfinite(found), np.isfinite(exact))
+            finite = np.isfinite(found)
+            assert np.array_equal(found[~finite], exact[~finite].astype(float))
+            assert (abs(found[finite] - exact[finite]) <= unit + 2.0**-52 * np.sqrt(n) * reach[finite]).all()
+
+
+def mixed_at(kernels: Kernels, x: Array, weights: Array, divisors: Array, rank: int) -> Array:
+    """Return the mixed rows' values of one rank."""
+    got, out = one_row(x.shape[1], x.dtype)
+    kernels.select_columns(Rows.of(x), Window(rank, rank + 1), mix=weights, mix_divisors=divisors, out=out)
+    return got
+
+
 def test_a_row_left_out_of_the_mix_is_never_multiplied(kernels: Kernels) -> None:
     x = np.array([[1.0, 2], [3, 4], [np.inf, np.nan]], dtype=np.float32)
     mix = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])

@@ -424,6 +424,44 @@ def test_a_centre_out_of_reach_is_named(backend: str) -> None:
             rk.aggregate(x, rule, f=2, centre=np.full(5, 1e300))
 
 
+@pytest.mark.parametrize("last", ["median", "trimmed_mean", "mean_around_median", "ctma(median)"])
+@pytest.mark.parametrize("mixer", ["clipping(limit=5.0)", "arc"])
+@pytest.mark.parametrize("size", [1e8, 1e12, 1e20, 1e80, 1e148])
+def test_a_huge_row_that_is_clipped_costs_no_digits(backend: str, mixer: str, last: str, size: float) -> None:
+    """Wherever it stands: its share is tiny, and differences from it would leave nothing of the others."""
+    n, f = 11, 2
+    y = np.random.default_rng(2).standard_normal((n, 40))
+    want = None
+    for place in range(n):
+        x = y.copy()
+        x[0] *= size
+        order = np.roll(np.arange(n), place)
+        got = rk.aggregate(x[order], f"{mixer} | nnm | {last}", f=f)
+        rows = shortened(mixer, x[order].astype(np.longdouble), f)
+        assert np.linalg.norm(got) <= float(np.linalg.norm(rows.astype(float), axis=1).max())
+        want = got if want is None else want
+        np.testing.assert_allclose(got, want, atol=1e-12)
+        if last in ("median", "trimmed_mean"):
+            np.testing.assert_allclose(got, slow(f"nnm | {last}", rows, f).astype(float), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule", ["krum", "medoid", "multi_krum", "multi_krum(m=1)", "geometric_median", "cge", "ctma(krum)"]
+)
+@pytest.mark.parametrize("mixer", ["clipping(limit=1.0)", "arc"])
+def test_a_row_too_long_to_be_measured_is_not_kept(backend: str, mixer: str, rule: str) -> None:
+    """Of it nothing is left, but it is no row at the origin either."""
+    x = np.random.default_rng(0).standard_normal((9, 3))
+    for place in (0, 4):
+        spoilt, broken = x.copy(), x.copy()
+        spoilt[place], broken[place] = 1e200, np.nan
+        got, info = rk.aggregate(spoilt, f"{mixer} | {rule}", f=1, return_info=True)
+        assert np.array_equal(got, rk.aggregate(broken, f"{mixer} | {rule}", f=1))
+        assert info.nonfinite_rows == (place,)
+        assert info.kept is None or not info.kept[place]
+    assert np.linalg.norm(rk.mix(spoilt, mixer, f=1)[place]) == 0
+
+
 def test_clipping_of_rows_that_are_not_finite(backend: str) -> None:
     x = attacked(9, 20, 2, np.float32)
     x[[0, 4]] = np.inf

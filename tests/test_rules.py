@@ -824,10 +824,10 @@ def rows_around_a_geometric_median(gap: float, f: int) -> tuple[Array, Array]:
     return rows, ((rows - long_geometric_median(rows)) ** 2).sum(axis=1)
 
 
-def long_geometric_median(x: Array) -> Any:
+def long_geometric_median(x: Array, steps: int = 30) -> Any:
     """Weiszfeld in 80 bits; among normal rows of many columns a step leaves a thirtieth."""
     z = x.astype(np.longdouble).mean(axis=0)
-    for _ in range(30):
+    for _ in range(steps):
         pull = 1 / np.sqrt(((x - z) ** 2).sum(axis=1))
         z = pull @ x / pull.sum()
     return z

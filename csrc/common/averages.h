@@ -26,19 +26,33 @@ __attribute__((always_inline)) inline Average average_of(const double* weights, 
   }
   int exponent = 0;
   (void)frexp(size, &exponent);
-  const double lift = ldexp(1.0, exponent > -900 ? 48 - exponent : 948), lifted = divisor * lift;
+  int size_of_divisor = 0;  // which lifted must leave room, too
+  (void)frexp(divisor, &size_of_divisor);
+  const int most = 900 - size_of_divisor, wanted = exponent > -900 ? 48 - exponent : 948;
+  const double lift = ldexp(1.0, wanted < most ? wanted : most), lifted = divisor * lift;
   return {lift, lifted, 1 / lifted, (high + low) / divisor, size <= divisor * 0x1p-16 * (1 + 0x1p-40)};
 }
 
-// The first row of n that all of `count` sums take, from `first` on; n where there is none.
+constexpr int64_t kMostTogether = 8;
+
+// Of n rows one that all of `count` <= kMostTogether sums take, from `first` on, with a fair share of each one's
+// largest weight; n where there is none. Differences from a row of little weight, which may be far away, would lose the
+// others' digits.
 __attribute__((always_inline)) inline int64_t shared_row(const double* weights, int64_t n, int64_t first,
                                                          int64_t count) {
-  for (int64_t i = 0; i < n; ++i) {
-    bool all = true;
-    for (int64_t r = first; r < first + count; ++r) all &= weights[r * n + i] != 0;
-    if (all) return i;
+  constexpr double kFairShare = 0.25;
+  double largest[kMostTogether] = {};
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t i = 0; i < n; ++i) largest[r] = fmax(largest[r], fabs(weights[(first + r) * n + i]));
+  int64_t found = n;
+  double fairest = 0;  // of the sum that takes least of the row
+  for (int64_t i = 0; i < n && fairest < 1; ++i) {
+    double least = 1;
+    for (int64_t r = 0; r < count && least > fairest; ++r)
+      least = fmin(least, largest[r] > 0 ? fabs(weights[(first + r) * n + i]) / largest[r] : 0);
+    if (least > fairest) fairest = least, found = i;
   }
-  return n;
+  return fairest >= kFairShare ? found : n;
 }
 
 }  // namespace rk

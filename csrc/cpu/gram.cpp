@@ -291,7 +291,10 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
   memset(bad_rows, 0, static_cast<size_t>(m));
 
   Tasks tasks = tasks_of<S>(grid, rows, threads);
+  // Squares of float64 rows that are subnormal vanish, unless they are scaled up; float32 sums are good to more anyway.
+  const bool flushed = sizeof(P) == 4 || (sizeof(S) == 8 && scale <= 1);
   in_threads(threads, [&](const Member& member) {
+    const FlushedFloats floats(flushed);
     const int thread = member.thread;
     const Scratch<S> scratch{space.part<S>(thread, at_buffer),        space.part<C>(thread, at_network),
                              space.part<C>(thread, at_centre),        space.part<const S*>(thread, at_src),

@@ -15,7 +15,8 @@ struct Count {
 
 // ---- select_columns ------------------------------------------------------------------------------------
 
-constexpr int64_t kMixRows = 4;                              // mixtures made together,
+constexpr int64_t kMixRows = 4;  // mixtures made together,
+static_assert(kMixRows <= kMostTogether, "shared_row looks at so many");
 constexpr int64_t kMixVectors = kVectorBytes == 64 ? 4 : 2;  // and vectors of each: the sums fit the registers
 
 // A matrix of weights and divisors in the order in which it is used: for each group of up to kMixRows mixtures the rows
@@ -25,7 +26,6 @@ template <bool kCentred>
 class Mixing {
  public:
   bool prepare(const double* weights, const double* divisors, int64_t k, int64_t n) {
-    weights_ = weights;
     k_ = k;
     n_ = n;
     const int64_t firsts = outline_.reserve<int64_t>(k + 1), bases = outline_.reserve<int64_t>(k);
@@ -69,12 +69,15 @@ class Mixing {
   }
   int64_t groups() const { return groups_; }
 
+  // Of a tile that is lifted: lowered again.
   // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], over the divisor, also or only rounded to C
   // (either may be null). A row with a NaN or Inf (not finite[i]) is never multiplied by 0.
   template <class C>
   void run(const double* x, int64_t columns, int64_t tile, const uint8_t* finite, double* mixed, C* rounded,
-           Ahead& ahead) const {
+           Ahead& ahead, bool is_lifted) const {
+    const FlushedFloats floats(is_lifted);
     const auto put = [&](int64_t r, int64_t j, F64 value) {
+      if (kCentred && is_lifted) value = lowered(value);
       if (mixed) store(mixed + r * tile + j, value);
       if (rounded) store_rounded(rounded + r * tile + j, value);
     };
@@ -139,25 +142,35 @@ class Mixing {
         for (int64_t v = 0; v < kVectors; ++v)
           put(first_[g] + p, j + v * kDoubles, mixture(g, first_[g] + p, x + v * kDoubles, tile));
   }
-  // The same of one mixture, where rows are no numbers or sums overflow.
+  // The same of one mixture, where rows are no numbers or sums overflow: a sum of an infinity or a NaN is itself the
+  // result, one of numbers is taken again.
   __attribute__((noinline)) F64 mixture(int64_t g, int64_t r, const double* x, int64_t tile) const {
     const Average& average = average_[r];
     const F64 base = base_of(g, x, tile);
-    F64 sum = {};
-    DoubledSum shrunken{};
-    for (int64_t i = 0; i < n_; ++i) {
-      const double weight = weights_[r * n_ + i] * average.lift;
-      if (weight == 0) continue;
-      const F64 value = load(x + i * tile);
-      sum = fmadd(splat<F64>(weight), value - base, sum);
-      add_product(shrunken, splat<F64>(weight), value * kRoom);
-    }
+    F64 sum = {}, plain = {}, check = {};
+    const auto for_rows = [&](auto&& add) {
+      for (int64_t u = start_[g]; u < start_[g + 1]; ++u) {  // the others' rows are not looked at
+        const double weight = factor_[u * kMixRows + r - first_[g]];
+        if (weight != 0) add(splat<F64>(weight), load(x + row_[u] * tile));
+      }
+    };
+    for_rows([&](F64 weight, F64 value) {
+      sum = fmadd(weight, value - base, sum);
+      plain = fmadd(weight, value * kRoom, plain);
+      check = fmadd(value, F64{}, check);
+    });
     const F64 result = finished(r, base, sum);
-    return result - result == 0 ? result : grown(shrunken, average.divisor, average.averaging);
+    if (!any_nan(result - result)) return result;
+    F64 value = check == 0 ? result : plain;
+    if (any_nan(check == 0 ? result - result : F64{})) {
+      DoubledSum shrunken{};
+      for_rows([&](F64 weight, F64 term) { add_product(shrunken, weight, term * kRoom); });
+      value = check == 0 ? grown(shrunken, average.divisor, average.averaging) : plain;
+    }
+    return result - result == 0 ? result : value;
   }
 
   Workspace outline_, space_;
-  const double* weights_ = nullptr;
   double* factor_ = nullptr;
   Average* average_ = nullptr;
   // Of each group: its first mixture, the row that they are differences from, and where its rows begin.
@@ -165,18 +178,25 @@ class Mixing {
   int64_t groups_ = 0, k_ = 0, n_ = 0;
 };
 
-// A tile as float64, and which rows of it are numbers throughout.
+// A tile as float64, and which rows of it are numbers throughout. True where it is lifted, for subnormal numbers in it.
 template <class S>
-void widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, double* wide, uint8_t* finite) {
+bool widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, double* wide, uint8_t* finite) {
+  const FlushedFloats floats(sizeof(S) == 8);
+  Liftable liftable;
   for (int64_t i = 0; i < n; ++i) {
     F64 check = {};
     for (int64_t j = 0; j < columns; j += kDoubles) {
       const F64 x = load_double(src[i] + j);
       check = fmadd(x, F64{}, check);
+      if (sizeof(S) == 8) liftable.look(x);
       store(wide + i * tile + j, x);
     }
     finite[i] = !any_nan(check);
   }
+  if (!liftable.liftable()) return false;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = i * tile; j < i * tile + columns; j += kDoubles) store(wide + j, lifted(load(wide + j)));
+  return true;
 }
 
 // sum over the tile of ((a[j] - c[j]) * scale)^2, in four independent sums to hide their latency.
@@ -291,10 +311,11 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       Ahead ahead =
           ahead_of<S>(rows, segment, first + columns, columns, select.mix ? mixing.groups() : padded / kStored<S>);
       read_tile<S>(rows, segment, first, columns, kStored<S>, buffer, src);
+      bool is_lifted = false;
       if (select.mix) {
         const bool keep = distances && same;
-        widen_tile(src, n, padded, tile, wide, finite);
-        mixing.run(wide, padded, tile, finite, keep ? mixed : nullptr, mixed_rounded, ahead);
+        is_lifted = widen_tile(src, n, padded, tile, wide, finite);
+        mixing.run(wide, padded, tile, finite, keep ? mixed : nullptr, mixed_rounded, ahead, is_lifted);
         for (int64_t r = 0; r < k; ++r) mixed_src[r] = mixed_rounded + r * tile;
         memset(mixed_nonfinite, 0, static_cast<size_t>(k));
         select_tile<C>(window, mixed_src, padded, network, out, mixed_nonfinite, ahead);
@@ -311,9 +332,10 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       widen_run(rounded, columns, out);
       for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
       if (remeasure) {
-        if (!select.mix) widen_tile(src, n, padded, tile, wide, finite);
-        measuring.run(wide, padded, tile, finite, measured, static_cast<C*>(nullptr), ahead);
+        if (!select.mix) is_lifted = widen_tile(src, n, padded, tile, wide, finite);
+        measuring.run(wide, padded, tile, finite, measured, static_cast<C*>(nullptr), ahead, is_lifted);
       }
+      const FlushedFloats floats(sizeof(S) == 8 && select.scale <= 1);  // squares of subnormal numbers vanish
       const double* virtual_rows = remeasure ? measured : mixed;
       for (int64_t i = 0; i < n_measured; ++i)
         distances[i] += select.measure ? sq_distance(virtual_rows + i * tile, centre, padded, select.scale)
@@ -476,6 +498,7 @@ Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, 
 
   Tasks tasks = tasks_of<S>(grid, rows, threads);
   in_threads(threads, [&](const Member& member) {
+    const FlushedFloats floats(sizeof(S) == 8 && scale <= 1);  // squares of subnormal float64 numbers vanish
     const int thread = member.thread;
     S* buffer = space.part<S>(thread, at_buffer);
     const S** src = space.part<const S*>(thread, at_src);
@@ -629,10 +652,16 @@ bool is_power_of_two(double x) {
   return bits << 12 == 0;  // of numbers that are not subnormal
 }
 
+enum class Terms { plain, shrunken, lifted };  // float64 values as they are, times kRoom, times kLift
+template <Terms kTerms>
+struct As {
+  static constexpr Terms value = kTerms;
+};
+
 // sums[j] (+)= the weighted values of kCount rows in their order; `columns` is a multiple of the vector. Meanwhile
-// fetches as much of the rows `next`. Of float64 rows with what the roundings lost, after the sums; kShrunk: of values
-// times kRoom; kExact: products with powers of two lose nothing.
-template <int64_t kCount, bool kShrunk, bool kExact, class S>
+// fetches as much of the rows `next`. Of float64 rows with what the roundings lost, after the sums; kExact: products
+// with powers of two lose nothing.
+template <int64_t kCount, Terms kTerms, bool kExact, class S>
 RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double* weights, int64_t columns, bool begin,
                         double* sums) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
@@ -648,7 +677,8 @@ RK_INLINE void add_rows(const S* const* rows, const S* const* next, const double
       if (!begin) sum = {load(high), load(low)};
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kCount; ++i) {
-        const F64 value = kShrunk ? load(rows[i] + j) * kRoom : load(rows[i] + j);
+        const F64 x = load(rows[i] + j);
+        const F64 value = kTerms == Terms::shrunken ? x * kRoom : kTerms == Terms::lifted ? lifted(x) : x;
         if (kExact)
           add(sum, factor[i] * value);
         else
@@ -692,10 +722,10 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
     S* stored = space.part<S>(thread, at_stored);
     // One sum of some columns of a segment; only rows with some weight are looked at, in row order.
     const auto add_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, double lift, auto tailed,
-                                 auto shrunk) {
-      constexpr bool kShrunk = shrunk.value != 0;
+                                 auto terms) {
+      constexpr Terms kTerms = terms.value;
       int64_t n_used = 0;
-      bool exact = sizeof(S) == 8 && !kShrunk;
+      bool exact = sizeof(S) == 8 && kTerms == Terms::plain;
       for (int64_t i = 0; i < n; ++i)
         if (weights[r * n + i] != 0) {
           used[n_used] = i;
@@ -722,15 +752,15 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
           }
         }
         const auto add = [&](auto is_exact) {
-          constexpr bool kExact = sizeof(S) == 8 && !kShrunk && is_exact.value != 0;
+          constexpr bool kExact = sizeof(S) == 8 && kTerms == Terms::plain && is_exact.value != 0;
           if (count == 4)
-            add_rows<4, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+            add_rows<4, kTerms, kExact>(src, next, w + i, padded, i == 0, sums);
           else if (count == 3)
-            add_rows<3, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+            add_rows<3, kTerms, kExact>(src, next, w + i, padded, i == 0, sums);
           else if (count == 2)
-            add_rows<2, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+            add_rows<2, kTerms, kExact>(src, next, w + i, padded, i == 0, sums);
           else
-            add_rows<1, kShrunk, kExact>(src, next, w + i, padded, i == 0, sums);
+            add_rows<1, kTerms, kExact>(src, next, w + i, padded, i == 0, sums);
         };
         if (exact)
           add(Count<1>{});
@@ -741,28 +771,58 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
         memset(sums, 0, sizeof(double) * static_cast<size_t>(padded));
         if (sizeof(S) == 8) memset(sums + run, 0, sizeof(double) * static_cast<size_t>(padded));
       }
-      return padded;
     };
     const auto sum_columns = [&](int64_t r, int64_t segment, int64_t first, int64_t columns, auto tailed) {
       const Average average = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
-      const int64_t padded = add_columns(r, segment, first, columns, average.lift, tailed, Count<0>{});
+      const int64_t padded = round_up(columns, kDoubles);
       const Divisor by(average.divisor, average.reciprocal);
+      const auto add = [&](double lift, auto terms) { add_columns(r, segment, first, columns, lift, tailed, terms); };
       if constexpr (sizeof(S) == 8) {
-        F64 check = {};
-        for (int64_t j = 0; j < padded; j += kDoubles) {
-          const F64 value = divided(DoubledSum{load(sums + j), load(sums + run + j)}, by);
-          check = fmadd(value, F64{}, check);
-          store(rounded + j, value);
-        }
-        if (__builtin_expect(any_nan(check), false)) {
-          add_columns(r, segment, first, columns, average.lift, tailed, Count<1>{});
+        const auto sum = [&](int64_t j) { return DoubledSum{load(sums + j), load(sums + run + j)}; };
+        const auto again = [&](auto&& wanted, auto&& result) {
           for (int64_t j = 0; j < padded; j += kDoubles) {
             const F64 value = load(rounded + j);
-            const DoubledSum sum{load(sums + j), load(sums + run + j)};
-            store(rounded + j, value - value == 0 ? value : grown(sum, average.divisor, average.averaging));
+            store(rounded + j, wanted(value) ? result(sum(j)) : value);
+          }
+        };
+        const auto is_tiny = [](F64 value) { return size_of(value) < kTiny; };
+        F64 check = {};
+        Simd<double>::Key tiny = {};
+        {
+          const FlushedFloats floats(true);  // only what is tiny rests on subnormal numbers
+          add(average.lift, As<Terms::plain>{});
+          for (int64_t j = 0; j < padded; j += kDoubles) {
+            const F64 value = divided(sum(j), by);
+            check = fmadd(value, F64{}, check);
+            tiny |= reinterpret_cast<Simd<double>::Key>(is_tiny(value));
+            store(rounded + j, value);
+          }
+          if (__builtin_expect(any_nan(check), false)) {
+            add(average.lift, As<Terms::shrunken>{});
+            again([](F64 value) { return value - value != 0; },
+                  [&](const DoubledSum& found) { return grown(found, average.divisor, average.averaging); });
+          }
+        }
+        if (any_nan(reinterpret_cast<F64>(tiny))) {
+          Liftable found;
+          for (int64_t i = 0; i < n; ++i)
+            if (weights[r * n + i] != 0) {
+              const S* row = static_cast<const S*>(rows.data[segment * n + i]) + first;
+              for (int64_t j = 0; j + kDoubles <= columns; j += kDoubles) found.look(load(row + j));
+              for (int64_t j = columns / kDoubles * kDoubles; j < columns; ++j) found.look(splat<F64>(row[j]));
+            }
+          const FlushedFloats floats(found.liftable());
+          const Divisor lowering(average.divisor / kLift, average.reciprocal * kLift);
+          if (found.liftable()) {
+            add(average.lift / kLift, As<Terms::lifted>{});
+            again(is_tiny, [&](const DoubledSum& lifted_sum) { return lowered(divided(lifted_sum, lowering)); });
+          } else if (found.subnormal()) {
+            add(average.lift, As<Terms::plain>{});
+            again(is_tiny, [&](const DoubledSum& whole) { return divided(whole, by); });
           }
         }
       } else {
+        add(average.lift, As<Terms::plain>{});
         const auto round = [&](auto&& quotient) {
           F64 check = {};
           for (int64_t j = 0; j < padded; j += kDoubles) {

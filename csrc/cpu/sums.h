@@ -107,6 +107,47 @@ RK_INLINE F64 grown(const DoubledSum& sum, double divisor, bool averaging) {
   return sum.high - sum.high == 0 ? vmax(vmin(value, largest), -largest) : value;  // weights may have been rounded up
 }
 
+// Subnormal float64 numbers take an operation a hundred times as long; within FlushedFloats, lifted ones stand in for
+// them.
+constexpr double kLift = 0x1p64;
+
+RK_INLINE Simd<double>::Key size_of(F64 x) {  // without its sign: ordered as a whole number
+  return reinterpret_cast<Simd<double>::Key>(x) & ~(uint64_t{1} << 63);
+}
+constexpr uint64_t kTiny = uint64_t{1023 - 900}
+                           << 52;  // the size of 2^-900: larger results rest on no subnormal number
+constexpr uint64_t kWhole = uint64_t{1023 + 52} << 52;  // of 2^52
+
+// x * kLift, exactly; of numbers below 2^950, infinities and NaN.
+RK_INLINE F64 lifted(F64 x) {
+  using Key = Simd<double>::Key;
+  const Key size = size_of(x), sign = reinterpret_cast<Key>(x) ^ size;
+  const F64 units = reinterpret_cast<F64>(size | kWhole) - 0x1p52;  // of 2^-1074, where x is subnormal
+  const F64 small = reinterpret_cast<F64>(reinterpret_cast<Key>(units * 0x1p-1010) | sign);
+  return size < (uint64_t{1} << 52) ? small : x * kLift;
+}
+// v / kLift, rounded once.
+RK_INLINE F64 lowered(F64 v) {
+  using Key = Simd<double>::Key;
+  const Key size = size_of(v), sign = reinterpret_cast<Key>(v) ^ size;
+  const F64 units = reinterpret_cast<F64>(size) * 0x1p1010 + 0x1p52;
+  const F64 small = reinterpret_cast<F64>((reinterpret_cast<Key>(units) - kWhole) | sign);
+  return size < (uint64_t{1023 - 958} << 52) ? small : v * (1 / kLift);
+}
+// Whether there are subnormal numbers, and none too large to be lifted.
+struct Liftable {
+  Simd<double>::Key small = {}, large = {};
+  RK_INLINE void look(F64 x) {
+    using Key = Simd<double>::Key;
+    constexpr uint64_t normal = uint64_t{1} << 52, most = uint64_t{1023 + 950} << 52, infinite = uint64_t{0x7ff} << 52;
+    const Key size = size_of(x);
+    small |= reinterpret_cast<Key>(size - 1 < normal - 1);
+    large |= reinterpret_cast<Key>(size - most < infinite - most);
+  }
+  RK_INLINE bool subnormal() const { return any_nan(reinterpret_cast<F64>(small)); }  // all bits of a lane: a NaN
+  RK_INLINE bool liftable() const { return subnormal() && !any_nan(reinterpret_cast<F64>(large)); }
+};
+
 // To as many bits as float32 and 16 bits more than need, the last one set where others are lost: what is rounded to 16
 // bits next is rounded once.
 RK_INLINE F64 to_odd(F64 v) {

@@ -371,7 +371,7 @@ def _sum_tile(weights, divisors, tile, count, total):  # type: ignore[no-untyped
 
 @_compiled
 def _mix(weights, divisors, tile, count, mixed):  # type: ignore[no-untyped-def]
-    """Weighted sums over their divisors; of float64 rows by differences from the first one taken, as fast as sums."""
+    """Weighted sums over their divisors; of float64 rows by differences from one of most weight, as fast as sums."""
     if tile.itemsize < 8:
         _sum_tile(weights, divisors, tile, count, mixed)
         return
@@ -379,11 +379,13 @@ def _mix(weights, divisors, tile, count, mixed):  # type: ignore[no-untyped-def]
         result, first = mixed[r], -1
         result[:count] = 0.0
         whole = lost = 0.0
+        for i in range(len(tile)):  # a row of little weight may be far away, and cost the others' digits
+            if weights[r, i] != 0 and (first < 0 or abs(weights[r, i]) > abs(weights[r, first])):
+                first = i
         for i in range(len(tile)):
             if weights[r, i] != 0:
                 whole, more = _two_sum(whole, weights[r, i])
                 lost += more
-                first = i if first < 0 else first
                 for j in range(count):
                     result[j] += weights[r, i] * (tile[i, j] - tile[first, j])
         if first >= 0:

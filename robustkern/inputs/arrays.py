@@ -24,17 +24,25 @@ __all__ = [
     "described",
     "empty",
     "empty_tensor",
+    "has_memory",
     "leaf_of",
     "library_of",
     "name_of",
     "pairs",
     "place_of",
+    "refuse_traced",
     "view_on_host",
     "warn_of_gradients",
     "where_is",
 ]
 
 ArrayView = NDArray[Any] | DeviceArray
+
+
+TRACED = (
+    "traced or transformed by torch, which cannot follow the kernels (call robustkern outside of it, or "
+    "robustkern.adapters.torch.aggregate, an operator that torch knows)"
+)
 
 
 def name_of(path: tuple[Any, ...]) -> str:
@@ -82,6 +90,15 @@ def array_view(x: Any, what: str, *, is_input: bool = True) -> ArrayView:
             raise TypeError(f"{what} is a torch tensor of layout {x.layout}; expected a dense one (pass x.to_dense())")
         if x.is_quantized:
             raise TypeError(f"{what} has dtype {x.dtype}; expected floats or integers (pass x.dequantize())")
+        if torch._is_functional_tensor(x):
+            raise TypeError(f"{what} is a torch tensor without memory of its own, of a function that is {TRACED}")
+        if not is_input and (x.is_neg() or x.is_conj()):
+            raise ValueError(
+                f"{what} is a view that torch negates or conjugates as it is read, and the result would go to a copy "
+                "(pass a fresh tensor)"
+            )
+        if not has_memory(x):
+            raise TypeError(f"{what} is a torch tensor whose storage was freed (gather it first)")
         try:
             if x.requires_grad:
                 if is_input:
@@ -129,6 +146,16 @@ def warn_of_gradients() -> None:
         )
 
 
+def has_memory(tensor: Any) -> bool:
+    """Tell whether a tensor's storage is there, and was not freed under it, as libraries that shard models do."""
+    try:
+        reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        wanted = (tensor.storage_offset() + reach) * tensor.element_size()
+        return bool(tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= wanted)
+    except RuntimeError:  # it never had one: whoever views it says why
+        return True
+
+
 def pairs(view: ArrayView) -> NDArray[Any]:
     """Return complex numbers as pairs of floats, in the same memory, which is the host's."""
     assert isinstance(view, np.ndarray)
@@ -137,9 +164,9 @@ def pairs(view: ArrayView) -> NDArray[Any]:
     return np.lib.stride_tricks.as_strided(parts, (*parts.shape, 2), strides, writeable=view.flags.writeable)
 
 
-def view_on_host(x: Any, what: str) -> NDArray[Any]:
+def view_on_host(x: Any, what: str, *, is_input: bool = True) -> NDArray[Any]:
     """Return an array of rows in the host's memory as a NumPy view; raise where it is no such array."""
-    view = array_view(x, what)
+    view = array_view(x, what, is_input=is_input)
     if isinstance(view, DeviceArray):
         raise BackendUnavailable(f"{what} are on {view.place}; this runs on arrays in the host's memory only")
     check_dtype(view.dtype, what, False)
@@ -184,7 +211,24 @@ def empty_tensor(shape: tuple[int, ...], like: Any, dtype: np.dtype[Any] | None 
     import torch
 
     wanted = like.dtype if dtype is None else getattr(torch, dtype.name)
-    return torch.empty(shape, dtype=wanted, device=like.device)
+    made = torch.empty(shape, dtype=wanted, device=like.device)
+    wrapped = torch._is_functional_tensor(made) or torch._C._functorch.is_functorch_wrapped_tensor(made)
+    if wrapped or type(made) is not torch.Tensor:
+        raise TypeError(f"tensors are not made in memory here: the call is {TRACED}")
+    return made
+
+
+def refuse_traced() -> None:
+    """Raise where torch records operations, of which what the kernels do would be none: the result would be lost."""
+    import torch
+
+    recorded = torch._C._get_tracing_state() is not None
+    if not recorded and torch._C._len_torch_dispatch_stack():
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+        recorded = any(type(mode).__name__ == "ProxyTorchDispatchMode" for mode in _get_current_dispatch_mode_stack())
+    if recorded:
+        raise TypeError(f"the call is {TRACED}")
 
 
 def checked_out(

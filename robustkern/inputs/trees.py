@@ -23,11 +23,13 @@ from robustkern.inputs.arrays import (
     described,
     empty,
     empty_tensor,
+    has_memory,
     leaf_of,
     library_of,
     name_of,
     pairs,
     place_of,
+    refuse_traced,
     warn_of_gradients,
     where_is,
 )
@@ -100,6 +102,8 @@ def adapt(
     n = len(updates)
     _check_count(n)
     if centre is not None:
+        if n == MAX_ROWS:
+            raise ValueError(f"updates: with a centre, which is one row more, expected at most {n - 1} rows; got {n}")
         updates = [*updates, centre]
     if all(type(u) is np.ndarray for u in updates):
         _require_names(choice)
@@ -202,16 +206,18 @@ def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
     return MemorySource(n, d, {dtype}, "cpu", block), result
 
 
+#: Below it a tensor's storage is looked at: where it was taken away, tensors begin so far from 0 as in the storage.
+UNUSUAL_ADDRESS = 1 << 40
 _TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
 
 
 @functools.cache
-def _torch_kinds() -> tuple[frozenset[Any], dict[Any, np.dtype[Any]], Any]:
-    """Classes of plain tensors, NumPy's names of torch's dtypes, and the dense layout."""
+def _torch_kinds() -> tuple[frozenset[Any], dict[Any, np.dtype[Any]], Any, Callable[[Any], bool]]:
+    """Classes of plain tensors, NumPy's names of torch's dtypes, the dense layout, and what tells tracers' tensors."""
     import torch
 
     dtypes = {getattr(torch, dtype.name): dtype for dtype in DTYPES}
-    return frozenset((torch.Tensor, torch.nn.Parameter)), dtypes, torch.strided
+    return frozenset((torch.Tensor, torch.nn.Parameter)), dtypes, torch.strided, torch._is_functional_tensor
 
 
 def _look(values: Sequence[Any], inputs: int) -> tuple[np.dtype[Any], list[int]] | None:
@@ -225,7 +231,8 @@ def _look(values: Sequence[Any], inputs: int) -> tuple[np.dtype[Any], list[int]]
         return None if found is None else (first.dtype, found)
     if not is_torch_array(first):
         return None
-    classes, dtypes, dense = _torch_kinds()
+    refuse_traced()
+    classes, dtypes, dense, is_functional = _torch_kinds()
     if first.dtype not in dtypes or not classes.issuperset(map(type, values)):
         return None
     try:
@@ -234,10 +241,12 @@ def _look(values: Sequence[Any], inputs: int) -> tuple[np.dtype[Any], list[int]]
             return None
         if any(value.requires_grad for value in values[:inputs]):
             warn_of_gradients()
-        if not all(value.is_contiguous() and not value.is_neg() for value in values):
+        if not all(value.is_contiguous() and not value.is_neg() for value in values) or any(map(is_functional, values)):
             return None
         addresses = [value.data_ptr() for value in values]
     except RuntimeError:  # no shape (nested tensors), or no memory of its own
+        return None
+    if min(addresses) < UNUSUAL_ADDRESS and not all(map(has_memory, values)):
         return None
     return (dtypes[first.dtype], addresses) if all(addresses) else None
 

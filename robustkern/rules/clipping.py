@@ -32,7 +32,7 @@ def _norms(view: View, rule: str) -> NDArray[np.float64]:
 def _cut(norms: NDArray[np.float64], most: float) -> Mixture:
     """Return the rows, shortened where their norm is above `most`; those that are not finite stay as they are.
 
-    Of rows that are too long to be measured nothing is left: most / inf.
+    Of rows that are too long to be measured nothing is left: most / inf. Rules that measure see them as not finite.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(norms > most, most / norms, 1.0)

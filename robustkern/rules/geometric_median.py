@@ -30,7 +30,8 @@ class GeometricMedian(Aggregator):
         Distances below it count as it (smoothed Weiszfeld), so that rows nearer than it pull in proportion to their
         distance: the Huber geometric median of that threshold. 0: the true geometric median.
     max_iter : int or None
-        Number of Weiszfeld steps at most; 0: the start. None: until it has converged.
+        Number of Weiszfeld steps at most; 0: the start. None: until it has converged, without `tol` to where these
+        steps lead, by other ones where they are slow.
     start : {"mean", "zero"}
         Where Weiszfeld starts. The converged median (no max_iter, no tol) does not depend on it.
     tol : float or None

@@ -36,6 +36,7 @@ __all__ = ["Median", "Products", "converged_weights", "moved_to_median", "shift_
 MAX_STEPS = 100
 MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
 MAX_SMOOTHED_STEPS = 10_000
+PLAIN_STEPS, KEPT_STEPS = 20, 6  # of Weiszfeld, before others (honest rows take a few), and how many these rest on
 MAX_TRIALS = 60  # on one line
 MAX_DOUBLINGS = 2200  # more than there are powers of two
 MAX_INNER = 60  # products for one Newton step
@@ -568,18 +569,43 @@ def smoothed_weights(
         if not np.isfinite(r).all():  # the origin is 1e150 spreads away: every row equally far
             r = np.full_like(r, math.sqrt(np.finfo(np.float64).max))
     limit = MAX_SMOOTHED_STEPS if max_iter is None else max_iter
+    free = max_iter is None and tol is None  # to take other steps than Weiszfeld's to where these lead
     converged = False
-    iteration = 0
+    iteration, last = 0, math.inf
+    taken: list[tuple[Vector, Vector]] = []
     while iteration < limit:
         iteration += 1
         new = _smoothed_step(gram, s, w, r, nu)
         step = math.inf if w is None else _length(gram, new - w)
+        if w is not None and free and iteration > PLAIN_STEPS:
+            if step > 2 * last:  # too far: back to the step before
+                w, last = taken[-1][1], math.inf
+                taken.clear()
+                r = _radii(gram, w)
+                continue
+            taken, last = [*taken[1 - KEPT_STEPS :], (w, new)], step
         w = new
         r = _radii(gram, w)
         converged = step <= (TOLERANCE * _middle(r) if tol is None else tol)
         if step == 0 or (converged and (max_iter is None or tol is not None)):
             break
+        if len(taken) > 1:
+            w = _further(gram, taken)
+            r = _radii(gram, w)
     return np.zeros_like(s) if w is None else w, iteration, converged
+
+
+def _further(gram: Matrix, taken: list[tuple[Vector, Vector]]) -> Vector:
+    """Where some steps from points to their images may lead: the combination of the images that leaves least to go.
+
+    Anderson, "Iterative procedures for nonlinear integral equations", Journal of the ACM 12 (1965).
+    """
+    points, images = (np.array(part) for part in zip(*taken, strict=True))
+    steps = images - points
+    apart = steps[:-1] - steps[-1]
+    across = apart @ gram
+    left = np.linalg.lstsq(across @ apart.T, across @ steps[-1], rcond=1e-12)[0]
+    return np.asarray(images[-1] - left @ (images[:-1] - images[-1]))
 
 
 def shift_bound(gram: Matrix, lengths: Vector, s: Vector, w: Vector, noise: float) -> float:

@@ -110,6 +110,9 @@ def _rule_of(node: ast.expr, text: str) -> Rule:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             if any(keyword.arg is None for keyword in node.keywords):
                 raise ValueError(f"rule: {text!r}: '**' is not understood (write the parameters out)")
+            given = [keyword.arg for keyword in node.keywords]
+            if len(set(given)) < len(given):
+                raise ValueError(f"rule: {text!r} gives a parameter twice (write it once)")
             arguments = [_argument(a, text) for a in node.args]
             return _make(node.func.id, arguments, {str(k.arg): _argument(k.value, text) for k in node.keywords})
     except RecursionError as error:

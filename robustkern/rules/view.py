@@ -121,6 +121,7 @@ class View:
     weights: Vector | None = None
     share: float | None = None
     mix: Mixture | None = None
+    _known: tuple[Geometry, Geometry] | None = field(default=None, repr=False)  # of the input rows, and of these
 
     # -- what the rule was given -----------------------------------------------------------------------------------
 
@@ -163,8 +164,15 @@ class View:
         base = self._given.measure(quick)
         if self.mix is None:
             return base
-        mix = self.mix.matrix
+        if self._known is None or self._known[0] is not base:  # n^3 operations, which cuts ask for again and again
+            self._known = base, self._geometry_of(base, self.mix)
+        return self._known[1]
+
+    def _geometry_of(self, base: Geometry, mixture: Mixture) -> Geometry:
+        mix = mixture.matrix
         finite = ~((mix != 0) & ~base.finite).any(axis=1)
+        if not base.finite.all():  # what clipping leaves of rows that are too long to be measured: nothing
+            finite &= (mix != 0).any(axis=1)
         mix = np.where(finite[:, None], mix, 0.0)
         mixed = replace(
             base,
@@ -573,7 +581,8 @@ class View:
         kept = None if solution.kept is None else (mixture.weights[solution.kept] != 0).any(axis=0)
         carried = Mixture(solution.weights[None], np.array([solution.divisor])).of(mixture)
         weights, divisor = carried.weights[0], float(carried.divisors[0])
-        if (weights == np.rint(weights)).all() and abs(weights).max() < 2**53:  # the smallest whole numbers lose least
+        whole = (weights == np.rint(weights)).all() and weights.any()
+        if whole and abs(weights).max() < 2**53:  # the smallest whole numbers lose least
             common = float(np.gcd.reduce(weights.astype(np.int64)))
             weights, divisor = weights / common, divisor / common
         elif solution.centre_weight == 0 and abs(math.fsum(weights) / divisor - 1) <= UNIT_ROUNDING:
