@@ -119,6 +119,7 @@ class Stream:
         self._workers: set[Hashable] = set()
         self._weights: list[float] = []
         self._bad: list[int] = []
+        self._halfway = False  # while an update changes what is here
 
     def __enter__(self) -> Stream:
         return self
@@ -130,6 +131,7 @@ class Stream:
         """Forget the updates, and remove what is on disk."""
         self._spool.clear()
         self._sums, self._workers, self._weights, self._bad, self.count = None, set(), [], [], 0
+        self._halfway = False
 
     def add(self, update: Any, /, *, worker: Hashable = None, weight: float | None = None) -> None:
         """Take one update, which may be changed afterwards.
@@ -147,7 +149,10 @@ class Stream:
         ------
         TypeError, ValueError, OSError
             If it is not like the others, or there is no room for it. Then nothing has changed.
+        RuntimeError
+            If an earlier one was cut short, such as by Ctrl-C, when part of it was in the sums.
         """
+        self._check_whole()
         if self.count == self.n:
             raise ValueError(f"Stream: n={self.n} updates have come already (make a stream of more)")
         if worker is not None and worker in self._workers:
@@ -162,26 +167,37 @@ class Stream:
         form = self._form if self._form is not None else _Form.of(update)
         leaves = form.leaves_of(update)
         streamed = isinstance(self.rule, Mean) or (self._trims is not None and weight is None)
-        if streamed and self._options["nonfinite"] == "error":
-            self._add_to_sums(leaves, 1.0 if weight is None else float(weight))
-        else:
-            self._spool.add(leaves)
+        streamed = streamed and self._options["nonfinite"] == "error"
+        floats = [_floats(leaf) if streamed else None for leaf in leaves]
+        values = [x for x in floats if x is not None]
+        sums = self._sums
+        if streamed and sums is None:
+            sums = [_Mean.of(x, self._trims or 0) for x in values]
+        # All that is likely to fail comes before anything changes; of sums it would take copies to go back.
+        row = self._spool.copied([leaf for leaf, x in zip(leaves, floats, strict=True) if x is None])
+        self._halfway = True
+        self._spool.append(row)
+        if sums is not None:
+            self._add_to_sums(sums, values, 1.0 if weight is None else float(weight))
         if worker is not None:
             self._workers.add(worker)
         if weight is not None:
             self._weights.append(float(weight))
-        self._form, self.count = form, self.count + 1
+        self._form, self._sums, self.count = form, sums, self.count + 1
+        self._halfway = False
 
-    def _add_to_sums(self, leaves: list[Any], weight: float) -> None:
-        floats = [_floats(leaf) for leaf in leaves]
-        if self._sums is None:
-            self._sums = [_Mean.of(x, self._trims or 0) for x in floats if x is not None]
-        self._spool.add([leaf for leaf, x in zip(leaves, floats, strict=True) if x is None])  # counters: few
-        values = [x for x in floats if x is not None]
+    def _add_to_sums(self, sums: list[_Mean], values: list[NDArray[Any]], weight: float) -> None:
         with np.errstate(all="ignore"):  # whatever the caller has asked NumPy to do
-            finite = [total.add(x, weight) for total, x in zip(self._sums, values, strict=True)]
+            finite = [total.add(x, weight) for total, x in zip(sums, values, strict=True)]
         if not all(finite):
             self._bad.append(self.count)
+
+    def _check_whole(self) -> None:
+        if self._halfway:
+            raise RuntimeError(
+                "Stream: an add was cut short, and part of its update is in the sums (make a new stream, and add all "
+                "updates to it)"
+            )
 
     def result(self, *, return_info: bool = False) -> Any:
         """Combine what has come so far; more may come afterwards.
@@ -199,7 +215,10 @@ class Stream:
         ------
         TypeError, ValueError, NonFiniteError
             As `aggregate`; and where none has come, or too few for f.
+        RuntimeError
+            As `add`.
         """
+        self._check_whole()
         if self._form is None or not self.count:
             raise ValueError("Stream: no update has come (add some)")
         if self._f is not None and 2 * self._f >= self.count:
@@ -420,23 +439,36 @@ class _Mean:
 # ---- rows that are kept ----------------------------------------------------------------------------------------------
 
 
+class _Row(NamedTuple):
+    """A row that is kept.
+
+    Attributes
+    ----------
+    leaves : callable
+        Returns its leaves.
+    held : int
+        Bytes of them in memory.
+    """
+
+    leaves: Callable[[], list[Any]]
+    held: int
+
+
 class _Spool:
     """Rows of leaves, in memory up to a limit and then in files of a folder of its own."""
 
     def __init__(self, memory: int, directory: str | os.PathLike[str] | None) -> None:
         self._memory, self._directory, self._held = memory, directory, 0
-        self._rows: list[Callable[[], list[Any]]] = []
+        self._rows: list[_Row] = []
         self._folder: Path | None = None
         self._remove: Any = None
 
-    def add(self, leaves: list[Any]) -> None:
-        """Keep a copy of a row."""
+    def copied(self, leaves: list[Any]) -> _Row:
+        """Return a copy of a row; it is kept once it is appended."""
         nbytes = sum(leaf.nbytes for leaf in leaves if type(leaf) not in PLAIN)
         if self._held + nbytes <= self._memory:
             copies = [leaf if type(leaf) in PLAIN else np.array(leaf, order="C") for leaf in leaves]
-            self._rows.append(lambda: copies)
-            self._held += nbytes
-            return
+            return _Row(lambda: copies, nbytes)
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="robustkern-stream-", dir=self._directory))
             self._remove = weakref.finalize(self, _removed, self._folder, os.getpid())
@@ -452,11 +484,16 @@ class _Spool:
                 raise OSError(error.errno, error.strerror, str(path)) from None
             raise
         kinds = [(leaf, None) if type(leaf) in PLAIN else (leaf.shape, leaf.dtype) for leaf in leaves]
-        self._rows.append(lambda: _mapped(path, kinds))
+        return _Row(lambda: _mapped(path, kinds), 0)
+
+    def append(self, row: _Row) -> None:
+        """Keep a copied row."""
+        self._rows.append(row)
+        self._held += row.held
 
     def rows(self) -> list[list[Any]]:
         """Return the rows; those in files as memory maps."""
-        return [row() for row in self._rows]
+        return [row.leaves() for row in self._rows]
 
     def clear(self) -> None:
         """Forget all rows."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import robustkern as rk
+from robustkern.stream import _Mean
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -215,6 +216,40 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert stream.count == 1
         stream.add(np.full(3, 3.0))
         assert stream.result().tolist() == [2.0] * 3
+
+
+def test_a_first_add_that_failed_leaves_no_sums() -> None:
+    stream = rk.Stream("mean", n=5, memory=0, directory="/nonexistent/x")
+    with pytest.raises(OSError, match="No such file or directory"):
+        stream.add({"n": np.arange(3), "w": np.ones(10, dtype=np.float32)})
+    stream.add({"w": np.full(10, 1e300)})
+    stream.add({"w": np.full(10, 1e-300)})
+    assert stream.result()["w"].tolist() == [5e299] * 10
+
+
+@pytest.mark.parametrize("rule", ["mean", "trimmed_mean"])
+def test_an_add_that_is_cut_short(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rk.Stream(rule, n=9, f=1) as stream:
+        for k in range(3):
+            stream.add([np.full(2, float(k)), np.full(2, float(k))])
+        whole, calls = _Mean.add, []
+
+        def cut(total: _Mean, x: Any, weight: Any) -> bool:
+            calls.append(x)
+            if len(calls) == 2:  # one leaf is in the sums
+                raise KeyboardInterrupt
+            return whole(total, x, weight)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_Mean, "add", cut)
+            with pytest.raises(KeyboardInterrupt):
+                stream.add([np.ones(2), np.ones(2)])
+        for work in (lambda: stream.add([np.ones(2), np.ones(2)]), stream.result):
+            with pytest.raises(RuntimeError, match=r"an add was cut short.*\(make a new stream, and add all updates"):
+                work()
+        stream.close()  # which forgets them all
+        stream.add([np.ones(2), np.ones(2)])
+        assert stream.count == 1
 
 
 def test_what_cannot_be_asked_for() -> None:
