@@ -6,6 +6,7 @@ Of stale rows it keeps the inner products too, so that an arrival costs one read
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -60,9 +61,10 @@ class Server:
 
     Notes
     -----
-    Rows stand in the order of their workers, ascending, whoever came first. A round that raises changes nothing. With
-    momentum or stale rows the server keeps a copy of each worker's row: n updates in memory. Reads are those of
-    `aggregate`, one more of the updates that are kept, and with momentum two more.
+    Rows stand in the order of their workers, ascending, whoever came first. A round that raises changes nothing, and
+    threads that share a server wait for each other. With momentum or stale rows the server keeps a copy of each
+    worker's row: n updates in memory. Reads are those of `aggregate`, one more of the updates that are kept, and with
+    momentum two more.
 
     With 64 stale rows and more, rules that judge by distances between rows take inner products only of the rows that
     are new since the last result (up to a quarter of them, in one read of all rows); those of the others stay, about a
@@ -133,6 +135,17 @@ class Server:
         self._centre = None if centre is None else self._copy(centre)
         self._keeps_products = absent == "stale" and scope == "update" and not self.rule.points
         self._products = KeptProducts()
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles have: all but the lock."""
+        with self._lock:
+            return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take it, with a lock of its own."""
+        vars(self).update(state)
+        self._lock = threading.RLock()
 
     def add(self, updates: Any, /, *, workers: Sequence[Any] | None = None) -> None:
         """Take updates that arrive between two results, where stale rows are kept; see `aggregate`.
@@ -144,9 +157,10 @@ class Server:
         """
         if self._absent != "stale":
             raise ValueError("Server: add is for servers that keep rows (pass absent='stale', or updates to aggregate)")
-        names = self._checked(updates, workers)
-        rows = self._rows | {name: self._row(name, updates[i]) for i, name in enumerate(names)}
-        self.counts, self._rows = self._counted(names), rows
+        with self._lock:
+            names = self._checked(updates, workers)
+            rows = self._rows | {name: self._row(name, updates[i]) for i, name in enumerate(names)}
+            self.counts, self._rows = self._counted(names), rows
 
     def aggregate(
         self,
@@ -183,6 +197,13 @@ class Server:
         TypeError, ValueError, NonFiniteError, BackendUnavailable
             As `aggregate`; and where workers are no distinct integers or texts, one for each update.
         """
+        with self._lock:
+            result, info = self._aggregated(updates, workers, weights, delta)
+        return (result, info) if return_info else result
+
+    def _aggregated(
+        self, updates: Any, workers: Sequence[Any] | None, weights: ArrayLike | None, delta: float | None
+    ) -> tuple[Any, Info]:
         names = self._checked(updates, workers)
         if weights is not None and (self._weights is not None or self._absent == "stale"):
             raise ValueError("Server: weights= is for servers without weights of their own and without stale rows")
@@ -210,7 +231,7 @@ class Server:
         if self._measures:
             self._centre = aggregate([result], "mean", backend=self._backend)
         self.counts, self._rows, self.rounds = counts, known, self.rounds + 1
-        return (result, info) if return_info else result
+        return result, info
 
     def _checked(self, updates: Any, workers: Sequence[Any] | None) -> list[Any]:
         if isinstance(updates, (str, bytes, Mapping)) or not hasattr(updates, "__len__"):
@@ -266,15 +287,17 @@ class Server:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the coming rounds depend on; its arrays are the server's own and must not be changed."""
-        self._products = KeptProducts()  # this server and that of the state take the same products in the next round
-        return {
-            "version": _VERSION,
-            "rule": str(self.rule),
-            "rounds": self.rounds,
-            "counts": dict(self.counts),
-            "rows": dict(self._rows),
-            "centre": self._centre,
-        }
+        with self._lock:
+            # This server and that of the state take the same products in the next round.
+            self._products = KeptProducts()
+            return {
+                "version": _VERSION,
+                "rule": str(self.rule),
+                "rounds": self.rounds,
+                "counts": dict(self.counts),
+                "rows": dict(self._rows),
+                "centre": self._centre,
+            }
 
     def load_state_dict(self, state: Mapping[str, Any], /) -> None:
         """Go on as the server whose state it is: with the same parameters to the last bit, unless randomness is fresh.
@@ -299,9 +322,10 @@ class Server:
             raise ValueError("state holds rounds or counts that are no positive integers")
         if (state["centre"] is None) == self._measures or not counts.keys() >= dict(state["rows"]).keys():
             raise ValueError("state holds a centre too many or too few, or rows of workers without a count")
-        self.rounds, self.counts, self._rows = rounds, counts, dict(state["rows"])
-        self._products = KeptProducts()
-        self._centre = state["centre"]
+        with self._lock:
+            self.rounds, self.counts, self._rows = rounds, counts, dict(state["rows"])
+            self._products = KeptProducts()
+            self._centre = state["centre"]
 
 
 def _is_finite(update: Any) -> bool:

@@ -6,10 +6,11 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,7 @@ class Stream:
     Adding to a mean costs one read of the update, to a trimmed mean 2f comparisons of each value besides; others copy
     it. The mean and the trimmed mean are `aggregate`'s within one rounding, in whatever order updates come; what is
     spooled gives its bits. Infinities that all share (masks) are errors in a streamed trimmed mean. Use it as a context
-    manager, or `close` it.
+    manager, or `close` it. Threads may share it; it is neither copied nor pickled, and of no use in a forked child.
 
     Examples
     --------
@@ -120,6 +121,7 @@ class Stream:
         self._weights: list[float] = []
         self._bad: list[int] = []
         self._halfway = False  # while an update changes what is here
+        self._lock, self._owner = threading.RLock(), os.getpid()
 
     def __enter__(self) -> Stream:
         return self
@@ -129,9 +131,18 @@ class Stream:
 
     def close(self) -> None:
         """Forget the updates, and remove what is on disk."""
-        self._spool.clear()
-        self._sums, self._workers, self._weights, self._bad, self.count = None, set(), [], [], 0
-        self._halfway = False
+        if os.getpid() != self._owner:  # the parent's: its lock may be held by a thread that is not here
+            return
+        with self._lock:
+            self._spool.clear()
+            self._sums, self._workers, self._weights, self._bad, self.count = None, set(), [], [], 0
+            self._halfway = False
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse copies and pickles: two streams would write to one folder."""
+        raise TypeError(
+            "Stream: cannot be copied or pickled, what it keeps is in a folder of its own (make another one)"
+        )
 
     def add(self, update: Any, /, *, worker: Hashable = None, weight: float | None = None) -> None:
         """Take one update, which may be changed afterwards.
@@ -150,8 +161,13 @@ class Stream:
         TypeError, ValueError, OSError
             If it is not like the others, or there is no room for it. Then nothing has changed.
         RuntimeError
-            If an earlier one was cut short, such as by Ctrl-C, when part of it was in the sums.
+            If an earlier one was cut short, such as by Ctrl-C, when part of it was in the sums; and in a forked child.
         """
+        self._check_owner()
+        with self._lock:
+            self._add(update, worker, weight)
+
+    def _add(self, update: Any, worker: Hashable, weight: float | None) -> None:
         self._check_whole()
         if self.count == self.n:
             raise ValueError(f"Stream: n={self.n} updates have come already (make a stream of more)")
@@ -192,6 +208,10 @@ class Stream:
         if not all(finite):
             self._bad.append(self.count)
 
+    def _check_owner(self) -> None:
+        if os.getpid() != self._owner:
+            raise RuntimeError("Stream: was made in another process, of which this is a fork (make one here)")
+
     def _check_whole(self) -> None:
         if self._halfway:
             raise RuntimeError(
@@ -218,6 +238,11 @@ class Stream:
         RuntimeError
             As `add`.
         """
+        self._check_owner()
+        with self._lock:
+            return self._result(return_info)
+
+    def _result(self, return_info: bool) -> Any:
         self._check_whole()
         if self._form is None or not self.count:
             raise ValueError("Stream: no update has come (add some)")
@@ -474,7 +499,7 @@ class _Spool:
             self._remove = weakref.finalize(self, _removed, self._folder, os.getpid())
         path = self._folder / f"{len(self._rows)}.row"
         try:
-            with open(path, "wb") as file:
+            with open(path, "xb") as file:
                 for leaf in leaves:
                     if type(leaf) not in PLAIN:
                         file.write(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)

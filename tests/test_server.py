@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections import OrderedDict
 from typing import Any
 
@@ -541,6 +542,37 @@ def test_threads_leave_products_of_the_rows() -> None:
         thread.join()
     rows = np.stack([server._rows[i] for i in range(n)])
     np.testing.assert_allclose(server.aggregate(), rk.aggregate(rows, "geometric_median", f=9), rtol=1e-12, atol=1e-15)
+
+
+def test_threads_share_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits where another would take its place, and copies are free of its lock."""
+    taken = rk.Server._row
+
+    def slow(server: rk.Server, *update: Any) -> Any:
+        row = taken(server, *update)
+        time.sleep(1e-3)
+        return row
+
+    monkeypatch.setattr(rk.Server, "_row", slow)
+    server = rk.Server("median", absent="stale")
+    server.add([np.zeros(3)], workers=[0])
+
+    def arrive(first: int) -> None:
+        for k in range(first, first + 10):
+            server.add([np.full(3, float(k))], workers=[k])
+            server.aggregate([np.zeros(3)], workers=[0])
+
+    threads = [threading.Thread(target=arrive, args=(first,)) for first in (1, 11, 21, 31)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.counts == {0: 41} | dict.fromkeys(range(1, 41), 1)
+    assert server.rounds == 40
+    for again in (copy.copy(server), copy.deepcopy(server), pickle.loads(pickle.dumps(server))):
+        assert again.aggregate().tolist() == [20.0] * 3
+        assert again.rounds == 41
+    assert server.rounds == 40
 
 
 @pytest.mark.parametrize("rule", ["ctma(geometric_median)", "ctma(krum)", "multi_krum(m=5)"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import robustkern as rk
-from robustkern.stream import _Mean
+from robustkern.stream import _Mean, _Spool
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -293,6 +297,40 @@ def test_sums_that_overflow_come_back() -> None:
     np.testing.assert_allclose(streamed(x, "mean"), rk.mean(x), rtol=1e-15)
 
 
+def test_a_stream_is_not_copied() -> None:
+    with rk.Stream("median", n=3, memory=0) as stream:
+        stream.add(np.ones(3))
+        for work in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"Stream: cannot be copied or pickled.*\(make another one\)"):
+                work(stream)
+
+
+@pytest.mark.parametrize("rule", ["mean", "trimmed_mean", "median"])
+def test_threads_share_a_stream(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each waits where another would take its place."""
+    copied = _Spool.copied
+
+    def slow(spool: _Spool, leaves: list[Any]) -> Any:
+        row = copied(spool, leaves)
+        time.sleep(1e-3)
+        return row
+
+    monkeypatch.setattr(_Spool, "copied", slow)
+    with rk.Stream(rule, n=40, f=3, memory=0) as stream:
+
+        def send(first: int) -> None:
+            for k in range(first, first + 10):
+                stream.add(np.full(100, float(k)), worker=k)
+
+        threads = [threading.Thread(target=send, args=(first,)) for first in range(0, 40, 10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert stream.count == 40
+        assert stream.result().tolist() == [19.5] * 100
+
+
 FORKING = """
 import os, sys
 import numpy as np
@@ -302,9 +340,15 @@ with rk.Stream("median", n=3, memory=0, directory=sys.argv[1]) as stream:
     stream.add(np.ones(3))
     child = os.fork()
     if child == 0:
+        said = []
+        for work in (lambda: stream.add(np.zeros(3)), stream.result):
+            try:
+                work()
+            except RuntimeError as error:
+                said.append("of which this is a fork (make one here)" in str(error))
         stream.close()
-        os._exit(0)
-    os.waitpid(child, 0)
+        os._exit(0 if said == [True, True] else 1)
+    assert os.waitpid(child, 0)[1] == 0
     stream.add(np.ones(3))
     assert stream.result().tolist() == [1.0] * 3
 assert os.listdir(sys.argv[1]) == []
