@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,6 +29,8 @@ __all__ = ["Stream"]
 
 #: Values that pass through all kept rows together, so that they stay in the processor's cache.
 BLOCK_VALUES = 1 << 15
+#: Where a row begins in the file: at a line of the caches.
+LINE = 64
 #: What a sum is multiplied with where it would overflow: 65535 numbers then stay finite.
 ROOM = 2.0**-20
 LARGE = 2.0**900
@@ -469,74 +471,84 @@ class _Row(NamedTuple):
 
     Attributes
     ----------
-    leaves : callable
-        Returns its leaves.
-    held : int
-        Bytes of them in memory.
+    leaves : list
+        In memory its leaves; in the file numbers and texts, and shapes and dtypes of arrays.
+    begin : int or None
+        Where it begins in the file, if it is there.
+    nbytes : int
+        Of its arrays.
     """
 
-    leaves: Callable[[], list[Any]]
-    held: int
+    leaves: list[Any]
+    begin: int | None
+    nbytes: int
 
 
 class _Spool:
-    """Rows of leaves, in memory up to a limit and then in files of a folder of its own."""
+    """Rows of leaves, in memory up to a limit and then in a file, in a folder of its own."""
 
     def __init__(self, memory: int, directory: str | os.PathLike[str] | None) -> None:
-        self._memory, self._directory, self._held = memory, directory, 0
+        self._memory, self._directory, self._held, self._end = memory, directory, 0, 0
         self._rows: list[_Row] = []
-        self._folder: Path | None = None
+        self._file: Path | None = None
         self._remove: Any = None
 
     def copied(self, leaves: list[Any]) -> _Row:
-        """Return a copy of a row; it is kept once it is appended."""
+        """Return a copy of a row; it is kept once it is appended, and overwritten by the next one otherwise."""
         nbytes = sum(leaf.nbytes for leaf in leaves if type(leaf) not in PLAIN)
         if self._held + nbytes <= self._memory:
-            copies = [leaf if type(leaf) in PLAIN else np.array(leaf, order="C") for leaf in leaves]
-            return _Row(lambda: copies, nbytes)
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="robustkern-stream-", dir=self._directory))
-            self._remove = weakref.finalize(self, _removed, self._folder, os.getpid())
-        path = self._folder / f"{len(self._rows)}.row"
+            return _Row([leaf if type(leaf) in PLAIN else np.array(leaf, order="C") for leaf in leaves], None, nbytes)
+        if self._file is None:
+            folder = Path(tempfile.mkdtemp(prefix="robustkern-stream-", dir=self._directory))
+            self._remove = weakref.finalize(self, _removed, folder, os.getpid())
+            open(folder / "updates.rows", "xb").close()  # never somebody else's
+            self._file = folder / "updates.rows"
+        begin = -(-self._end // LINE) * LINE
         try:
-            with open(path, "xb") as file:
+            with open(self._file, "r+b") as file:
+                file.seek(begin)
                 for leaf in leaves:
                     if type(leaf) not in PLAIN:
                         file.write(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
-        except BaseException as error:
-            path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(path)) from None
+        except OSError as error:
+            if error.filename is None:
+                raise OSError(error.errno, error.strerror, str(self._file)) from None
             raise
-        kinds = [(leaf, None) if type(leaf) in PLAIN else (leaf.shape, leaf.dtype) for leaf in leaves]
-        return _Row(lambda: _mapped(path, kinds), 0)
+        kinds = [leaf if type(leaf) in PLAIN else (leaf.shape, leaf.dtype) for leaf in leaves]
+        return _Row(kinds, begin, nbytes)
 
     def append(self, row: _Row) -> None:
         """Keep a copied row."""
         self._rows.append(row)
-        self._held += row.held
+        if row.begin is None:
+            self._held += row.nbytes
+        else:
+            self._end = row.begin + row.nbytes
 
     def rows(self) -> list[list[Any]]:
-        """Return the rows; those in files as memory maps."""
-        return [row.leaves() for row in self._rows]
+        """Return the rows; those in the file as parts of one memory map."""
+        data = np.zeros(0, dtype=np.uint8)
+        if self._file is not None and self._end:
+            data = np.asarray(np.memmap(self._file, dtype=np.uint8, mode="r", shape=(self._end,)))
+        return [row.leaves if row.begin is None else _found(data, row.begin, row.leaves) for row in self._rows]
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._rows, self._held, self._folder = [], 0, None
+        self._rows, self._held, self._end, self._file = [], 0, 0, None
         if self._remove is not None:
             self._remove()
 
 
-def _mapped(path: Path, kinds: list[tuple[Any, np.dtype[Any] | None]]) -> list[Any]:
-    data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.uint8)
+def _found(data: NDArray[np.uint8], at: int, kinds: list[Any]) -> list[Any]:
+    """Return a row's leaves in the file's bytes."""
     leaves: list[Any] = []
-    at = 0
-    for shape, dtype in kinds:
-        if dtype is None:
-            leaves.append(shape)
+    for kind in kinds:
+        if type(kind) in PLAIN:
+            leaves.append(kind)
             continue
-        count = int(np.prod(shape)) * dtype.itemsize
-        leaves.append(np.asarray(data[at : at + count]).view(dtype).reshape(shape))
+        shape, dtype = kind
+        count = math.prod(shape) * dtype.itemsize
+        leaves.append(data[at : at + count].view(dtype).reshape(shape))
         at += count
     return leaves
 

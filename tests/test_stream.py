@@ -116,7 +116,10 @@ def test_rules_that_need_all_rows(rule: str, memory: int, tmp_path: Path) -> Non
             mine = row.copy()
             stream.add(mine, worker=f"w{k}")
             mine[:] = 0  # the caller's again
-        assert len(list(tmp_path.rglob("*.row"))) == {0: 9, 3000: 2, 1 << 30: 0}[memory]
+        files = list(tmp_path.rglob("*.rows"))
+        count = {0: 9, 3000: 2, 1 << 30: 0}[memory]
+        assert len(files) == (count > 0)
+        assert sum(path.stat().st_size for path in files) == (448 * (count - 1) + 400 if count else 0)
         got, info = stream.result(return_info=True)
         assert np.array_equal(stream.result(), got)
     want, told = rk.aggregate(x, rule, f=2, return_info=True)
@@ -199,6 +202,36 @@ def test_a_refused_update_changes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+MANY = """
+import resource, sys
+import numpy as np
+import robustkern as rk
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+with rk.Stream("ctma(median)", n=100, f=10, memory=0, directory=sys.argv[1]) as stream:
+    for k in range(100):
+        stream.add({"n": np.int8(k), "w": np.full(3, float(k))})
+    assert stream.result()["w"].tolist() == [49.5] * 3, stream.result()
+"""
+
+
+def test_rows_on_disk_take_one_descriptor(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", MANY, str(tmp_path)], check=True, timeout=60)
+
+
+def test_a_row_that_was_cut_short_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rk.Stream("median", n=5, memory=0, directory=tmp_path) as stream:
+        stream.add(np.zeros(3))
+        with monkeypatch.context() as patch:
+            patch.setattr("robustkern.stream._Row", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                stream.add(np.full(3, 9.0))
+        for value in (1.0, 2.0):
+            stream.add(np.full(3, value))
+        assert stream.result().tolist() == [1.0] * 3
+        assert [path.stat().st_size for path in tmp_path.rglob("*.rows")] == [64 * 2 + 24]
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with rk.Stream("median", n=5, memory=0, directory=tmp_path) as stream:
         stream.add(np.ones(3))
@@ -210,11 +243,14 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             def __exit__(self, *_: object) -> None:
                 return None
 
+            def seek(self, at: int) -> None:
+                assert at == 64
+
             def write(self, data: Any) -> None:
                 raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("builtins.open", lambda *_, **__: Full())
-        with pytest.raises(OSError, match=r"No space left on device: .*1\.row"):
+        with pytest.raises(OSError, match=r"No space left on device: .*updates\.rows"):
             stream.add(np.ones(3))
         monkeypatch.undo()
         assert stream.count == 1
