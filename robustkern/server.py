@@ -66,7 +66,7 @@ class Server:
     worker's row: n updates in memory. Reads are those of `aggregate`, one more of the updates that are kept, and with
     momentum two more.
 
-    With 64 stale rows and more, rules that judge by distances between rows take inner products only of the rows that
+    With 32 stale rows and more, rules that judge by distances between rows take inner products only of the rows that
     are new since the last result (up to a quarter of them, in one read of all rows); those of the others stay, about a
     centre that is one more row in memory, and are float64. Not with ``scope="leaf"``, and not for rules that measure
     from the origin or a centre, which make all their passes.
@@ -320,6 +320,12 @@ class Server:
         rounds, counts = state["rounds"], dict(state["counts"])
         if not isinstance(rounds, int) or rounds < 0 or not all(isinstance(k, int) and k > 0 for k in counts.values()):
             raise ValueError("state holds rounds or counts that are no positive integers")
+        kinds = sorted({type(name).__name__ for name in counts})
+        if kinds not in ([], ["int"], ["str"]):
+            raise TypeError(
+                f"state holds workers of {', '.join(kinds)}; expected all integers or all texts (pass what state_dict "
+                "returned)"
+            )
         if (state["centre"] is None) == self._measures or not counts.keys() >= dict(state["rows"]).keys():
             raise ValueError("state holds a centre too many or too few, or rows of workers without a count")
         with self._lock:

@@ -121,6 +121,7 @@ class Stream:
         self._sums: list[_Mean] | None = None
         self._workers: set[Hashable] = set()
         self._weights: list[float] = []
+        self._largest = 0.0  # of the weights in the sums
         self._bad: list[int] = []
         self._halfway = False  # while an update changes what is here
         self._lock, self._owner = threading.RLock(), os.getpid()
@@ -138,7 +139,7 @@ class Stream:
         with self._lock:
             self._spool.clear()
             self._sums, self._workers, self._weights, self._bad, self.count = None, set(), [], [], 0
-            self._halfway = False
+            self._largest, self._halfway = 0.0, False
 
     def __reduce__(self) -> NoReturn:
         """Refuse copies and pickles: two streams would write to one folder."""
@@ -180,8 +181,7 @@ class Stream:
         if weight is not None:
             if not self.rule.supports_weights:
                 raise ValueError(f"{self.rule}: weights are not supported (drop weight=)")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-                raise ValueError(f"Stream: weight must be finite and not negative; got {brief(weight)}")
+            weight = _weight(weight)
         form = self._form if self._form is not None else _Form.of(update)
         leaves = form.leaves_of(update)
         streamed = isinstance(self.rule, Mean) or (self._trims is not None and weight is None)
@@ -196,17 +196,22 @@ class Stream:
         self._halfway = True
         self._spool.append(row)
         if sums is not None:
-            self._add_to_sums(sums, values, 1.0 if weight is None else float(weight))
+            self._add_to_sums(sums, values, 1.0 if weight is None else weight)
         if worker is not None:
             self._workers.add(worker)
         if weight is not None:
-            self._weights.append(float(weight))
+            self._weights.append(weight)
         self._form, self._sums, self.count = form, sums, self.count + 1
         self._halfway = False
 
     def _add_to_sums(self, sums: list[_Mean], values: list[NDArray[Any]], weight: float) -> None:
         with np.errstate(all="ignore"):  # whatever the caller has asked NumPy to do
-            finite = [total.add(x, weight) for total, x in zip(sums, values, strict=True)]
+            before, self._largest = self._largest, max(self._largest, weight)
+            power = _power(self._largest)
+            if before and _power(before) < power:
+                for total in sums:
+                    total.shrink(_power(before) - power)
+            finite = [total.add(x, math.ldexp(weight, -power)) for total, x in zip(sums, values, strict=True)]
         if not all(finite):
             self._bad.append(self.count)
 
@@ -251,7 +256,7 @@ class Stream:
         if self._f is not None and 2 * self._f >= self.count:
             raise ValueError(f"{self.rule}: 2*f must be below the number of updates; got f={self._f} with {self.count}")
         weights = self._weights or None
-        if self._sums is None:
+        if not self._sums:  # or nothing but integers, of which `aggregate` knows what to do
             rows = [self._form.tree(row) for row in self._spool.rows()]
             options = self._options if self._options["delta"] is not None else self._options | {"f": self._f}
             found, info = aggregate(rows, self.rule, weights=weights, return_info=True, **options)
@@ -261,9 +266,10 @@ class Stream:
             raise ValueError(f"{self.rule}: its rows are not kept in a stream, so there is no Info (drop return_info)")
         count = float(self.count if self._trims is None else self.count - 2 * self._trims)
         if weights:
-            count = math.fsum(weights)
-            if not count:
+            if not any(weights):
                 raise ValueError(f"{self.rule}: weights are all 0; at least one row must have some")
+            power = _power(self._largest)
+            count = math.fsum(math.ldexp(weight, -power) for weight in weights)
         with np.errstate(all="ignore"):
             means = [total.mean(count) for total in self._sums]
         if self._trims is not None and not all(np.isfinite(mean).all() for mean in means):
@@ -386,7 +392,22 @@ def _shaped(values: NDArray[np.float64], like: NDArray[Any]) -> NDArray[Any]:
     return (values.view(np.complex128) if like.dtype.kind == "c" else values).reshape(like.shape)
 
 
+def _weight(weight: Any) -> float:
+    """Return a weight as a float; raise where it is none."""
+    try:
+        if not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 <= float(weight) < math.inf:
+            return float(weight)
+    except OverflowError:  # an integer beyond all floats
+        pass
+    raise ValueError(f"Stream: weight must be finite and not negative; got {brief(weight)}")
+
+
 # ---- sums ------------------------------------------------------------------------------------------------------------
+
+
+def _power(largest: float) -> int:
+    """Return the power of two of the largest weight, by which all are divided: sums stay finite, and 1 stays 1."""
+    return math.frexp(largest)[1] - 1 if largest else 0
 
 
 class _Mean:
@@ -431,6 +452,12 @@ class _Mean:
         for row in self.high[:, part]:
             x, row[:] = np.fmin(row, x), np.maximum(row, x)
         return x
+
+    def shrink(self, power: int) -> None:
+        """Multiply what is there with a power of two, as weights are."""
+        self.sum = np.ldexp(self.sum, power)
+        if self.lost is not None:
+            self.lost = np.ldexp(self.lost, power)
 
     def _add(self, x: NDArray[Any], part: slice, weight: float) -> None:
         if self.lost is None:

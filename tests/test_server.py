@@ -295,6 +295,10 @@ def test_states_that_are_none() -> None:
         ValueError, match="state is of version 1 and rule 'median'; this server has version 1 and rule 'mean'"
     ):
         rk.Server("mean").load_state_dict(state)
+    with pytest.raises(TypeError, match=r"state holds workers of int, str; expected all integers or all texts \(pass"):
+        fresh.load_state_dict(state | {"counts": {0: 1, "a": 1}})
+    with pytest.raises(TypeError, match="state holds workers of float; expected all integers or all texts"):
+        fresh.load_state_dict(state | {"counts": {0.5: 1}, "rows": {}})
     for wrong in ({"rounds": -1}, {"counts": {0: 0}}, {"counts": {0: "x"}}):
         with pytest.raises(ValueError, match="state holds rounds or counts that are no positive integers"):
             fresh.load_state_dict({**state, **wrong})

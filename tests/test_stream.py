@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import subprocess
 import sys
@@ -163,6 +164,42 @@ def test_weights() -> None:
             np.testing.assert_allclose(stream.result(), want, rtol=1e-14, atol=1e-16)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1e308] * 5,
+        [1e300] * 5,
+        [5e-324] * 5,
+        [1e-320, 2e-320, 0.0, 0.0, 3e-320],
+        [0.0, 1e-300, 1.0, 7.0, 1e308],
+        [3, 1, 2, 1000, 5],
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_weights_of_any_size(weights: list[float], dtype: Any) -> None:
+    largest = np.finfo(dtype).max
+    x = np.array([[0.5, 1, 3], [0.25, 1, -2], [-0.5, 1, 4], [0.125, 1, 7], [0.75, 1, 1]], dtype=dtype)
+    x *= np.array([largest, largest, 1], dtype=dtype)
+    with rk.Stream("mean", n=5) as stream:
+        for row, weight in zip(x, weights, strict=True):
+            stream.add(row, weight=weight)
+        got = stream.result()
+    np.testing.assert_allclose(got, rk.aggregate(x, "mean", weights=weights), rtol=4 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("rule", ["mean", "trimmed_mean", "median"])
+def test_integers_alone(rule: str) -> None:
+    rows = [{"n": np.array([k, 7])} for k in range(5)]
+    answers = []
+    for work in (lambda: rk.aggregate(rows, rule, f=1), lambda: streamed(rows, rule, f=1)):
+        try:
+            answers.append(work()["n"].tolist())
+        except TypeError as error:
+            answers.append(str(error))
+    assert answers[0] == answers[1]
+    assert ("hold integers only" in str(answers[0])) == (rule == "trimmed_mean")
+
+
 def test_a_refused_update_changes_nothing(tmp_path: Path) -> None:
     for rule in ("mean", "trimmed_mean", "median"):
         with rk.Stream(rule, n=5, f=1, memory=0, directory=tmp_path) as stream:
@@ -299,6 +336,8 @@ def test_what_cannot_be_asked_for() -> None:
         (r"2\*f must be below n", lambda: rk.Stream("median", n=4, f=2)),
         ("trimmed_mean: f is required", lambda: rk.Stream("trimmed_mean", n=4)),
         ("weight must be finite and not negative; got -1", lambda: rk.Stream("mean", n=2).add(np.ones(1), weight=-1)),
+        ("weight must be finite and not negative; got 1000", lambda: rk.Stream("mean", n=2).add(1, weight=10**400)),
+        ("weight must be finite and not negative; got inf", lambda: rk.Stream("mean", n=2).add(1, weight=math.inf)),
         ("krum: weights are not supported", lambda: rk.Stream("krum", n=5, f=1).add(np.ones(1), weight=1)),
     ]
     for message, work in cases:
