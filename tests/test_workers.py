@@ -985,6 +985,13 @@ def hostile_npy(path: Path, shape: str) -> None:
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
 
 
+def npy_of_version(path: Path, version: int, *shape: int) -> None:
+    np.save(path, np.ones(shape, dtype=np.float32))
+    data = path.read_bytes()
+    length = struct.unpack("<H", data[8:10])[0]
+    path.write_bytes(data[:6] + bytes([version, 0]) + struct.pack("<I", length) + data[10:])
+
+
 class Big:
     def __reduce__(self) -> Any:
         return bytearray, (2**50,)
@@ -1023,6 +1030,11 @@ def index_of(folder: Path, shards: list[str]) -> None:
         ("a.pt", lambda p: torch.save({"w": torch.ones(1).expand(2**40)}, p)),
         ("a", lambda p: index_of(p, ["a\0.npz"])),
         ("a", lambda p: index_of(p, ["\ud800.npz"])),
+        ("a", lambda p: index_of(p, ["x" * 300 + ".safetensors"])),
+        ("a.safetensors", lambda p: p.symlink_to("/" + "y" * 300)),
+        ("a", lambda p: p.symlink_to("/")),
+        ("a", lambda p: p.symlink_to("..")),
+        ("a", lambda p: p.symlink_to(".")),
         ("a", lambda p: index_of(p, ["\u00b21.npz"])),
         ("a\u00b2.safetensors", lambda p: p.write_bytes(b"")),
         ("a.index.json", lambda p: p.write_text("{}")),
@@ -1049,6 +1061,57 @@ def test_no_hostile_file_blocks_a_round(tmp_path: Path, name: str, make: Any) ->
         aggregate_files(pool, "ctma(median)", f=1, out=tmp_path / "out.safetensors")
     assert "pool/a" in str(error.value) or "checkpoint ('a.index.json' says so)" in str(error.value)
     assert time.process_time() - started < 5
+
+
+def test_no_link_to_the_output_blocks_a_round(tmp_path: Path) -> None:
+    """The second round has an output to link to; the first one that folder only, and what lies in it."""
+    for name in ("out.safetensors", "out.npy"):
+        pool, out = tmp_path / name / "pool", tmp_path / name / name
+        honest(pool)
+        for path in pool.iterdir():
+            np.save(path.with_suffix(".npy"), load_file(path)["w"])
+            path.unlink()
+        (pool / "a").symlink_to("..")
+        np.save(tmp_path / name / "one.npy", np.ones(50, dtype=np.float32))
+        info = aggregate_files(pool, "median", f=1, out=out, bad="count")
+        assert info.bad == {"a": f"{pool}/a: is a link to where the result goes, {out}"}
+        (pool / "a").unlink()
+        (pool / "a").mkdir()
+        (pool / "a" / name).symlink_to(out)
+        for paths in (pool, sorted(pool.iterdir())):
+            info = aggregate_files(paths, "median", f=1, out=out, bad="count")
+            assert info.bad == {"a": f"{pool}/a: is a link to where the result goes, {out}"}
+        with pytest.raises(FileError, match="is one of the updates, which are never overwritten"):
+            aggregate_files(pool, "median", f=1, out=out)
+
+
+@pytest.mark.parametrize("processes", [[], ["--processes", 2]])
+def test_no_name_that_is_too_long_blocks_a_round(tmp_path: Path, processes: list[Any]) -> None:
+    if processes:
+        pytest.importorskip("distributed")
+    pool, out = tmp_path / "pool", tmp_path / "out.safetensors"
+    honest(pool)
+    index_of(pool / "a", ["x" * 300 + ".safetensors"])
+    (pool / "nowhere").symlink_to("/" + "y" * 300)  # no update file, as any link that leads nowhere
+    given = [pool, "--rule", "median", "--f", 1, "--bad-files", "count", "--out", out, "--json", *processes]
+    result = command(*given)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert [worker["file"] for worker in told["workers"] if worker["verdict"] == "bad file"] == [str(pool / "a")]
+    assert "File name too long" in result.stdout
+
+
+@pytest.mark.parametrize("target", ["out.safetensors", "out.npz", "out.npy"])
+@pytest.mark.parametrize("spoil", [lambda p: hostile_npy(p, "(True, 12)"), lambda p: npy_of_version(p, 9, 1, 12)])
+def test_a_header_that_numpy_would_not_write_is_bad(tmp_path: Path, spoil: Any, target: str) -> None:
+    paths = [tmp_path / f"{k}.npy" for k in range(5)]
+    for path in paths[1:]:
+        np.save(path, np.ones((1, 12), dtype=np.float32))
+    spoil(paths[0])
+    with paths[0].open("ab") as file:
+        file.write(np.ones(12, dtype=np.float32).tobytes())
+    info = aggregate_files(paths, "median", f=1, out=tmp_path / target, bad="count")
+    assert info.bad.keys() == {"0.npy"}
 
 
 def test_a_server_without_torch_is_not_blocked_by_a_torch_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

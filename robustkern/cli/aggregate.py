@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 import warnings
@@ -143,7 +144,7 @@ def aggregate(
     with said("dtype"):
         choice = Choice.of(**patterns, dtype=dtype)
     pool = find_workers(updates, out, bad_files.value)
-    missing = next((path for path in updates if not path.exists()), None)
+    missing = next((path for path in updates if not os.path.exists(path)), None)
     if missing is not None and bad_files is BadFiles.error:  # before anything is said of their number
         raise FileError(f"{missing}: no such file or folder")
     n = len(pool.workers)

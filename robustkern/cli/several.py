@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ __all__ = ["combine_in_pool", "combine_on_ranks", "for_ranks"]
 
 
 def _is_one(path: Path) -> bool:
-    return (path / ".metadata").is_file() and any(path.glob("*.distcp"))
+    return os.path.isfile(path / ".metadata") and any(path.glob("*.distcp"))
 
 
 def for_ranks(updates: Sequence[Path], out: Path, bad: str) -> Pool | None:
@@ -37,7 +38,7 @@ def for_ranks(updates: Sequence[Path], out: Path, bad: str) -> Pool | None:
 
 
 def _folders_of(updates: Sequence[Path], bad: str) -> list[Path] | None:
-    if len(updates) == 1 and updates[0].is_dir() and not _is_one(updates[0]):
+    if len(updates) == 1 and os.path.isdir(updates[0]) and not _is_one(updates[0]):
         inside = [path for path in updates[0].iterdir() if not path.name.startswith(".")]
         updates = sorted((path for path in inside), key=lambda path: natural(path.name))
         if not updates:

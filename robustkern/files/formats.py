@@ -42,6 +42,7 @@ __all__ = [
     "Reader",
     "Tensor",
     "is_output",
+    "is_same",
     "kind_of",
     "mark_of",
     "naming",
@@ -126,6 +127,14 @@ def naming(path: Path) -> Iterator[None]:
 def kind_of(path: Path) -> str:
     """Return a file's suffix, in lower case."""
     return path.suffix.lower()
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Tell whether two names are one file's; not where one of them leads nowhere, however long it is."""
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return False
 
 
 # ---- a file that is held ---------------------------------------------------------------------------------------
@@ -668,6 +677,8 @@ class _Torch(_Spans):
 def _npy_header(start: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
     """Return what an array is, where its values begin, and their steps where they are not in the order of C."""
     version = np.lib.format.read_magic(io.BytesIO(start[:8]))
+    if version not in ((1, 0), (2, 0), (3, 0)):
+        raise ValueError(f"its format has the version {version}; NumPy writes (1, 0), (2, 0) and (3, 0)")
     size, code = (10, "<H") if version == (1, 0) else (12, "<I")
     (length,) = struct.unpack(code, start[8:size])
     return _parsed(start[: size + length])
@@ -686,8 +697,8 @@ def _parsed(header: bytes) -> tuple[Tensor, int, tuple[int, ...] | None]:
         raise ValueError("it holds Python objects, which are never loaded")
     if dtype.subdtype is not None or dtype.itemsize == 0:
         raise ValueError(f"its dtype {plain(str(dtype), 60)} is not that of a number")
-    if any(not 0 <= size < 1 << 63 for size in shape) or len(shape) > MAX_AXES:
-        raise ValueError(f"its shape {plain(str(shape), 60)} is negative, or too large")
+    if any(type(size) is not int or not 0 <= size < 1 << 63 for size in shape) or len(shape) > MAX_AXES:
+        raise ValueError(f"its shape {plain(str(shape), 60)} is negative, too large, or no whole numbers")
     steps = None
     if fortran and sum(size != 1 for size in shape) > 1:
         steps = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))

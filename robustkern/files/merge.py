@@ -225,9 +225,13 @@ def aggregate_pool(
 
 
 def touched(pool: Pool) -> tuple[list[Path], list[Path]]:
-    """Return the files that workers have, and their folders: an output replaces none of these, and is in none."""
-    files = [path for worker in pool.workers for path in (worker.path, *worker.files) if not path.is_dir()]
-    return files, [worker.path for worker in pool.workers if worker.path.is_dir()]
+    """Return the files that workers have, and their folders: an output replaces none of these, and is in none.
+
+    A link that is no update protects nothing, wherever it leads: nobody blocks a round by one to the output's folder.
+    """
+    workers = [worker for worker in pool.workers if worker.wrong is None or not os.path.islink(worker.path)]
+    files = [path for worker in workers for path in (worker.path, *worker.files) if not os.path.isdir(path)]
+    return files, [worker.path for worker in workers if os.path.isdir(worker.path)]
 
 
 def _run(rule: Aggregator, files: Files, scope: str, options: dict[str, Any]) -> Info:

@@ -20,7 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.errors import shown
-from robustkern.files.formats import CODES, MARK, WRITTEN, FileError, Tensor, kind_of, mark_of, open_reader, sum_of
+from robustkern.files.formats import (
+    CODES,
+    MARK,
+    WRITTEN,
+    FileError,
+    Tensor,
+    is_same,
+    kind_of,
+    mark_of,
+    open_reader,
+    sum_of,
+)
 
 try:
     import fcntl as locks
@@ -367,14 +378,20 @@ def check_place(path: Path, folders: Sequence[Path]) -> None:
 def check_target(path: Path, inputs: Sequence[Path], folders: Sequence[Path] = ()) -> None:
     """Raise where a file cannot be replaced, or must not be: one of the inputs, or in one of the workers' folders."""
     check_place(path, folders)
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+    if mode is not None and stat.S_ISDIR(mode):
         raise FileError(f"{path}: is a directory (name a file)")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise FileError(f"{path}: the directory {path.parent} does not exist")
-    if path.exists():
-        if not stat.S_ISREG(path.stat().st_mode):
+    if mode is not None:
+        if not stat.S_ISREG(mode):
             raise FileError(f"{path}: is no regular file, which are all that is ever replaced")
-        if any(other.exists() and path.samefile(other) for other in inputs):
+        if any(is_same(path, other) for other in inputs):
             raise FileError(f"{path}: is one of the updates, which are never overwritten (name another file)")
 
 

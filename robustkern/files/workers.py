@@ -12,14 +12,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from robustkern.errors import shown
-from robustkern.files.formats import SUFFIXES, FileError, Held, is_output, kind_of, naming, read_json
+from robustkern.files.formats import SUFFIXES, FileError, Held, is_output, is_same, kind_of, naming, read_json
 
 __all__ = [
     "Pool",
@@ -97,7 +97,8 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
     out : Path, optional
         Where the result goes, which is no worker, nor are its shards and their index.
     bad : {"error", "count"}
-        See `robustkern.aggregate_files`: whether an index in a pool is somebody's bad update.
+        See `robustkern.aggregate_files`: whether an index in a pool is somebody's bad update, and a link to where the
+        result goes.
 
     Raises
     ------
@@ -105,11 +106,25 @@ def find_workers(paths: Sequence[str | os.PathLike[str]], out: Path | None = Non
         If there is none, or a single folder is one worker's.
     """
     given = [Path(path) for path in paths]
-    if len(given) == 1 and given[0].is_dir():
-        return _pool(given[0], out, bad)
-    if not given:
+    if len(given) == 1 and os.path.isdir(given[0]):
+        pool = _pool(given[0], out, bad)
+    elif not given:
         raise FileError("no update files were given")
-    return Pool(distinct([worker_of(path) for path in given]), False)
+    else:
+        pool = Pool(distinct([worker_of(path) for path in given]), False)
+    if out is None or bad == "error":
+        return pool
+    return replace(pool, workers=tuple(_without_link_to(out, worker) for worker in pool.workers))
+
+
+def _without_link_to(out: Path, worker: Worker) -> Worker:
+    """Return a worker, as a bad one where a link leads from it to where the result goes: it would block every round."""
+    place = Path(os.path.realpath(out.parent)) / out.name
+    around = os.path.islink(worker.path) and Path(os.path.realpath(worker.path)) in place.parents
+    linked = [file for file in worker.files if Path(os.path.realpath(file.parent)) / file.name != place]
+    if worker.wrong is None and (around or (not os.path.islink(out) and any(is_same(file, out) for file in linked))):
+        return Worker(worker.name, worker.path, wrong=f"{worker.path}: is a link to where the result goes, {out}")
+    return worker
 
 
 def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
@@ -129,9 +144,9 @@ def _pool(folder: Path, out: Path | None, bad: str) -> Pool:
             entries.append(
                 Worker(name, path, wrong=f"{path}: is an index, and this folder has an entry for each worker")
             )
-        elif not path.is_dir() and kind_of(path) not in SUFFIXES:
+        elif not os.path.isdir(path) and kind_of(path) not in SUFFIXES:
             ignored.append(f"{shown(name)} (no update file)")
-        elif path.is_file() and is_output(path):
+        elif os.path.isfile(path) and is_output(path):
             ignored.append(f"{shown(name)} (a result of an aggregation)")
         else:
             entries.append(worker_of(path))
@@ -155,7 +170,7 @@ def _is_of(path: Path, out: Path) -> bool:
     What only has the name is somebody's update, or may be: then it is a worker, which no output replaces.
     """
     if path.parent.resolve() != out.parent.resolve():
-        return out.exists() and path.exists() and path.samefile(out) and is_output(path)
+        return is_same(path, out) and is_output(path)
     if path.name == out.name + INDEX:
         try:
             return all(map(is_output, _sharded(path, path).files))
@@ -168,21 +183,24 @@ def _is_of(path: Path, out: Path) -> bool:
 def worker_of(path: Path) -> Worker:
     """Return the worker of a path; what is wrong with it is told later, as it may be a bad row."""
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return _folder(path)
         if path.name.endswith(INDEX):
             return _sharded(path, path)
-        if kind_of(path) not in SUFFIXES and not path.exists():
+        if kind_of(path) not in SUFFIXES and not os.path.exists(path):
             raise FileError(f"{path}: no such file or folder")
         return Worker(path.name, path, (path,))
     except FileError as error:
         return Worker(path.name, path, wrong=str(error))
+    except OSError as error:  # such as a folder that may not be looked into
+        return Worker(path.name, path, wrong=f"{path}: cannot be read ({error.strerror})")
 
 
 def _folder(folder: Path) -> Worker:
     """Return the worker whose checkpoint is in a folder."""
     files = sorted(
-        (p for p in folder.iterdir() if not p.name.startswith(".") and not p.is_dir()), key=lambda p: natural(p.name)
+        (p for p in folder.iterdir() if not p.name.startswith(".") and not os.path.isdir(p)),
+        key=lambda p: natural(p.name),
     )
     indices = [path for path in files if path.name.endswith(INDEX)]
     updates = [path for path in files if kind_of(path) in SUFFIXES]
@@ -245,7 +263,7 @@ def distinct(workers: Sequence[Worker]) -> tuple[Worker, ...]:
     shared = [sharing for sharing in owners.values() if len(sharing) > 1]
     while shared:
         counts = Counter(k for sharing in shared for k in sharing for other in sharing if other != k)
-        linked = {k: any(path.is_symlink() for path in (workers[k].path, *workers[k].files)) for k in counts}
+        linked = {k: any(os.path.islink(path) for path in (workers[k].path, *workers[k].files)) for k in counts}
         worst = max(counts, key=lambda k: (counts[k], linked[k], k))
         other = next(k for sharing in shared if worst in sharing for k in sharing if k != worst)
         wrong[worst] = (
