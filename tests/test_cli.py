@@ -76,6 +76,34 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads(result.stdout)["workers"][5]["verdict"] == "counted"
 
 
+def test_texts_that_are_longer_than_a_name_of_a_file(tmp_path: Path) -> None:
+    paths = write(tmp_path, make_updates(), "safetensors")
+    out, much = tmp_path / "out.safetensors", "x" * 300
+    common = [*paths, "--rule", "mean", "--out", out, "--json"]
+    digits = [f"{k + 1}.{'0' * 40}" for k in range(9)]
+    named = [f"{path.name}={digit}" for path, digit in zip(paths, digits, strict=True)]
+    for weights in (digits, named):
+        result = run("aggregate", *common, "--weights", ",".join(weights))
+        assert result.exit_code == 0, result.output
+        found = [worker["weight"] for worker in json.loads(result.stdout)["workers"]]
+        assert found == pytest.approx([(k + 1) / 45 for k in range(9)])
+    for arguments, message in (
+        ([*paths, "--out", out, "--weights", much], f"--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got '{much[:10]}"),
+        ([*paths, "--out", out, "--weights", "=" + much], "--weights: expected numbers with commas between"),
+        ([*paths, "--out", tmp_path / (much + ".safetensors")], "cannot be written there: [Errno 36] File name too long"),
+        ([*paths, "--out", out, "--import", much + ".py"], "--import: expected a Python file, FILE.py; got xxx"),
+    ):  # fmt: skip
+        result = run("aggregate", *arguments, "--rule", "mean")
+        assert result.exit_code == 2, result.output
+        assert message in said(result)
+    result = run("aggregate", much, *paths, "--rule", "mean", "--out", out)
+    assert result.exit_code == 1
+    assert "no such file or folder" in said(result)
+    result = run("train", "--data", "mnist", "--data-dir", much, "--out", tmp_path / "run")
+    assert "File name too long" not in said(result)
+    assert result.exit_code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1132,6 +1132,15 @@ def test_links_to_everybody_push_nobody_out(tmp_path: Path) -> None:
     assert info.bad.keys() == {"a-evil"}
 
 
+def test_an_index_that_names_a_missing_file_pushes_nobody_out(tmp_path: Path) -> None:
+    pool = tmp_path / "pool"
+    paths = honest(pool)
+    index_of(pool / "a-evil", ["s.safetensors", "missing.safetensors"])
+    os.link(paths[0], pool / "a-evil" / "s.safetensors")
+    info = aggregate_files(pool, "median", f=1, out=tmp_path / "out.npz", bad="count")
+    assert info.bad.keys() == {"a-evil"}
+
+
 def test_patterns_are_those_of_all_updates_not_of_the_first(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     paths = honest(pool)

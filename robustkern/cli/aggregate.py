@@ -203,12 +203,12 @@ def _weights(text: str | None, pool: Pool) -> list[float] | None:
         return None
     wrong = f"--weights: expected numbers with commas between, such as 1,1,0.5, or name=1,...; got {text!r:.200}"
     try:
-        if "=" in text and not Path(text).is_file():
+        if "=" in text and not os.path.isfile(text):
             pairs = [part.rpartition("=") for part in text.split(",")]
             named = {name.strip(): float(number) for name, _, number in pairs}
             if len(named) < len(pairs):
                 raise Wrong("--weights: names a worker twice")
-        elif Path(text).is_file():
+        elif os.path.isfile(text):
             named = read_weights(Path(text))
         else:
             listed_weights = [float(part) for part in text.split(",")]
@@ -219,7 +219,7 @@ def _weights(text: str | None, pool: Pool) -> list[float] | None:
                 )
             return listed_weights
     except (ValueError, OSError) as error:
-        raise Wrong(f"{wrong} ({error})" if "=" in str(error) or Path(text).is_file() else wrong) from None
+        raise Wrong(f"{wrong} ({error})" if "=" in str(error) or os.path.isfile(text) else wrong) from None
     with said("weights"):
         return named_weights(named, pool.workers)
 

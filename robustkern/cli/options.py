@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from enum import Enum
@@ -129,11 +131,13 @@ def file_to_write(path: Path | None, option: str, suffixes: Sequence[str]) -> No
     if path.suffix.lower() not in suffixes:
         torch = " (convert it afterwards; torch reads safetensors)" if path.suffix.lower() in TORCH else ""
         raise Wrong(f"--{option}: {path}: unknown kind of output; expected one of {', '.join(suffixes)}{torch}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise Wrong(f"--{option}: {path}: is a directory (name a file)")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise Wrong(f"--{option}: {path}: the directory {path.parent} does not exist")
     try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # which a name that is too long has not
         _try_to_write(path.parent)
     except OSError as error:
         raise Wrong(f"--{option}: {path}: cannot be written there: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -28,8 +29,8 @@ def load_file(path: Path) -> None:
     Wrong
         If it cannot be run.
     """
-    if path.suffix != ".py" or not path.is_file():
-        missing = ", which is not there" if not path.exists() else ""
+    if path.suffix != ".py" or not os.path.isfile(path):
+        missing = ", which is not there" if not os.path.exists(path) else ""
         raise Wrong(f"--import: expected a Python file, FILE.py; got {path}{missing}")
     name = f"robustkern_import_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

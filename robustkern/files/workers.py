@@ -251,11 +251,11 @@ def distinct(workers: Sequence[Worker]) -> tuple[Worker, ...]:
     called = [w.name if names[w.name] == 1 else str(w.path) for w in workers]
     owners: dict[tuple[int, int], list[int]] = {}
     for k, worker in enumerate(workers):
-        for path in worker.files if worker.wrong is None else ():
-            try:
-                found = path.stat()
-            except (OSError, ValueError):
-                continue  # which is told when it is opened
+        try:
+            files = [path.stat() for path in worker.files] if worker.wrong is None else []
+        except (OSError, ValueError):
+            continue  # which is told when it is opened; such a one pushes nobody out
+        for found in files:
             sharing = owners.setdefault((found.st_dev, found.st_ino), [])
             if k not in sharing:
                 sharing.append(k)

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import io
 import math
+import os
 import pickle
 import re
 import tarfile
@@ -212,7 +213,7 @@ def _mnist(folder: Path | None) -> DataSet:
             for place in ([] if folder is None else [folder, folder / "MNIST" / "raw", folder / "mnist"])
             for suffix in ("", ".gz")
         ]
-        path = next((path for path in candidates if path.is_file()), None)
+        path = next((path for path in candidates if os.path.isfile(path)), None)
         if path is None:
             raise _missing("mnist", folder, f"the files {', '.join(MNIST_FILES)} (or those with .gz)")
         arrays.append(_read_idx(path, 3 if "images" in name else 1))
@@ -277,10 +278,10 @@ def _cifar10(folder: Path | None) -> DataSet:
 def _contents(folder: Path, directory: str, archive: str, names: list[str]) -> dict[str, bytes] | None:
     """Return the files' contents from a folder or from an archive, which is not unpacked; None where neither is."""
     for place in (folder / directory, folder):
-        if all((place / name).is_file() for name in names):
+        if all(os.path.isfile(place / name) for name in names):
             return {name: (place / name).read_bytes() for name in names}
     path = folder / archive
-    if not path.is_file():
+    if not os.path.isfile(path):
         return None
     contents = {}
     try:
