@@ -104,6 +104,14 @@ def test_texts_that_are_longer_than_a_name_of_a_file(tmp_path: Path) -> None:
     assert result.exit_code == 1
 
 
+@pytest.mark.parametrize("more", [[], ["--schedule", "theory"], ["--optimizer", "momentum"]])
+def test_a_learning_rate_that_float32_does_not_hold(tmp_path: Path, more: list[str]) -> None:
+    lr = "1e37" if "theory" in more else "1e300"
+    result = run("train", "--rounds", 100, "--lr", lr, "--out", tmp_path / "run", *more)
+    assert result.exit_code == 2
+    assert said(result).startswith("error: --lr must give learning rates that float32 holds; got 1e+3")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -297,6 +297,22 @@ def test_errors_of_optimizers(make: Any, message: str) -> None:
         make([torch.nn.Parameter(torch.zeros(2))])
 
 
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.float32, 2e38), (torch.float16, 4e4), (torch.float64, 1e308)])
+def test_a_learning_rate_that_its_schedule_makes_too_large(dtype: torch.dtype, lr: float) -> None:
+    p = torch.nn.Parameter(torch.zeros(2, dtype=dtype))
+    server = training.Mu2Server([p], lr=lr, schedule="theory")
+    p.grad = torch.zeros(2, dtype=dtype)
+    server.step()
+    before = server.state_dict()["state"][0]["iterate"].clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"Mu2Server: the learning rate of step 2 is .*more than {dtype} holds"):
+            server.step()
+    assert server.param_groups[0]["steps"] == 1
+    assert torch.equal(server.state_dict()["state"][0]["iterate"], before)
+    server.param_groups[0]["lr"] = lr / 4
+    server.step()
+
+
 def test_examples_in_docstrings() -> None:
     import doctest
 
@@ -704,6 +720,9 @@ def test_lost_workers_count_as_faulty() -> None:
         ({"byzantine": 4}, r"2\*byzantine must be below workers; got byzantine=4 with workers=7"),
         ({"f": 4}, r"f must satisfy 0 <= 2\*f < workers; got f=4 with workers=7"),
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"lr": 1e300}, r"lr must give learning rates that float32 holds; got 1e\+300, in round 40 1e\+300 \(lower it"),
+        ({"lr": 1e39, "optimizer": "sgd"}, "lr must give learning rates that float32 holds"),
+        ({"lr": 1e37, "schedule": "theory"}, r"got 1e\+37, in round 40 4e\+38"),
         ({"clip": -1}, "clip must be a finite number of at least 0; got -1"),
         ({"radius": math.nan}, "radius must be a finite number above 0; got nan"),
         ({"split": "dirichlet(0)"}, r"split must be iid, shards or dirichlet\(A\) .*got 'dirichlet\(0\)'"),

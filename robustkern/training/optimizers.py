@@ -266,6 +266,7 @@ class Mu2Server(_Together):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step along the aggregate in ``p.grad``; with a closure call it first, and return its loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self._check_rates()  # before anything has moved
         moved = []
         for group in self.param_groups:
             schedule = Schedule(group["schedule"], gamma=group["gamma"])
@@ -287,6 +288,17 @@ class Mu2Server(_Together):
         for p, state, gamma in moved:
             p.mul_(1 - gamma).add_(state["iterate"], alpha=gamma)
         return loss
+
+    def _check_rates(self) -> None:
+        for group in self.param_groups:
+            t = group["steps"] + 1
+            rate = group["lr"] * Schedule(group["schedule"]).alpha_at(t)
+            for p in group["params"]:
+                if p.grad is not None and rate > torch.finfo(p.dtype).max:
+                    raise ValueError(
+                        f"Mu2Server: the learning rate of step {t} is {rate:g} (lr={group['lr']:g}), more than "
+                        f"{p.dtype} holds (lower lr)"
+                    )
 
     @staticmethod
     def _project(states: list[dict[str, torch.Tensor]], radius: float) -> None:

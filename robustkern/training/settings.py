@@ -19,6 +19,8 @@ __all__ = ["ARRIVALS", "MODELS", "OPTIMIZERS", "Settings"]
 MODELS = ("softmax", "mlp", "cnn", "paper", "paper_groupnorm", "resnet18")
 ARRIVALS = ("together", "id", "id^2")
 OPTIMIZERS = ("mu2sgd", "momentum", "sgd")
+#: The largest number of float32, which models are in.
+FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def _setting(default: Any, said: str) -> Any:
@@ -95,9 +97,15 @@ class Settings:
                 raise ValueError(
                     f"{name} must be a finite number {'of at least' if zero else 'above'} 0; got {value!r}"
                 )
+        schedule = Schedule(self.schedule, beta=self.beta, gamma=self.gamma)
+        largest = self.lr * (schedule.alpha_at(self.rounds) if self.optimizer == "mu2sgd" else 1)
+        if largest > FLOAT32:
+            raise ValueError(
+                f"lr must give learning rates that float32 holds; got {self.lr!r}, in round {self.rounds} {largest:g} "
+                "(lower it)"
+            )
         if not (isinstance(self.momentum, (int, float)) and 0 <= self.momentum < 1):
             raise ValueError(f"momentum must be in [0, 1); got {self.momentum!r}")
-        Schedule(self.schedule, beta=self.beta, gamma=self.gamma)
         parse_attack(self.attack)
         rule = parse_rule(self.rule)
         if "centre" in rule.points:
