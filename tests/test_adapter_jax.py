@@ -152,6 +152,33 @@ def test_dtypes_and_shapes(dtype: Any, shape: tuple[int, ...]) -> None:
         jax.config.update("jax_enable_x64", False)
 
 
+def test_errors_outside_of_compiled_functions_are_the_rules_own() -> None:
+    x = jnp.ones((5, 3))
+    constant: Any = np.full((5, 3), np.nan, dtype=np.float32)
+    cases: list[tuple[type[Exception], str, Any]] = [
+        (rk.NonFiniteError, r"median: 5 rows hold NaN or Inf", lambda: aggregate(x * jnp.nan, "median", f=1)),
+        (rk.NonFiniteError, r"median: 5 rows hold NaN or Inf", lambda: aggregate(list(constant), "median", f=1)),
+        (TypeError, "updates has dtype int32; expected float16", lambda: aggregate(x.astype(jnp.int32), "median")),
+        (TypeError, "row 0 has dtype int32", lambda: aggregate([jnp.ones(3, jnp.int32)] * 5, "median")),
+        (ValueError, "expected between 1 and 65535 rows; got 0", lambda: aggregate(x[:0], "median")),
+        (ValueError, r"2\*f must be below n", lambda: aggregate(x, "median", f=3)),
+        (TypeError, "median: f must be an integer; got str", lambda: aggregate(x, "median", f="x")),  # type: ignore[arg-type]
+        (ValueError, "'medain' is not known", lambda: aggregate(x, "medain")),
+        (ValueError, r"weights must have shape \(5,\)", lambda: aggregate(x, "median", weights=[1, 2, 3])),
+        (ValueError, r"row 1 has shape \(4,\)", lambda: aggregate([jnp.ones(3), jnp.ones(4)], "median")),
+        (NotImplementedError, "caf: it has no gradient", lambda: jax.grad(lambda x: aggregate(x, "caf", f=1).sum())(x)),
+        (ValueError, r"with at least 2 axes; got shape \(\)", lambda: aggregate(jnp.float32(3), "median")),
+    ]  # fmt: skip
+    for kind, message, work in cases:
+        with pytest.raises(kind, match=message) as caught:
+            work()
+        assert type(caught.value) is kind
+    # Within a compiled function it is JAX's, whether or not the rows are its arguments.
+    for work in (lambda y: aggregate(constant, "median", f=1) + y, lambda y: aggregate(y * x * jnp.nan, "median", f=1)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="NonFiniteError: median: 5 rows hold NaN"):
+            jax.block_until_ready(jax.jit(work)(1.0))
+
+
 def test_a_dtype_that_no_rule_takes() -> None:
     with pytest.raises(Exception, match=r"cast the rows to float32|dtype"):
         jax.block_until_ready(aggregate(jnp.asarray(X).astype(jnp.float8_e4m3fnuz), "median"))

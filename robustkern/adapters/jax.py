@@ -107,7 +107,7 @@ def aggregate(
            [1., 0.],
            [0., 0.]], dtype=float32)
     """
-    stacked = hasattr(rows, "shape") and len(rows.shape) > 1  # numbers are rows one by one
+    stacked = hasattr(rows, "shape") and len(rows.shape) != 1  # numbers are rows one by one
     parts = jnp.asarray(rows) if stacked else tuple(rows)
     if not stacked and not parts:
         raise ValueError("rows: expected at least one; got none")
@@ -160,7 +160,7 @@ def _first_of(rows: Any) -> Any:
 def _operator(call: _Call, rows: Any, weights: Any, centre: Any) -> Any:
     """Return the result, and the seed of what was drawn."""
     shapes, structure = jax.tree_util.tree_flatten((_first_of(rows), _Struct((3,), jnp.int32)))
-    found = _called(call, tuple(shapes), *jax.tree_util.tree_leaves((rows, weights, centre)))
+    found = _asked(call, tuple(shapes), jax.tree_util.tree_leaves((rows, weights, centre)))
     return jax.tree_util.tree_unflatten(structure, found)
 
 
@@ -173,12 +173,27 @@ def _backward(call: _Call, saved: Any, gradient: Any) -> Any:
     rows, weights, centre, _ = saved
     shapes, structure = jax.tree_util.tree_flatten(jax.tree_util.tree_map(_shape_of, rows))
     operands = jax.tree_util.tree_leaves((*saved, gradient[0]))
-    found = _called(call._replace(backward=True), tuple(shapes), *operands)
+    found = _asked(call._replace(backward=True), tuple(shapes), operands)
     of_constants = (jax.tree_util.tree_map(jnp.zeros_like, constant) for constant in (weights, centre))
     return jax.tree_util.tree_unflatten(structure, found), *of_constants
 
 
 _operator.defvjp(_forward, _backward)
+
+
+def _asked(call: _Call, shapes: Sequence[Any], operands: Sequence[Any]) -> Any:
+    """Return what `_called` does; outside of compiled functions raise what the rule raises, where JAX has its text."""
+    if any(isinstance(x, jax.core.Tracer) for x in operands):
+        return _called(call, shapes, *operands)
+    try:
+        found = _called(call, shapes, *operands)
+        return jax.block_until_ready(found)  # type: ignore[no-untyped-call]  # an error comes when it is ready
+    except jax.errors.JaxRuntimeError:
+        try:
+            _returned(call, shapes, *operands)
+        except Exception as error:  # the same, of its own kind
+            raise error from None
+        raise
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
