@@ -297,6 +297,9 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
     (lambda: byzfl.SMEA(5)(X), ValueError, r"Too many Byzantine clients \(2f >= n\). Got f=5, n=9"),
     (lambda: byzfl.MoNNA(1, 9)(X), ValueError, "idx must be smaller than n, but got idx=9 and n=9"),
     (lambda: byzfl.NNM(9)(X), ValueError, r"f must be smaller than len\(vectors\), but got f=9 and len\(vectors\)=9"),
+    (lambda: byzfl.ARC()(X[:0]), ValueError, "'vectors' must hold at least one vector; got none"),
+    (lambda: byzfl.ARC()(torch.ones(0, 3, requires_grad=True)), ValueError, "'vectors' must hold at least one vector"),
+    (lambda: byzfl.CenteredClipping()(X[:0]), ValueError, "'vectors' must hold at least one vector; got none"),
     (lambda: byzfl.ARC(10)(X), ValueError, r"f must be smaller than len\(vectors\)\+1, but got f=10"),
     (lambda: byzfl.Mimic(9)(X), ValueError, r"epsilon must be smaller than len\(honest_vectors\), but got epsilon=9"),
     (

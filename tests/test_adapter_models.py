@@ -192,6 +192,7 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
     assert (config["lora_alpha"], config["use_rslora"], config["peft_type"]) == (rank, False, "LORA")
     want = np.mean([product(a, s) for a, s in zip(adapters, (2.0, 16 / np.sqrt(8), 1.0), strict=True)], axis=0)
     np.testing.assert_allclose(product(merged, config["lora_alpha"] / config["r"]), want, rtol=1e-5, atol=1e-6)
+    again = folder(tmp_path / "again", adapters[0], settings[0] | {"peft_type": "LORA"})
     evil = folder(tmp_path / "evil", adapters[0], {"r": 4, "lora_alpha": 8, "base_model_name_or_path": "http://evil"})
     peft.aggregate_lora_folders([evil, *paths], "mean", out=tmp_path / "whole")
     assert "evil" not in (tmp_path / "whole" / "adapter_config.json").read_text()
@@ -227,14 +228,14 @@ def test_folders_of_adapters(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
         with pytest.warns(UserWarning, match=rf"{message}.* \(it counts as one of the f that may be bad\)"):
             weights = peft.aggregate_lora_folders(
-                [bad, *paths, paths[0]], "krum", f=1, out=tmp_path / f"out{k}", bad="count"
+                [bad, *paths, again], "krum", f=1, out=tmp_path / f"out{k}", bad="count"
             )
         assert weights[0] == 0
         kept = json.loads((tmp_path / f"out{k}" / "adapter_config.json").read_text())
         assert kept.keys() == {"peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights"}
     with pytest.warns(UserWarning, match="nowhere.*no such file.*counts as one of the f"):
         peft.aggregate_lora_folders(
-            [*paths, paths[0], tmp_path / "nowhere"], "krum", f=1, out=tmp_path / "out", bad="count"
+            [*paths, again, tmp_path / "nowhere"], "krum", f=1, out=tmp_path / "out", bad="count"
         )
 
 
@@ -315,6 +316,27 @@ def test_files_that_numpy_does_not_know(tmp_path: Path) -> None:
     (good[0] / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
     with pytest.raises(ValueError, match="cannot be read: it has a dtype that NumPy has not"):
         peft.aggregate_lora_folders(good, "mean", out=tmp_path / "out")
+
+
+def test_an_adapter_counts_once(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from robustkern.cli.commands import app
+
+    paths = [folder(tmp_path / f"c{k}", lora(k, 4), {"r": 4, "lora_alpha": 4}) for k in range(5)]
+    (tmp_path / "link").symlink_to(paths[0])
+    (tmp_path / "hard").mkdir()
+    for file in paths[0].iterdir():
+        (tmp_path / "hard" / file.name).hardlink_to(file)
+    for k, again in enumerate((tmp_path / "link", tmp_path / "hard", f"{paths[0]}/.", paths[0])):
+        with pytest.raises(ValueError, match=r"is the same file as .*, and no worker counts twice"):
+            peft.aggregate_lora_folders([*paths, again], "krum", f=1, out=tmp_path / "out")
+        with pytest.warns(UserWarning, match=r"no worker counts twice .*counts as one of the f that may be bad"):
+            weights = peft.aggregate_lora_folders([*paths, again], "ctma(geometric_median)", f=1, out=tmp_path / f"out{k}", bad="count")  # fmt: skip
+        np.testing.assert_allclose(weights, [0.2] * 5 + [0])
+        given = ["lora", *paths, again, "--f", 1, "--bad-files", "count", "--out", tmp_path / f"json{k}", "--json"]
+        told = json.loads(CliRunner().invoke(app, list(map(str, given))).stdout)
+        assert [told["weights"][str(path)] for path in paths] == pytest.approx([0.2] * 5)
 
 
 def test_the_command(tmp_path: Path) -> None:

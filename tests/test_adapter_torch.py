@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -215,6 +216,37 @@ def test_the_operator_keeps_torchs_own_rules() -> None:
         ([row for row in x], "ctma(median)", 2, None, None, None, None),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_errors_are_those_of_the_rule() -> None:
+    x = torch.ones(5, 3)
+    plain: Any = aggregate  # of which types say the same
+    cases: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((torch.tensor(3.0), "median"), {}),
+        ((x[:0], "median"), {}),
+        (([], "median"), {}),
+        ((None, "median"), {}),
+        ((x, "median"), {"f": "x"}),
+        ((x, "median"), {"f": 1.5}),
+        ((x, "median"), {"f": 1.0}),
+        ((x, "median"), {"f": True}),
+        ((x, "median"), {"f": 2**70}),
+        ((x, "median"), {"delta": "x"}),
+        ((x, "bucketing(size=2) | mean"), {"seed": "x"}),
+        ((x, "ctma(centre)"), {"f": 1, "centre": np.ones(3)}),
+        ((x, 3), {}),
+    ]
+    for arguments, options in cases:
+        with pytest.raises((TypeError, ValueError)) as want:
+            rk.aggregate(*arguments, **options)
+        with pytest.raises(type(want.value), match=f"^{re.escape(str(want.value))}$"):
+            plain(*arguments, **options)
+    for arguments, options in (((x.numpy(), "median"), {}), (([{"w": x[0]}] * 3, "median"), {}), ((x, "median"), {"weights": [1, 2, 3, 4, 5]}), ((x, "median"), {"seed": 2**70})):  # fmt: skip
+        with pytest.raises(
+            TypeError, match=r"must be torch tensors, and seed below 2\*\*63 \(pass torch.as_tensor\(x\)\)"
+        ):
+            plain(*arguments, **options)
+    assert plain(x, "median", f=np.int64(1), delta=None).tolist() == [1.0] * 3
 
 
 def test_modules() -> None:

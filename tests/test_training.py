@@ -881,6 +881,19 @@ def run_in(out: Path, settings: Settings, stop_after: int | None = None) -> list
         return []
 
 
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "log.jsonl", ".lock", "checkpoint.safetensors.new"])
+def test_a_pipe_in_the_folder_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with (
+        pytest.raises(ValueError, match=r"is no regular file \(remove it, or choose another --out\)"),
+        session.alone_in(tmp_path),
+    ):
+        pass
+    if name in ("checkpoint.safetensors", "log.jsonl"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            session.last_checkpoint(settings_of(), tmp_path)
+
+
 def facts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 

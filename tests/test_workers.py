@@ -1263,6 +1263,27 @@ def test_what_belongs_to_a_worker_is_never_written(tmp_path: Path) -> None:
         assert result.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--processes", 2],
+        ["--only", "w", "--base"],
+        ["--rule", "centred_clipping(tau=1)", "--centre"],
+    ],
+)
+def test_an_output_that_is_an_input_is_not_understood(tmp_path: Path, more: list[Any]) -> None:
+    paths = honest(tmp_path)
+    before = paths[0].read_bytes()
+    given = paths if not str(more[-1:]).startswith("['--") else paths[1:]
+    rule = [] if "--rule" in more else ["--rule", "median"]
+    last = [paths[0]] if given is not paths else []
+    result = command(*given, *rule, "--f", 1, "--out", paths[0], *more, *last)
+    assert result.exit_code == 2
+    assert "is one of the updates, which are never overwritten" in " ".join(result.stderr.split())
+    assert paths[0].read_bytes() == before
+
+
 def test_shards_beside_the_updates_are_no_workers_next_time(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     honest(pool)

@@ -86,6 +86,11 @@ def _vectors(vectors: Any) -> Any:
     )
 
 
+def _check_some(n: int) -> None:
+    if not n:
+        raise ValueError("'vectors' must hold at least one vector; got none")
+
+
 def _wants_gradients(x: Any) -> bool:
     if not is_torch_array(x) or not x.requires_grad:
         return False
@@ -236,6 +241,7 @@ class CenteredClipping(_Aggregator):
     def __call__(self, vectors: Any) -> Any:
         """Combine n vectors into one, which the next call starts from."""
         x = _vectors(vectors)
+        _check_some(len(x))
         if self.m is None:
             self.m = _zeros_like(x[0])
         if self.L > 0 and self.tau > 0:
@@ -351,6 +357,7 @@ class _Shortening(_PreAggregator):
 
     def _recorded(self, x: Any) -> Any:
         """Shorten by torch's own operations, through which gradients flow."""
+        _check_some(len(x))
         norms = x.reshape(len(x), -1).norm(dim=1)
         limit = self._limit(norms)
         shares = (limit / norms).where(norms > limit, norms.new_ones(()))
@@ -389,6 +396,7 @@ class ARC(_Shortening):
         self.f = f
 
     def _check(self, n: int) -> None:
+        _check_some(n)
         if self.f > n:
             raise ValueError(f"f must be smaller than len(vectors)+1, but got f={self.f} and len(vectors)={n}")
 

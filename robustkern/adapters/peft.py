@@ -16,11 +16,13 @@ from robustkern.adapters.lora import A, aggregate_lora, checked, combined, lora_
 from robustkern.contract.rows import Vector
 from robustkern.errors import brief, plain
 from robustkern.files.pieces import check_bad_option
+from robustkern.files.workers import Worker, distinct
 from robustkern.rules import Aggregator
 from robustkern.rules.base import as_aggregator
 
 __all__ = ["aggregate_lora", "aggregate_lora_folders", "lora_gram"]
 
+TENSORS = "adapter_model.safetensors"
 MAX_CONFIG = 1 << 20  # bytes of an adapter's settings
 #: Settings of PEFT 0.21 that adapters need not share: the result has its own.
 OWN = ("r", "lora_alpha", "use_rslora", "init_lora_weights")
@@ -64,8 +66,9 @@ def aggregate_lora_folders(
         `r`, `lora_alpha`, `use_rslora` and `init_lora_weights`; notes (the base model's place, dropout) of which no
         more than half say the same are left out.
     bad : {"error", "count"}
-        What a folder is that cannot be read, whose settings ask for more than products, or whose adapter is bad for
-        `aggregate_lora`: an error, or one of the f that may be bad, with a warning that says why.
+        What a folder is that cannot be read, whose settings ask for more than products, whose adapter is bad for
+        `aggregate_lora`, or is the same file as another one's: an error, or one of the f that may be bad, with a
+        warning that says why.
 
     Returns
     -------
@@ -88,8 +91,11 @@ def aggregate_lora_folders(
         raise FileExistsError(f"out: {plain(str(out), 200)} exists (pass a new folder)")
     read: list[Folder] = []
     unread: dict[int, str] = {}
-    for i, path in enumerate(map(Path, paths)):
+    workers = distinct([Worker(Path(path).name, Path(path), (Path(path) / TENSORS,)) for path in paths])
+    for i, (path, worker) in enumerate(zip(map(Path, paths), workers, strict=True)):
         try:
+            if worker.wrong is not None:
+                raise ValueError(worker.wrong)
             read.append(_read(path))
         except (OSError, ValueError) as error:
             if bad == "error":
@@ -109,7 +115,7 @@ def aggregate_lora_folders(
         "init_lora_weights": True,
     }
     target.mkdir(parents=True)
-    save_file(merged, target / "adapter_model.safetensors")
+    save_file(merged, target / TENSORS)
     (target / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return shares
 
@@ -124,7 +130,7 @@ class Folder(NamedTuple):
 
 def _read(path: Path) -> Folder:
     config = _config(path)
-    adapter = _tensors(path / "adapter_model.safetensors")
+    adapter = _tensors(path / TENSORS)
     if any(x.shape[:1] != (config["r"],) for key, x in adapter.items() if A in key):
         raise ValueError(f"{plain(str(path), 200)}: its rank r={config['r']} is not that of its lora_A")
     return Folder(config, adapter, _scaling(path, config))

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from robustkern.adapters import needs
 
 with needs("torch"):
@@ -79,10 +81,28 @@ def aggregate(
             [1., 0.],
             [0., 0.]])
     """
+    if not torch.compiler.is_compiling():
+        _check(rows, rule, f, delta, weights, centre, seed)
     parts = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)
     text = rule if isinstance(rule, str) else str(rule)
     result: Tensor = _operator(parts, text, f, delta, weights, centre, seed)[0]
     return result
+
+
+def _check(rows: Any, rule: Any, f: Any, delta: Any, weights: Any, centre: Any, seed: Any) -> None:
+    """Raise what `robustkern.aggregate` does of what is no argument of an operator of torch."""
+    stacked = isinstance(rows, Tensor)
+    takes = rows.dim() > 0 if stacked else isinstance(rows, Sequence) and all(isinstance(x, Tensor) for x in rows)
+    takes = takes and all(x is None or isinstance(x, Tensor) for x in (weights, centre))
+    takes = takes and all(x is None or (_is(x, int, np.integer) and abs(x) < 1 << 63) for x in (f, seed))
+    if takes and isinstance(rule, (str, Aggregator)) and (delta is None or _is(delta, int, float, np.number)):
+        return
+    _aggregate(rows.detach() if stacked else rows, rule, f=f, delta=delta, weights=weights, centre=centre, seed=seed)
+    raise TypeError("rows, weights and centre must be torch tensors, and seed below 2**63 (pass torch.as_tensor(x))")
+
+
+def _is(x: Any, *kinds: type[Any]) -> bool:
+    return isinstance(x, kinds) and not isinstance(x, bool)
 
 
 class RobustAggregation(torch.nn.Module):

@@ -127,6 +127,7 @@ def aggregate(
     if processes is not None or dask is not None:
         file_to_write(out, "out", (".safetensors", ".npy"))
         pool = find_workers(updates, out, bad_files.value)
+        _check_out(out, pool)
         more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes, "bad": bad_files.value}
         refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
         combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
@@ -148,10 +149,7 @@ def aggregate(
     if missing is not None and bad_files is BadFiles.error:  # before anything is said of their number
         raise FileError(f"{missing}: no such file or folder")
     n = len(pool.workers)
-    try:
-        check_target(out, *touched(pool))
-    except FileError as error:
-        raise Wrong(f"--out: {error}") from None
+    _check_out(out, pool, *(path for path in (centre, base) if path is not None))
     shares = _weights(weights, pool)
     options["weights"] = shares
     point = None if centre is None else np.zeros(1, dtype=np.float32)
@@ -195,6 +193,15 @@ def aggregate(
 
 def _names(pool: Pool) -> list[str]:
     return [worker.name for worker in pool.workers]
+
+
+def _check_out(out: Path, pool: Pool, *others: Path) -> None:
+    """Raise where the result would replace something that is read."""
+    inputs, folders = touched(pool)
+    try:
+        check_target(out, [*inputs, *others], folders)
+    except FileError as error:
+        raise Wrong(f"--out: {error}") from None
 
 
 def _weights(text: str | None, pool: Pool) -> list[float] | None:

@@ -39,9 +39,10 @@ def lora(
     for warning in told:
         note(str(warning.message))
     if as_json:
-        print_json(
-            {"rule": rule, "out": str(out), "weights": dict(zip(map(str, adapters), shares.tolist(), strict=True))}
-        )
+        weights = dict.fromkeys(map(str, adapters), 0.0)
+        for path, share in zip(adapters, shares.tolist(), strict=True):
+            weights[str(path)] += share  # one that is named again has none then
+        print_json({"rule": rule, "out": str(out), "weights": weights})
         return
     rows = [[plain(str(path), 80), f"{share:.4f}"] for path, share in zip(adapters, shares, strict=True)]
     print_table(f"{rule}: {plain(str(out), 80)}", ["adapter", "weight"], rows, numbers=["weight"])

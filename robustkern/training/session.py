@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from robustkern.training.simulation import ModelServer, Times
 __all__ = ["Runner", "alone_in", "draw", "last_checkpoint", "read_lines", "replace_lines", "run"]
 
 LOG, CHECKPOINT, PICTURE, LOCK = "log.jsonl", "checkpoint.safetensors", "accuracy.png", ".lock"
+NEW = ".new"  # while it is written
 
 State = dict[str, NDArray[Any]]
 Line = dict[str, Any]
@@ -62,6 +64,7 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
         If the folder holds a run with other settings, or its checkpoint cannot be read; the message says what to do.
     """
     path = out / CHECKPOINT
+    _check_regular(path)
     if not path.exists():
         if (out / LOG).exists():
             lines = _read_log(out / LOG)
@@ -95,6 +98,13 @@ def last_checkpoint(settings: Settings, out: Path) -> tuple[State, int, dict[int
     return state, t, lost
 
 
+def _check_regular(path: Path) -> None:
+    """Raise where something else than a file has a name of ours: to open a pipe waits for somebody at its other end."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError(f"{path}: is no regular file (remove it, or choose another --out)")
+
+
 def _check_settings(settings: Settings, theirs: Any, out: Path) -> None:
     different = settings.differences(theirs) if isinstance(theirs, dict) else f"{plain(repr(theirs), 100)} there"
     if different:
@@ -107,6 +117,8 @@ def _check_settings(settings: Settings, theirs: Any, out: Path) -> None:
 @contextlib.contextmanager
 def alone_in(out: Path) -> Iterator[None]:
     """Keep others out of a folder that this process writes to; raise where another one is there."""
+    for name in (LOCK, LOG, LOG + NEW, CHECKPOINT, CHECKPOINT + NEW):
+        _check_regular(out / name)
     with (out / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +130,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 def replace_lines(path: Path, lines: list[Line]) -> None:
     """Write lines of JSON, complete or not at all."""
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(path.name + NEW)
     with fresh.open("w") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
         file.flush()
@@ -136,7 +148,7 @@ def _save_checkpoint(runner: Runner, out: Path) -> None:
         "lost": json.dumps(runner.server.lost),
     }
     state = {name: np.ascontiguousarray(values) for name, values in runner.state().items()}
-    path, fresh = out / CHECKPOINT, out / (CHECKPOINT + ".new")
+    path, fresh = out / CHECKPOINT, out / (CHECKPOINT + NEW)
     with fresh.open("wb") as file:
         file.write(save(state, metadata=facts))
         file.flush()
@@ -146,6 +158,7 @@ def _save_checkpoint(runner: Runner, out: Path) -> None:
 
 def read_lines(path: Path) -> list[Line]:
     """Return the lines that hold a JSON object; a kill may have cut the last one."""
+    _check_regular(path)
     lines = []
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
