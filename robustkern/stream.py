@@ -222,7 +222,7 @@ class Stream:
     def _check_whole(self) -> None:
         if self._halfway:
             raise RuntimeError(
-                "Stream: an add was cut short, and part of its update is in the sums (make a new stream, and add all "
+                "Stream: an add was cut short, and part of its update is here (make a new stream, and add all "
                 "updates to it)"
             )
 

@@ -1284,6 +1284,15 @@ def test_an_output_that_is_an_input_is_not_understood(tmp_path: Path, more: list
     assert paths[0].read_bytes() == before
 
 
+def test_an_output_that_is_a_link_to_itself(tmp_path: Path) -> None:
+    for k in range(3):
+        save(tmp_path / f"c{k}", {"a": k}, "safetensors")
+    out = tmp_path / "out.safetensors"
+    out.symlink_to(out)
+    with pytest.raises(FileError, match=r"out\.safetensors: cannot be written \(Too many levels of symbolic links\)"):
+        aggregate_files([tmp_path / f"c{k}" for k in range(3)], "median", out=out)
+
+
 def test_shards_beside_the_updates_are_no_workers_next_time(tmp_path: Path) -> None:
     pool = tmp_path / "pool"
     honest(pool)

@@ -370,8 +370,9 @@ class _Parts:
 
 def check_place(path: Path, folders: Sequence[Path]) -> None:
     """Raise where something would be written into one of the workers' folders."""
+    parents = Path(os.path.realpath(path)).parents  # which says nothing of links in a circle, as `resolve` does
     for folder in folders:
-        if folder.resolve() in path.resolve().parents:
+        if Path(os.path.realpath(folder)) in parents:
             raise FileError(f"{path}: is in the folder of a worker, {folder}, which is never written to")
 
 
