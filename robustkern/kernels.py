@@ -193,6 +193,7 @@ def row_sq_distances(updates: Any, centre: Any, /, *, scale: float = 1.0, backen
     -------
     (n,) float64
         Correct to the last bit but for about 1e-30 relative; NaN or inf where a row or the centre is not finite.
+        Squares of single values below 2**-1022 may count as 0: float64 rows that are as tiny want a `scale`.
 
     Raises
     ------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import make_rows
-from test_rules import RULES
+from test_rules import RULES, rows_around_a_geometric_median
 
 import robustkern as rk
 from robustkern.distributed.together import Part, Together
@@ -141,6 +141,20 @@ def test_rows_far_from_all_others_are_told_apart_together(rule: str, monkeypatch
     assert len(passes) == 1 + 4
     assert np.array_equal(got, want)
     assert np.array_equal(info.order, told.order)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7, 3e-6])
+def test_rows_around_the_cut_are_told_apart_together(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By distances to the geometric median, one pass more for all owners, of whom some have nothing."""
+    monkeypatch.setattr(geometry, "SINGLE_VALUES", 0)
+    passes = []
+    once = geometry.Given.average_pass
+    monkeypatch.setattr(geometry.Given, "average_pass", lambda *given: passes.append(1) or once(*given))
+    x, exact = rows_around_a_geometric_median(gap, 12)
+    got, info = joined(divided(x, "ctma(geometric_median)", [0, 0, 501, 501, 1500], f=12, backend="cpp"))
+    assert len(passes) == 4
+    assert np.array_equal(np.flatnonzero(info.kept), np.sort(exact.argsort()[:28]))
+    assert np.array_equal(got, rk.aggregate(x, "ctma(geometric_median)", f=12, backend="cpp"))
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "geometric_median", "ctma(median)", "nnm | krum"])

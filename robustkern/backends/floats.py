@@ -48,8 +48,8 @@ def usual_floats() -> Iterator[None]:
         return
     before = ctypes.create_string_buffer(256)  # a fenv_t has 8 to 32 bytes
     library.fegetenv(before)
-    library.fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
-    try:
+    try:  # whatever interrupts
+        library.fesetenv(ctypes.c_void_p(-1))  # FE_DFL_ENV
         yield
     finally:
         library.fesetenv(before)

@@ -170,7 +170,8 @@ class Kernels(Protocol):
 
         Notes
         -----
-        Without `single` up to half of the rows cannot move the centre beyond the other rows, so no choice of rows
+        Products below 2**-1022 may count as 0, with `single` those below 2**-126: numbers like these take the processor
+        a hundred times as long. Without `single` up to half of the rows cannot move the centre beyond the other rows, so no choice of rows
         costs the others digits; with it half of those that give the centre can, and the lengths tell. One read of the
         data.
         """
@@ -197,7 +198,8 @@ class Kernels(Protocol):
         Notes
         -----
         Sums carry their rounding errors (doubled float64), so equal distances come out equal in whatever order
-        the same terms are met. One read of the data (on a GPU one for each centre).
+        the same terms are met. Squares below 2**-1022 may count as 0; `scale` brings tiny rows out of there. One read
+        of the data (on a GPU one for each centre).
         """
 
     def weighted_row_sum(self, rows: Rows, weights: Matrix, out: Rows, *, divisors: Vector | None = None) -> None:
