@@ -171,9 +171,9 @@ class Kernels(Protocol):
         Notes
         -----
         Products below 2**-1022 may count as 0, with `single` those below 2**-126: numbers like these take the processor
-        a hundred times as long. Without `single` up to half of the rows cannot move the centre beyond the other rows, so no choice of rows
-        costs the others digits; with it half of those that give the centre can, and the lengths tell. One read of the
-        data.
+        a hundred times as long. Without `single` up to half of the rows cannot move the centre beyond the other rows,
+        so no choice of rows costs the others digits; with it half of those that give the centre can, and the lengths
+        tell. One read of the data.
         """
 
     def row_sq_distances(self, rows: Rows, centres: Rows | None, *, scale: float = 1.0, exact: bool = True) -> Matrix:
