@@ -395,7 +395,8 @@ def _shaped(values: NDArray[np.float64], like: NDArray[Any]) -> NDArray[Any]:
 def _weight(weight: Any) -> float:
     """Return a weight as a float; raise where it is none."""
     try:
-        if not isinstance(weight, bool) and isinstance(weight, (int, float)) and 0 <= float(weight) < math.inf:
+        is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
+        if is_number and 0 <= float(weight) < math.inf:
             return float(weight)
     except OverflowError:  # an integer beyond all floats
         pass

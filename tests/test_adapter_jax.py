@@ -152,6 +152,18 @@ def test_dtypes_and_shapes(dtype: Any, shape: tuple[int, ...]) -> None:
         jax.config.update("jax_enable_x64", False)
 
 
+def test_numbers_that_numpy_made() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 3)), dtype=jnp.float32)
+    want = aggregate(x, "bucketing | trimmed_mean", f=1, seed=3)
+    for call in (
+        aggregate,
+        jax.jit(aggregate, static_argnames=("rule", "f", "seed"), static_argnums=1),
+    ):
+        got = call(x, "bucketing | trimmed_mean", f=np.int64(1), seed=np.uint32(3))
+        assert np.array_equal(got, want)
+    assert np.array_equal(aggregate(x, "krum", delta=np.float32(0.25)), aggregate(x, "krum", delta=0.25))
+
+
 def test_errors_outside_of_compiled_functions_are_the_rules_own() -> None:
     x = jnp.ones((5, 3))
     constant: Any = np.full((5, 3), np.nan, dtype=np.float32)

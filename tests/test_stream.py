@@ -187,6 +187,14 @@ def test_weights_of_any_size(weights: list[float], dtype: Any) -> None:
     np.testing.assert_allclose(got, rk.aggregate(x, "mean", weights=weights), rtol=4 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, float])
+def test_weights_that_numpy_made(kind: Any) -> None:
+    with rk.Stream("mean", n=2) as stream:
+        stream.add(np.ones(2), weight=kind(1))
+        stream.add(np.full(2, 5.0), weight=kind(3))
+        assert stream.result().tolist() == [4, 4]
+
+
 @pytest.mark.parametrize("rule", ["mean", "trimmed_mean", "median"])
 def test_integers_alone(rule: str) -> None:
     rows = [{"n": np.array([k, 7])} for k in range(5)]

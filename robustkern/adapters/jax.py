@@ -121,7 +121,8 @@ def aggregate(
     text = rule if isinstance(rule, str) else str(rule)
     count = 0 if stacked else len(parts)
     wanted = None if names is None else tuple(names)
-    call = _Call(text, f, delta, seed, count, wanted, weights is not None, centre is not None)
+    numbers: list[Any] = [x.item() if isinstance(x, np.generic) else x for x in (f, delta, seed)]
+    call = _Call(text, *numbers, count, wanted, weights is not None, centre is not None)
     result, _ = _operator(call, parts, weights, centre)
     if names is None:
         return result
