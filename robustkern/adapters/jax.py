@@ -43,6 +43,11 @@ _DTYPES = {
 }  # fmt: skip
 
 
+def _plain(x: Any) -> Any:
+    """Return a number of NumPy's as Python's, which JSON takes."""
+    return x.item() if isinstance(x, np.generic) else x
+
+
 class _Call(NamedTuple):
     """What a call is besides its arrays; constants of the compiled function."""
 
@@ -121,8 +126,7 @@ def aggregate(
     text = rule if isinstance(rule, str) else str(rule)
     count = 0 if stacked else len(parts)
     wanted = None if names is None else tuple(names)
-    numbers: list[Any] = [x.item() if isinstance(x, np.generic) else x for x in (f, delta, seed)]
-    call = _Call(text, *numbers, count, wanted, weights is not None, centre is not None)
+    call = _Call(text, _plain(f), _plain(delta), _plain(seed), count, wanted, weights is not None, centre is not None)
     result, _ = _operator(call, parts, weights, centre)
     if names is None:
         return result
