@@ -218,6 +218,13 @@ def test_the_operator_keeps_torchs_own_rules() -> None:
     )
 
 
+def test_rows_that_come_one_by_one() -> None:
+    x = torch.randn(5, 3)
+    want = aggregate(x, "median")
+    for rows in ((row for row in x), torch.nn.ParameterList(list(x)), dict(enumerate(x)).values(), tuple(x)):
+        assert torch.equal(aggregate(rows, "median"), want)  # type: ignore[arg-type]
+
+
 def test_errors_are_those_of_the_rule() -> None:
     x = torch.ones(5, 3)
     plain: Any = aggregate  # of which types say the same

@@ -114,3 +114,33 @@ def test_smoothed_medians_take_few_steps(backend: str, kind: str, nu: float) -> 
     r = np.linalg.norm(x - result, axis=1)
     assert r.min() > nu  # so it is the geometric median, where the rows pull equally
     assert np.linalg.norm(((x - result) / r[:, None]).sum(axis=0)) < 1e-5
+
+
+def test_steps_that_are_not_weiszfelds_go_downhill() -> None:
+    """From two clusters of uneven weights, and on a line of rows, of which one is the median."""
+    rng = np.random.default_rng(3)
+    worst = 0
+    for n, d, power in ((60, 60, 1), (100, 100, 2), (40, 3, 3), (200, 1, 2)):
+        for nu in (1e-9, 1e-2, 1.0):
+            x = rng.standard_normal((n, d))
+            x[: n // 2] += 100
+            weights = rng.random(n) ** power
+            costs = []
+            for rule in (f"geometric_median(nu={nu}, start='zero')", f"geometric_median(nu={nu})", "geometric_median"):
+                result, info = rk.aggregate(x, rule, weights=weights, return_info=True)
+                assert info.converged
+                worst = max(worst, info.iterations)
+                costs.append(float(weights @ np.maximum(np.linalg.norm(x - result, axis=1), nu)))
+            assert costs[0] == pytest.approx(costs[1], rel=1e-9)
+            assert costs[0] <= costs[2] * (1 + 1e-9) + nu * n
+    assert worst < 2000
+
+
+def test_a_step_that_lands_beside_a_row_is_no_end() -> None:
+    values = [100.99174132143689, 100.27823990183794, 98.48664088166372, 100.11307077648665]
+    values += [-0.532485742627603, -1.5792598236137336, -0.3425168465118284, -1.4057950106278378]
+    weights = [0.8695661603490892, 0.8418855695448523, 0.30484668894074374, 0.39908774718413764]
+    weights += [0.9960133277728745, 0.435460602870294, 0.3483739953251924, 0.31498510163975246]
+    x = np.array([[0, value] for value in values])
+    for rule in ("geometric_median(nu=1e-9)", "geometric_median"):
+        assert rk.aggregate(x, rule, weights=weights)[1] == pytest.approx(98.48664088166372, abs=1e-7)

@@ -432,6 +432,49 @@ def test_averages_of_subnormal_numbers(kernels: Kernels, beside: str) -> None:
             assert (abs(found[finite] - exact[finite]) <= unit + 2.0**-52 * np.sqrt(n) * reach[finite]).all()
 
 
+@pytest.mark.parametrize("power", [-1074, -1040, -1022, -1021, -1000, -970, -950, -902, -899, 0, 970])
+def test_averages_of_any_size(kernels: Kernels, power: int) -> None:
+    """Results that are tiny though no number is subnormal; equal rows come back whatever lies beside them."""
+    rng = np.random.default_rng(0)
+    rows = np.ldexp(rng.uniform(1, 2, 1030), power)
+    rows[7:9], rows[20:30] = 0.0, -rows[20:30]
+    for beside in (0.0, 5e-324, 1e305):
+        x = np.tile(rows, (3, 1))
+        x[:, 1029] = beside
+        got = np.full((1, 1030), 77.0)
+        kernels.weighted_row_sum(Rows.of(x), np.ones((1, 3)), Rows.of(got), divisors=np.array([3.0]))
+        assert np.array_equal(got[0], x[0])
+    least = 2.0**-1022
+    for column, mean in (([3, -4], -0.5), ([4, 0, 0, 0, 0, 0, 0], 4 / 7), ([1, 1, -1, 0], 0.25)):
+        x = np.array(column)[:, None] * least
+        got = np.full((1, 1), 77.0)
+        kernels.weighted_row_sum(Rows.of(x), np.ones((1, len(x))), Rows.of(got), divisors=np.array([float(len(x))]))
+        assert abs(got[0, 0] - mean * least) <= 5e-324
+
+
+def test_averages_that_cancel_beside_subnormal_numbers(kernels: Kernels) -> None:
+    for x, mean in (
+        ([[-1.7e308, 5e-324], [1.7e308, 5e-324]], [0, 5e-324]),
+        ([[-1e300, 0, 5e-324], [1e300, 0, 0], [0, 0, 0]], [0, 0, 0]),
+    ):
+        rows, got = np.array(x), np.full((1, len(mean)), 77.0)
+        kernels.weighted_row_sum(Rows.of(rows), np.ones((1, len(x))), Rows.of(got), divisors=np.array([float(len(x))]))
+        np.testing.assert_allclose(got[0], mean, rtol=0, atol=5e-324)
+
+
+@pytest.mark.parametrize("power", [0, 50, 100, 200, 400])
+def test_sums_that_are_no_averages_of_subnormal_numbers(kernels: Kernels, power: int) -> None:
+    x = np.array([[2.0**-1023], [2.0**-1000]])
+    for weight, divisor in ((2.0**power, 1.0), (1.0, 2.0**-power)):
+        got = np.full((1, 1), 77.0)
+        kernels.weighted_row_sum(Rows.of(x), np.full((1, 2), weight), Rows.of(got), divisors=np.array([divisor]))
+        assert got[0, 0] == x.sum() * 2.0**power
+        found, out = one_row(1, np.dtype(np.float64))
+        mix, by = np.full((1, 2), weight), np.array([divisor])
+        kernels.select_columns(Rows.of(x), Window(0, 1), mix=mix, mix_divisors=by, out=out)
+        assert found[0] == x.sum() * 2.0**power
+
+
 def mixed_at(kernels: Kernels, x: Array, weights: Array, divisors: Array, rank: int) -> Array:
     """Return the mixed rows' values of one rank."""
     got, out = one_row(x.shape[1], x.dtype)

@@ -961,6 +961,25 @@ def test_float32_products_decide_nothing_that_is_too_close(
     assert np.sqrt(((got[0][0] - got[1][0]) ** 2).sum()) <= 1e-6 * spread
 
 
+@pytest.mark.parametrize("values", [(1e19, 1e20), (1e30,), (3e38,), (-3.4e38, 1e38), (1e20, 3e38)])
+@pytest.mark.parametrize("rule", ["geometric_median", "nnm | mean", "ctma(mean)", "krum"])
+def test_rows_as_large_as_float32_goes_are_rows(monkeypatch: pytest.MonkeyPatch, rule: str, values: Any) -> None:
+    """Squares of theirs overflow float32, in many columns too, and they count as the rows that they are."""
+    x = np.random.default_rng(1).standard_normal((11, 3000)).astype(np.float32)
+    for row, value in enumerate(values):
+        x[row] = value
+    x[len(values), :100] = 1e25
+    got = []
+    for from_values in (0, 1 << 60):
+        monkeypatch.setattr(geometry, "SINGLE_VALUES", from_values)
+        got.append(rk.aggregate(x, rule, f=4, backend="cpp", return_info=True))
+    spread = np.linalg.norm(np.median(x.astype(np.float64), axis=0) - x[-1])
+    one, other = (result.astype(np.float64) for result, _ in got)
+    assert np.linalg.norm(one - other) <= 1e-6 * max(spread, np.linalg.norm(other))
+    assert got[0][1].nonfinite_rows == got[1][1].nonfinite_rows == ()
+    assert got[1][1].kept is None or np.array_equal(got[0][1].kept, got[1][1].kept)
+
+
 @pytest.mark.parametrize("rule", ["ctma(median)", "ctma(mean)", "ctma(geometric_median)"])
 def test_equal_distances_go_to_the_lowest_index(backend: str, dtype: np.dtype[Any], rule: str) -> None:
     """Rows mirrored at the anchor: exactly n-f are kept, the first of the equal ones."""

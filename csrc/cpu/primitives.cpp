@@ -34,7 +34,10 @@ class Mixing {
     first_ = outline_.part<int64_t>(0, firsts);
     base_ = outline_.part<int64_t>(0, bases);
     average_ = outline_.part<Average>(0, averages);
-    for (int64_t r = 0; r < k; ++r) average_[r] = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
+    for (int64_t r = 0; r < k; ++r) {
+      average_[r] = average_of(weights + r * n, n, divisors ? divisors[r] : 1);
+      averaging_ &= average_[r].averaging;
+    }
     for (int64_t r = 0; r < k;) {
       int64_t count = min64(kMixRows, k - r);
       if (kCentred)
@@ -68,6 +71,7 @@ class Mixing {
     return true;
   }
   int64_t groups() const { return groups_; }
+  bool averaging() const { return averaging_; }  // all of them
 
   // Of a tile that is lifted: lowered again.
   // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], over the divisor, also or only rounded to C
@@ -176,11 +180,13 @@ class Mixing {
   // Of each group: its first mixture, the row that they are differences from, and where its rows begin.
   int64_t *first_ = nullptr, *base_ = nullptr, *start_ = nullptr, *row_ = nullptr;
   int64_t groups_ = 0, k_ = 0, n_ = 0;
+  bool averaging_ = true;
 };
 
 // A tile as float64, and which rows of it are numbers throughout. True where it is lifted, for subnormal numbers in it.
 template <class S>
-bool widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, double* wide, uint8_t* finite) {
+bool widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, bool may_be_lifted, double* wide,
+                uint8_t* finite) {
   const FlushedFloats floats(sizeof(S) == 8);
   Liftable liftable;
   for (int64_t i = 0; i < n; ++i) {
@@ -193,7 +199,7 @@ bool widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, d
     }
     finite[i] = !any_nan(check);
   }
-  if (!liftable.liftable()) return false;
+  if (!may_be_lifted || !liftable.subnormal() || !liftable.liftable()) return false;
   for (int64_t i = 0; i < n; ++i)
     for (int64_t j = i * tile; j < i * tile + columns; j += kDoubles) store(wide + j, lifted(load(wide + j)));
   return true;
@@ -256,6 +262,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
   if (select.mix && !mixing.prepare(select.mix, select.mix_divisors, k, n)) return Status::out_of_memory;
   if (remeasure && !measuring.prepare(select.measure, select.measure_divisors, n_measured, n))
     return Status::out_of_memory;
+  const bool may_be_lifted = mixing.averaging() && measuring.averaging();  // or what is lifted may overflow
   Window window{k, select.lo, select.hi, select.multiplicities, select.nearest};
   window.narrow = sizeof(S) == 2;
   if (!prepare_window(window)) return Status::out_of_memory;
@@ -314,7 +321,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       bool is_lifted = false;
       if (select.mix) {
         const bool keep = distances && same;
-        is_lifted = widen_tile(src, n, padded, tile, wide, finite);
+        is_lifted = widen_tile(src, n, padded, tile, may_be_lifted, wide, finite);
         mixing.run(wide, padded, tile, finite, keep ? mixed : nullptr, mixed_rounded, ahead, is_lifted);
         for (int64_t r = 0; r < k; ++r) mixed_src[r] = mixed_rounded + r * tile;
         memset(mixed_nonfinite, 0, static_cast<size_t>(k));
@@ -332,7 +339,7 @@ Status select_columns_of(const Rows& rows, const Select& select, int threads) {
       widen_run(rounded, columns, out);
       for (int64_t j = 0; j < padded; j += kDoubles) store(centre + j, load_double(out + j));
       if (remeasure) {
-        if (!select.mix) is_lifted = widen_tile(src, n, padded, tile, wide, finite);
+        if (!select.mix) is_lifted = widen_tile(src, n, padded, tile, may_be_lifted, wide, finite);
         measuring.run(wide, padded, tile, finite, measured, static_cast<C*>(nullptr), ahead, is_lifted);
       }
       const FlushedFloats floats(sizeof(S) == 8 && select.scale <= 1);  // squares of subnormal numbers vanish
@@ -789,7 +796,7 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
         F64 check = {};
         Simd<double>::Key tiny = {};
         {
-          const FlushedFloats floats(true);  // only what is tiny rests on subnormal numbers
+          const FlushedFloats floats(average.averaging);  // only averages that are tiny rest on subnormal numbers
           add(average.lift, As<Terms::plain>{});
           for (int64_t j = 0; j < padded; j += kDoubles) {
             const F64 value = divided(sum(j), by);
@@ -797,29 +804,33 @@ Status weighted_row_sum_of(const Rows& rows, const double* weights, const double
             tiny |= reinterpret_cast<Simd<double>::Key>(is_tiny(value));
             store(rounded + j, value);
           }
-          if (__builtin_expect(any_nan(check), false)) {
-            add(average.lift, As<Terms::shrunken>{});
-            again([](F64 value) { return value - value != 0; },
-                  [&](const DoubledSum& found) { return grown(found, average.divisor, average.averaging); });
-          }
         }
-        if (any_nan(reinterpret_cast<F64>(tiny))) {
-          Liftable found;
+        if (average.averaging && any_nan(reinterpret_cast<F64>(tiny))) {
+          Liftable found;  // in columns of tiny averages
           for (int64_t i = 0; i < n; ++i)
             if (weights[r * n + i] != 0) {
               const S* row = static_cast<const S*>(rows.data[segment * n + i]) + first;
-              for (int64_t j = 0; j + kDoubles <= columns; j += kDoubles) found.look(load(row + j));
-              for (int64_t j = columns / kDoubles * kDoubles; j < columns; ++j) found.look(splat<F64>(row[j]));
+              for (int64_t j = 0; j < columns; j += kDoubles) {
+                double tail[kDoubles] = {};
+                if (j + kDoubles > columns) memcpy(tail, row + j, sizeof(S) * static_cast<size_t>(columns - j));
+                const F64 value = load(j + kDoubles > columns ? tail : row + j);
+                found.look(is_tiny(load(rounded + j)) ? value : F64{});
+              }
             }
-          const FlushedFloats floats(found.liftable());
-          const Divisor lowering(average.divisor / kLift, average.reciprocal * kLift);
           if (found.liftable()) {
-            add(average.lift / kLift, As<Terms::lifted>{});
-            again(is_tiny, [&](const DoubledSum& lifted_sum) { return lowered(divided(lifted_sum, lowering)); });
-          } else if (found.subnormal()) {
+            const FlushedFloats floats(true);
+            add(average.lift, As<Terms::lifted>{});
+            again(is_tiny, [&](const DoubledSum& lifted_sum) { return lowered(divided(lifted_sum, by)); });
+          } else if (!found.zero()) {
             add(average.lift, As<Terms::plain>{});
             again(is_tiny, [&](const DoubledSum& whole) { return divided(whole, by); });
           }
+        }
+        if (__builtin_expect(any_nan(check), false)) {
+          const FlushedFloats floats(average.averaging);
+          add(average.lift, As<Terms::shrunken>{});
+          again([](F64 value) { return value - value != 0; },
+                [&](const DoubledSum& found) { return grown(found, average.divisor, average.averaging); });
         }
       } else {
         add(average.lift, As<Terms::plain>{});

@@ -118,7 +118,7 @@ constexpr uint64_t kTiny = uint64_t{1023 - 900}
                            << 52;  // the size of 2^-900: larger results rest on no subnormal number
 constexpr uint64_t kWhole = uint64_t{1023 + 52} << 52;  // of 2^52
 
-// x * kLift, exactly; of numbers below 2^950, infinities and NaN.
+// x * kLift, exactly; of numbers below 2^959, infinities and NaN.
 RK_INLINE F64 lifted(F64 x) {
   using Key = Simd<double>::Key;
   const Key size = size_of(x), sign = reinterpret_cast<Key>(x) ^ size;
@@ -134,18 +134,21 @@ RK_INLINE F64 lowered(F64 v) {
   const F64 small = reinterpret_cast<F64>((reinterpret_cast<Key>(units) - kWhole) | sign);
   return size < (uint64_t{1023 - 958} << 52) ? small : v * (1 / kLift);
 }
-// Whether there are subnormal numbers, and none too large to be lifted.
+// What numbers there are: whether they are all 0; some subnormal; none so large that sums of lifted ones would
+// overflow.
 struct Liftable {
-  Simd<double>::Key small = {}, large = {};
+  Simd<double>::Key some = {}, small = {}, large = {};
   RK_INLINE void look(F64 x) {
     using Key = Simd<double>::Key;
-    constexpr uint64_t normal = uint64_t{1} << 52, most = uint64_t{1023 + 950} << 52, infinite = uint64_t{0x7ff} << 52;
+    constexpr uint64_t normal = uint64_t{1} << 52, most = uint64_t{1023 + 800} << 52, infinite = uint64_t{0x7ff} << 52;
     const Key size = size_of(x);
+    some |= reinterpret_cast<Key>(size != 0);
     small |= reinterpret_cast<Key>(size - 1 < normal - 1);
     large |= reinterpret_cast<Key>(size - most < infinite - most);
   }
-  RK_INLINE bool subnormal() const { return any_nan(reinterpret_cast<F64>(small)); }  // all bits of a lane: a NaN
-  RK_INLINE bool liftable() const { return subnormal() && !any_nan(reinterpret_cast<F64>(large)); }
+  RK_INLINE bool zero() const { return !any_nan(reinterpret_cast<F64>(some)); }  // all bits of a lane set: a NaN
+  RK_INLINE bool subnormal() const { return any_nan(reinterpret_cast<F64>(small)); }
+  RK_INLINE bool liftable() const { return !zero() && !any_nan(reinterpret_cast<F64>(large)); }
 };
 
 // To as many bits as float32 and 16 bits more than need, the last one set where others are lost: what is rounded to 16

@@ -81,6 +81,8 @@ def aggregate(
             [1., 0.],
             [0., 0.]])
     """
+    if not isinstance(rows, Tensor) and hasattr(rows, "__iter__") and not isinstance(rows, (str, bytes, dict)):
+        rows = list(rows)
     if not torch.compiler.is_compiling():
         _check(rows, rule, f, delta, weights, centre, seed)
     parts = list(rows.unbind(0)) if isinstance(rows, Tensor) else list(rows)

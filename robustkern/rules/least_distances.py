@@ -36,6 +36,7 @@ __all__ = ["Median", "Products", "converged_weights", "moved_to_median", "shift_
 MAX_STEPS = 100
 MAX_PRODUCTS = 400  # of a large Gram matrix and a vector
 MAX_SMOOTHED_STEPS = 10_000
+BESIDE = 0.1  # of the least distance to a row: as much nearer a step may come that is not Weiszfeld's
 PLAIN_STEPS, KEPT_STEPS = 20, 6  # of Weiszfeld, before others (honest rows take a few), and how many these rest on
 MAX_TRIALS = 60  # on one line
 MAX_DOUBLINGS = 2200  # more than there are powers of two
@@ -590,9 +591,17 @@ def smoothed_weights(
         if step == 0 or (converged and (max_iter is None or tol is not None)):
             break
         if len(taken) > 1:
-            w = _further(gram, taken)
-            r = _radii(gram, w)
+            further = _further(gram, taken)
+            radii = _radii(gram, further)
+            # Only downhill, and not to a row: steps are short beside one, wherever the rows pull.
+            downhill = _smoothed_cost(s, radii, nu) <= _smoothed_cost(s, r, nu) * (1 + 8 * EPSILON)
+            if downhill and radii.min() >= BESIDE * r.min():
+                w, r = further, radii
     return np.zeros_like(s) if w is None else w, iteration, converged
+
+
+def _smoothed_cost(s: Vector, r: Vector, nu: float) -> float:
+    return float(s @ np.where(r < nu, (r * (r / nu if nu else 0.0) + nu) / 2, r))
 
 
 def _further(gram: Matrix, taken: list[tuple[Vector, Vector]]) -> Vector:
