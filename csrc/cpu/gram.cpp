@@ -1,5 +1,7 @@
 // Compiled once per instruction set: inner products of the rows, centred tile by tile on their lower median.
 // Products are summed in float64, or, where the caller allows it, in float32 over short runs of columns.
+#include <type_traits>
+
 #include "select.h"
 
 namespace rk {
@@ -292,7 +294,13 @@ Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, dou
 
   Tasks tasks = tasks_of<S>(grid, rows, threads);
   // Squares of float64 rows that are subnormal vanish, unless they are scaled up; float32 sums are good to more anyway.
-  const bool flushed = sizeof(P) == 4 || (sizeof(S) == 8 && scale <= 1);
+  // But not where float16 is widened by products with subnormal numbers.
+#if defined(__F16C__)
+  constexpr bool widened_by_products = false;
+#else
+  constexpr bool widened_by_products = std::is_same<S, Half>::value;
+#endif
+  const bool flushed = sizeof(P) == 4 ? !widened_by_products : sizeof(S) == 8 && scale <= 1;
   in_threads(threads, [&](const Member& member) {
     const FlushedFloats floats(flushed);
     const int thread = member.thread;

@@ -62,8 +62,8 @@ MAX_SINGLE = 2.0**127  # of a sum of squares in float32
 #: the time. And which share of the rows may be near others.
 SAMPLE, LEAST_SAMPLED, SAMPLED_VALUES = (16, 32), 1 << 14, 1 << 22
 MOST_NEAR = 0.125
-MOST_UNLIKE = 2.0**-120  # squares of rows whose own squares overflow float32, in those of the farthest of them
-SINGLE_LEAST = 2.0**-76  # no row's mean square counts as less in float32: what underflows is little of that
+FAR = 2.0**-70  # brings rows whose squares overflow float32 to where not even sums of the largest numbers' do;
+SINGLE_LEAST = 2.0**-76  # and with it no row's mean square counts as less: what underflows is little of that
 SINGLE_NOISE = 2.0**-24
 #: How far float32 products may have moved a combination of the rows, in their middle distance to it.
 MAX_SHIFT = 1e-6
@@ -428,21 +428,10 @@ class Given:
         far = np.isinf(found.diagonal())  # squares overflow float32
         if not far.any():
             return found, True
-        share = 0.0 if _lost(found) else self._share_of(rows.take(np.flatnonzero(far[: rows.n])))
-        again = take(scale=scale * share, single=True) / share**2 if share else found
-        if np.isinf(again.diagonal()).any():
+        again = found if _lost(found) else take(scale=scale * FAR, single=True) / FAR**2
+        if np.isinf(again.diagonal()).any():  # differences overflow, too
             return take(scale=scale), False
         return np.where(far | far[:, None], again, found), True
-
-    def _share_of(self, far: Rows) -> float:
-        """Return the power of two that brings far rows to where their squares just do not overflow float32.
-
-        0 where there are none, or they are not alike: what vanishes beside the farthest would be much of the others.
-        """
-        squares = self.kernels.row_sq_distances(far, None, exact=False)[0] if far.n else np.zeros(0)
-        if not len(squares) or not (squares.min() >= squares.max() * MOST_UNLIKE):
-            return 0.0
-        return 2.0 ** min(58 - math.frexp(math.sqrt(float(squares.max())))[1], 0)
 
     def _is_hostile(self, rows: Rows) -> bool:
         """Tell by some of many columns whether float32 products would be in vain; only what a call costs depends on it.
