@@ -271,7 +271,8 @@ def weighted_row_sum(
         if not np.isfinite(values).all():
             raise ValueError(
                 f"weighted_row_sum: weights over the divisor must be finite numbers; got weights of up to "
-                f"{abs(np.asarray(weights, dtype=np.float64)).max():.3g} over {divisor!r}"
+                f"{abs(np.asarray(weights, dtype=np.float64)).max():.3g} over {divisor!r} "
+                "(divide both by a power of two)"
             )
     divisors = np.array([by])
     for block in source.blocks():

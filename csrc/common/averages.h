@@ -26,10 +26,7 @@ __attribute__((always_inline)) inline Average average_of(const double* weights, 
   }
   int exponent = 0;
   (void)frexp(size, &exponent);
-  int size_of_divisor = 0;  // which lifted must leave room, too
-  (void)frexp(divisor, &size_of_divisor);
-  const int most = 900 - size_of_divisor, wanted = exponent > -900 ? 48 - exponent : 948;
-  const double lift = ldexp(1.0, wanted < most ? wanted : most), lifted = divisor * lift;
+  const double lift = ldexp(1.0, exponent > -900 ? 48 - exponent : 948), lifted = divisor * lift;
   return {lift, lifted, 1 / lifted, (high + low) / divisor, size <= divisor * 0x1p-16 * (1 + 0x1p-40)};
 }
 

@@ -73,9 +73,9 @@ class Mixing {
   int64_t groups() const { return groups_; }
   bool averaging() const { return averaging_; }  // all of them
 
-  // Of a tile that is lifted: lowered again.
   // mixed[r * tile + j] = sum over i of weights[r, i] * x[i * tile + j], over the divisor, also or only rounded to C
-  // (either may be null). A row with a NaN or Inf (not finite[i]) is never multiplied by 0.
+  // (either may be null); of a tile that is lifted, lowered again. A row with a NaN or Inf (not finite[i]) is never
+  // multiplied by 0.
   template <class C>
   void run(const double* x, int64_t columns, int64_t tile, const uint8_t* finite, double* mixed, C* rounded,
            Ahead& ahead, bool is_lifted) const {
@@ -555,10 +555,10 @@ Status row_sq_distances_of(const Rows& rows, const Centres& from, double scale, 
 
 constexpr int64_t kAverageRows = 4;  // at a time
 
-// sums[j] (+)= the shares of some rows' differences from the base; meanwhile fetches as much of the rows `next`.
+// sums[j] += the shares of some rows' differences from the base; meanwhile fetches as much of the rows `next`.
 template <int64_t kCount, class S>
 RK_INLINE void add_differences(const S* const* rows, const S* const* next, const S* base, const double* shares,
-                               int64_t columns, bool begin, double* sums) {
+                               int64_t columns, double* sums) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(S));
   F64 share[kCount];
   for (int64_t i = 0; i < kCount; ++i) share[i] = splat<F64>(shares[i]);
@@ -567,7 +567,7 @@ RK_INLINE void add_differences(const S* const* rows, const S* const* next, const
 #pragma GCC unroll 4
       for (int64_t i = 0; i < kCount; ++i) __builtin_prefetch(next[i] + j, 0, 2);
     const F64 from = load_double(base + j);
-    F64 sum = begin ? F64{} : load(sums + j);
+    F64 sum = load(sums + j);
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kCount; ++i) sum = fmadd(share[i], load_double(rows[i] + j) - from, sum);
     store(sums + j, sum);
@@ -628,8 +628,8 @@ Status sq_distances_to_average_of(const Rows& rows, const double* shares, double
       int64_t i = 0;
       for (; i + kAverageRows <= n_used; i += kAverageRows)
         add_differences<kAverageRows>(used + i, used + (i + 2 * kAverageRows <= n_used ? i + kAverageRows : i),
-                                      src[base], share + i, padded, i == 0, average);
-      for (; i < n_used; ++i) add_differences<1>(used + i, used + i, src[base], share + i, padded, i == 0, average);
+                                      src[base], share + i, padded, average);
+      for (; i < n_used; ++i) add_differences<1>(used + i, used + i, src[base], share + i, padded, average);
       for (i = 0; i + kAverageRows <= n; i += kAverageRows)
         add_sq_distances_from<kAverageRows>(src + i, src[base], average, padded, partial + 2 * i);
       for (; i < n; ++i) add_sq_distances_from<1>(src + i, src[base], average, padded, partial + 2 * i);

@@ -114,8 +114,8 @@ constexpr double kLift = 0x1p64;
 RK_INLINE Simd<double>::Key size_of(F64 x) {  // without its sign: ordered as a whole number
   return reinterpret_cast<Simd<double>::Key>(x) & ~(uint64_t{1} << 63);
 }
-constexpr uint64_t kTiny = uint64_t{1023 - 900}
-                           << 52;  // the size of 2^-900: larger results rest on no subnormal number
+// The size of 2^-900: larger averages rest on no subnormal number.
+constexpr uint64_t kTiny = uint64_t{1023 - 900} << 52;
 constexpr uint64_t kWhole = uint64_t{1023 + 52} << 52;  // of 2^52
 
 // x * kLift, exactly; of numbers below 2^959, infinities and NaN.

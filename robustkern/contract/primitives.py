@@ -214,7 +214,7 @@ class Kernels(Protocol):
         out : Rows
             k rows with the same segments and dtype, written.
         divisors : (k,) float64, optional
-            Positive and finite; all 1 by default.
+            Between 2**-900 and 2**900; all 1 by default.
 
         Notes
         -----

@@ -404,7 +404,7 @@ class Given:
         """Inner products, and in one more row whether float32 ones may be among them."""
         m = self.n + self.source.has_centre + self.needs_origin
         total = np.zeros((m + 1, m), dtype=np.longdouble)  # files may have thousands of blocks
-        special = np.zeros((m + 1, m))  # NaN and infinities, which 80-bit arithmetic takes a hundred times as long for
+        special: Matrix | None = None  # NaN and infinities: 80-bit arithmetic takes a hundred times as long with them
         cells = None if self.weights is None else as_cells(self.weights)
         if self.source.has_centre:  # which does not count for the median that the rows are centred on
             cells = np.append(np.ones(self.n, dtype=np.int64) if cells is None else cells, 0)
@@ -413,11 +413,14 @@ class Given:
                 found, quick = self._products(rows, cells, scale, single)
                 numbers = np.isfinite(found)
                 if not numbers.all():
-                    special[:-1] += np.where(numbers, 0.0, found)
+                    special = np.where(numbers, 0.0, found) + (0.0 if special is None else special)
                     found = np.where(numbers, found, 0.0)
                 total[:-1] += found
                 total[-1] += quick
-        return _in_float64(total) + special
+        result = _in_float64(total)
+        if special is not None:
+            result[:-1] += special
+        return result
 
     def _products(self, rows: Rows, cells: NDArray[np.int64] | None, scale: float, single: bool) -> tuple[Matrix, bool]:
         """Inner products of some columns, and whether float32 ones may be among them."""
