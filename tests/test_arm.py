@@ -16,7 +16,17 @@ import pytest
 from support import REQUIRED
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("select", "gram", "primitives", "read_pass", "digest")
+KERNELS = (
+    "select",
+    "select_columns",
+    "gram",
+    "weighted_row_sum",
+    "distances",
+    "momenta",
+    "read_pass",
+    "digest",
+    "table",
+)
 #: As CMakeLists.txt has it, in less time.
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-Wno-psabi", "-fopenmp")
 DEFINED = ("-DRK_ISA=baseline", '-DRK_ISA_NAME="baseline"', "-DRK_VECTOR_BYTES=16")

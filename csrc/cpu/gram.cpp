@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "select.h"
+#include "walk.h"
 
 namespace rk {
 namespace RK_ISA {
@@ -173,200 +174,284 @@ constexpr int64_t kStrip = 64;  // columns centred at a time: of 64 rows they st
 // 64 rows 50, of 128 rows 130.
 constexpr int64_t kCentreRows = 16;
 
-template <class S>
-struct Scratch {  // a thread's parts of the workspace
-  using C = ComputeOf<S>;
-  S* buffer;
-  C *network, *centre;
-  const S **src, **chosen;
-  uint8_t *seen, *bad;
-};
-
-template <class S>
-struct Centring {
-  using C = ComputeOf<S>;
-  Window window;
+// What is centred, and on what.
+struct Centre {
+  const Rows& rows;
   int64_t lone;   // the row that is the centre; -1: the median is
   int64_t apart;  // every so many rows one has a say in the median; 1: all have
   double scale;
   bool origin;
+  Window window;
+};
+
+// A thread's part in it.
+template <class S>
+class Centring {
+ public:
+  using C = ComputeOf<S>;
+  explicit Centring(const Centre& centre) : centre_(centre), rows_(centre.rows) {}
+
+  void lay(Layout& at) {
+    at(buffer_, rows_.n * kStrip);
+    at(src_, rows_.n);
+    at(chosen_, rows_.n);
+    at(network_, select_scratch<S>(centre_.window));
+    at(middle_, kStrip);
+    at(seen_, rows_.n);
+    at(bad_, rows_.n);
+  }
+  void start() {
+    memset(bad_, 0, static_cast<size_t>(rows_.n));
+    memset(network_, 0, sizeof(C) * static_cast<size_t>(select_scratch<S>(centre_.window)));
+  }
+  const uint8_t* bad() const { return bad_; }
 
   // Writes columns of the rows minus the lower median to x, in rows of kRowBytes filled up with zeros to whole
   // vectors. The place of a row in which some of them hold a NaN or Inf is all zeros, and bad[row] is set.
   template <class P>
-  void run(const Rows& rows, int64_t segment, int64_t first, int64_t columns, P* x, const Scratch<S>& at) const {
-    Ahead none = ahead_of<S>(rows, segment, first, 0, 1);
-    for (int64_t begin = 0; begin < columns; begin += kStrip) {
-      const int64_t count = min64(kStrip, columns - begin), padded = round_up(count, kStored<S>);
-      memset(at.seen, 0, static_cast<size_t>(rows.n));
-      read_tile<S>(rows, segment, first + begin, count, kStrip, at.buffer, at.src);
-      if (lone >= 0) {
-        widen_run(at.src[lone], padded, at.centre);
-      } else {
-        for (int64_t i = 0; i < window.n; ++i) at.chosen[i] = at.src[i * apart];
-        select_tile(window, at.chosen, padded, at.network, at.centre, at.seen, none);
-      }
+  void run(const Tile& tile, P* x) {
+    for (int64_t begin = 0; begin < tile.columns; begin += kStrip) {
+      const Tile strip{tile.segment, tile.first + begin, min64(kStrip, tile.columns - begin)};
+      const int64_t padded = round_up(strip.columns, kStored<S>);
+      read_tile<S>(rows_, strip, kStrip, buffer_, src_);
+      find_middle(padded);
       bool careful = false;
-      if (lone >= 0 || apart > 1)
-        for (int64_t i = 0; i < rows.n; ++i) at.seen[i] = !is_finite_run(at.src[i], padded);
-      for (int64_t i = 0; i < rows.n; ++i) careful |= at.seen[i] != 0;
+      for (int64_t i = 0; i < rows_.n; ++i) careful |= seen_[i] != 0;
       if (careful) {
-        for (int64_t i = 0; i < rows.n; ++i) at.bad[i] |= at.seen[i];
+        for (int64_t i = 0; i < rows_.n; ++i) bad_[i] |= seen_[i];
         for (int64_t j = 0; j < padded; ++j)  // a median that is no number centres nothing
-          if (at.centre[j] - at.centre[j] != 0) at.centre[j] = 0;
+          if (middle_[j] - middle_[j] != 0) middle_[j] = 0;
       }
-      subtract(at, rows.n, padded, x + begin);
+      subtract(padded, x + begin);
     }
   }
 
  private:
-  void subtract(const Scratch<S>& at, int64_t n, int64_t padded, float* x) const {
+  // The centre, and which rows hold a NaN or Inf.
+  void find_middle(int64_t padded) {
+    memset(seen_, 0, static_cast<size_t>(rows_.n));
+    if (centre_.lone >= 0) {
+      widen_run(src_[centre_.lone], padded, middle_);
+    } else {
+      Ahead nothing;
+      for (int64_t i = 0; i < centre_.window.n; ++i) chosen_[i] = src_[i * centre_.apart];
+      select_tile(centre_.window, chosen_, padded, network_, middle_, seen_, nothing);
+    }
+    if (centre_.lone >= 0 || centre_.apart > 1)
+      for (int64_t i = 0; i < rows_.n; ++i) seen_[i] = !is_finite_run(src_[i], padded);
+  }
+  void subtract(int64_t padded, float* x) const {
     constexpr int64_t lanes = Simd<float>::lanes, stride = kRowBytes / 4;
     float minus[kStrip];  // the centre's share: products with a power of two are exact
-    const F32 factor = splat<F32>(static_cast<float>(scale));
-    for (int64_t j = 0; j < padded; j += lanes) store(minus + j, load_single(at.centre + j) * -factor);
-    for (int64_t i = 0; i < n; ++i)
-      if (at.seen[i])
+    const F32 factor = splat<F32>(static_cast<float>(centre_.scale));
+    for (int64_t j = 0; j < padded; j += lanes) store(minus + j, load_single(middle_ + j) * -factor);
+    for (int64_t i = 0; i < rows_.n; ++i)
+      if (seen_[i])
         memset(x + i * stride, 0, sizeof(float) * static_cast<size_t>(padded));
       else
         for (int64_t j = 0; j < padded; j += lanes)
-          store(x + i * stride + j, fmadd(load_single(at.src[i] + j), factor, load(minus + j)));
-    if (origin) memcpy(x + n * stride, minus, sizeof(float) * static_cast<size_t>(padded));
+          store(x + i * stride + j, fmadd(load_single(src_[i] + j), factor, load(minus + j)));
+    if (centre_.origin) memcpy(x + rows_.n * stride, minus, sizeof(float) * static_cast<size_t>(padded));
   }
-  void subtract(const Scratch<S>& at, int64_t n, int64_t padded, double* x) const {
+  void subtract(int64_t padded, double* x) const {
     constexpr int64_t stride = kRowBytes / 8;
     double minus[kStrip];
-    const F64 factor = splat<F64>(scale);
-    for (int64_t j = 0; j < padded; j += kDoubles) store(minus + j, load_double(at.centre + j) * -factor);
-    for (int64_t i = 0; i < n; ++i)
-      if (at.seen[i])
+    const F64 factor = splat<F64>(centre_.scale);
+    for (int64_t j = 0; j < padded; j += kDoubles) store(minus + j, load_double(middle_ + j) * -factor);
+    for (int64_t i = 0; i < rows_.n; ++i)
+      if (seen_[i])
         memset(x + i * stride, 0, sizeof(double) * static_cast<size_t>(padded));
       else
         for (int64_t j = 0; j < padded; j += kDoubles)
-          store(x + i * stride + j, fmadd(load_double(at.src[i] + j), factor, load(minus + j)));
-    if (origin) memcpy(x + n * stride, minus, sizeof(double) * static_cast<size_t>(padded));
+          store(x + i * stride + j, fmadd(load_double(src_[i] + j), factor, load(minus + j)));
+    if (centre_.origin) memcpy(x + rows_.n * stride, minus, sizeof(double) * static_cast<size_t>(padded));
   }
+
+  const Centre& centre_;
+  const Rows& rows_;
+  S* buffer_ = nullptr;
+  C *network_ = nullptr, *middle_ = nullptr;
+  const S **src_ = nullptr, **chosen_ = nullptr;
+  uint8_t *seen_ = nullptr, *bad_ = nullptr;
 };
 
 // ---- gram ----------------------------------------------------------------------------------------------
 
 // Products in type P: float64, or float32.
 template <class S, class P>
-Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, int64_t lines, double* out,
-               int threads) {
-  using C = ComputeOf<S>;
+struct Call {
+  const Rows& rows;
+  const int64_t* multiplicities;
+  const bool origin;
+  const double scale;
+  const int64_t lines;
   const int64_t n = rows.n, m = n + (origin ? 1 : 0), blocks = (m + kBlock - 1) / kBlock;
   const Triangle triangle{blocks, (lines + kBlock - 1) / kBlock};
-  const bool shared = triangle.size() > kTaskCells;
-  const int64_t tile = n <= 32 ? kTile<P> / 2 : n > kTaskRows && !shared ? kStrip : kTile<P>;
-  int64_t cells = multiplicities ? 0 : n;
-  if (multiplicities)
-    for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
-  const bool sparse = sizeof(P) == 4 && n > kCentreRows * 3 / 2 && !multiplicities;
-  const int64_t apart = sparse ? (n + kCentreRows - 1) / kCentreRows : 1;
-  const int64_t chosen = (n + apart - 1) / apart, middle = ((sparse ? chosen : cells) - 1) / 2;
-  const int64_t lone = lone_row(multiplicities, n);
-  Centring<S> centring{{chosen, middle, middle + 1, multiplicities}, lone, apart, scale, origin};
-  if (lone < 0 && !prepare_window(centring.window)) return Status::out_of_memory;
+  const bool shared = triangle.size() > kTaskCells;  // one Gram
+  Centre centre = centre_of();
+  const Grid grid = grid_of();
+  const int64_t n_grams = shared ? 1 : grid.n_tasks;
+  Workspace space;
+  double* grams = nullptr;
+  uint8_t* bad = nullptr;
 
-  // Tasks of whole tiles; where the Gram is shared, one task after another is a tile that all threads work on.
-  const int64_t per_task = (rows.columns() + kTaskGrams - 1) / kTaskGrams;
-  const Grid grid = make_grid(rows.columns(), shared ? tile : max64(round_up(per_task, tile), tile));
+  Call(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, int64_t lines)
+      : rows(rows), multiplicities(multiplicities), origin(origin), scale(scale), lines(lines) {}
 
-  Workspace space, sums;
-  const int64_t at_buffer = space.reserve<S>(n * kStrip), at_src = space.reserve<const S*>(n);
-  const int64_t at_chosen = space.reserve<const S*>(n);
-  const int64_t at_network = space.reserve<C>(select_scratch<S>(centring.window));
-  const int64_t at_centre = space.reserve<C>(kStrip);
-  const int64_t at_seen = space.reserve<uint8_t>(n), at_bad = space.reserve<uint8_t>(n);
-  const int64_t x_bytes = blocks * kBlock * kRowBytes, n_grams = shared ? 1 : grid.n_tasks;
-  const int64_t at_x = (shared ? sums : space).reserve<char>(x_bytes);
-  const int64_t at_fresh = (shared ? sums : space).reserve<double>(triangle.size());
-  const int64_t at_grams = sums.reserve<double>(n_grams * triangle.size()), at_bad_rows = sums.reserve<uint8_t>(m);
-  if (!space.allocate(threads) || !sums.allocate(1)) {
-    release_window(centring.window);
-    return Status::out_of_memory;
+  bool prepare() {  // false: out of memory
+    const auto lay = [&](Layout& at) {
+      at(grams, n_grams * triangle.size());
+      at(bad, m);
+    };
+    if ((centre.lone < 0 && !centre.window.prepare()) || !space.allocate(lay)) return false;
+    memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * triangle.size()));
+    memset(bad, 0, static_cast<size_t>(m));
+    return true;
   }
-  double* grams = sums.part<double>(0, at_grams);
-  memset(grams, 0, sizeof(double) * static_cast<size_t>(n_grams * triangle.size()));
-  uint8_t* bad_rows = sums.part<uint8_t>(0, at_bad_rows);
-  memset(bad_rows, 0, static_cast<size_t>(m));
+  void add_up(double* out) const {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j <= i && j < lines; ++j) {
+        double sum = 0;
+        for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * triangle.size() + triangle.cell_at(i, j)];
+        if (bad[i] || bad[j]) sum = __builtin_nan("");
+        out[j * m + i] = sum;
+        if (i < lines) out[i * m + j] = sum;
+      }
+  }
 
-  Tasks tasks = tasks_of<S>(grid, rows, threads);
-  // Squares of float64 rows that are subnormal vanish, unless they are scaled up; float32 sums are good to more anyway.
-  // But not where float16 is widened by products with subnormal numbers.
+ private:
+  Centre centre_of() const {
+    int64_t cells = multiplicities ? 0 : n;
+    if (multiplicities)
+      for (int64_t i = 0; i < n; ++i) cells += multiplicities[i];
+    const bool sparse = sizeof(P) == 4 && n > kCentreRows * 3 / 2 && !multiplicities;
+    const int64_t apart = sparse ? (n + kCentreRows - 1) / kCentreRows : 1;
+    const int64_t chosen = (n + apart - 1) / apart, middle = ((sparse ? chosen : cells) - 1) / 2;
+    return {rows, lone_row(multiplicities, n), apart, scale, origin, {chosen, middle, middle + 1, multiplicities}};
+  }
+  // Tasks of whole tiles; where the Gram is shared, one task after another is a tile that all threads work on.
+  Grid grid_of() const {
+    const int64_t tile = n <= 32 ? kTile<P> / 2 : n > kTaskRows && !shared ? kStrip : kTile<P>;
+    const int64_t per_task = (rows.columns() + kTaskGrams - 1) / kTaskGrams;
+    return make_grid(rows, shared ? tile : max64(round_up(per_task, tile), tile), tile, 1);
+  }
+};
+
+// Squares of float64 rows that are subnormal vanish, unless they are scaled up; float32 sums are good to more anyway.
+// But not where float16 is widened by products with subnormal numbers.
+template <class S, class P>
+bool are_flushed(double scale) {
 #if defined(__F16C__)
   constexpr bool widened_by_products = false;
 #else
   constexpr bool widened_by_products = std::is_same<S, Half>::value;
 #endif
-  const bool flushed = sizeof(P) == 4 ? !widened_by_products : sizeof(S) == 8 && scale <= 1;
+  return sizeof(P) == 4 ? !widened_by_products : sizeof(S) == 8 && scale <= 1;
+}
+
+// A tile that is centred, and the sums of some tiles.
+template <class P>
+struct Products {
+  P* x = nullptr;
+  double* fresh = nullptr;
+
+  void lay(Layout& at, int64_t blocks, const Triangle& triangle) {
+    at(x, blocks * kBlock * kRowBytes / static_cast<int64_t>(sizeof(P)));
+    at(fresh, triangle.size());
+  }
+  void start(int64_t blocks, const Triangle& triangle) {
+    memset(x, 0, static_cast<size_t>(blocks * kBlock * kRowBytes));  // rows that only fill up stay zeros
+    memset(fresh, 0, sizeof(double) * static_cast<size_t>(triangle.size()));
+  }
+};
+
+// Of tasks that have Grams of their own.
+template <class S, class P>
+class Worker : public Steps {
+ public:
+  explicit Worker(const Call<S, P>& call)
+      : call_(call), floats_(are_flushed<S, P>(call.scale)), centring_(call.centre) {}
+
+  void lay(Layout& at) {
+    centring_.lay(at);
+    products_.lay(at, call_.blocks, call_.triangle);
+  }
+  void start() {
+    centring_.start();
+    products_.start(call_.blocks, call_.triangle);
+  }
+  void begin(int64_t task) {
+    mine_ = call_.grams + task * call_.triangle.size();
+    tiles_ = 0;  // bits depend on the columns of a task alone
+  }
+  void run(const Tile& tile) {
+    constexpr int64_t together = kBetweenFetches * Simd<P>::lanes;
+    const int64_t padded = round_up(tile.columns, kStored<S>), size = call_.triangle.size();
+    centring_.run(tile, products_.x);
+    const int64_t steps = size / kCells * (kBlock / kRight) * (round_up(padded, together) / together);
+    Ahead ahead = ahead_of<S>(call_.rows, tile, steps);
+    for (int64_t i = 0; i < call_.blocks; ++i)
+      add_products(products_.x, call_.triangle, i, padded, products_.fresh, ahead);
+    if (++tiles_ % kFreshTiles == 0) move_sums(products_.fresh, size, mine_);
+  }
+  void end(int64_t) { move_sums(products_.fresh, call_.triangle.size(), mine_); }
+  void finish() { mark(call_.bad, centring_.bad(), call_.n); }
+
+ private:
+  const Call<S, P>& call_;
+  const FlushedFloats floats_;
+  Centring<S> centring_;
+  Products<P> products_;
+  double* mine_ = nullptr;
+  int64_t tiles_ = 0;
+};
+
+// Where the Gram is shared: the threads centre a tile's parts, then share out the blocks of the one Gram. Each entry
+// grows in column order whoever adds to it, so bits do not depend on the number of threads.
+template <class S, class P>
+bool walk_together(const Call<S, P>& call, int threads) {
+  const Triangle& triangle = call.triangle;
+  Workspace space, common;
+  Centring<S> any(call.centre);
+  Products<P> products;
+  if (!space.allocate(threads, [&](Layout& at) { any.lay(at); }) ||
+      !common.allocate([&](Layout& at) { products.lay(at, call.blocks, triangle); }))
+    return false;
+  products.start(call.blocks, triangle);
   in_threads(threads, [&](const Member& member) {
-    const FlushedFloats floats(flushed);
-    const int thread = member.thread;
-    const Scratch<S> scratch{space.part<S>(thread, at_buffer),        space.part<C>(thread, at_network),
-                             space.part<C>(thread, at_centre),        space.part<const S*>(thread, at_src),
-                             space.part<const S*>(thread, at_chosen), space.part<uint8_t>(thread, at_seen),
-                             space.part<uint8_t>(thread, at_bad)};
-    memset(scratch.bad, 0, static_cast<size_t>(n));
-    memset(scratch.network, 0, sizeof(C) * static_cast<size_t>(select_scratch<S>(centring.window)));
-    char* x_memory = shared ? sums.part<char>(0, at_x) : space.part<char>(thread, at_x);
-    P* x = reinterpret_cast<P*>(x_memory);
-    double* fresh = shared ? sums.part<double>(0, at_fresh) : space.part<double>(thread, at_fresh);
+    const FlushedFloats floats(are_flushed<S, P>(call.scale));
+    Centring<S> centring(call.centre);
+    space.place(member.thread, [&](Layout& at) { centring.lay(at); });
+    centring.start();
+    Ahead nothing;
     int64_t tiles = 0;
-    if (!shared || thread == 0) {
-      memset(x_memory, 0, static_cast<size_t>(x_bytes));  // rows that only fill up stay zeros
-      memset(fresh, 0, sizeof(double) * static_cast<size_t>(triangle.size()));
-    }
-    if (!shared) {
-      for (int64_t task; (task = tasks.take(member.thread)) >= 0;) {
-        double* mine = grams + task * triangle.size();
-        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-          for (int64_t j = 0; j < count; j += tile) {
-            const int64_t columns = min64(tile, count - j), padded = round_up(columns, kStored<S>);
-            centring.run(rows, segment, first + j, columns, x, scratch);
-            constexpr int64_t together = kBetweenFetches * Simd<P>::lanes;
-            Ahead ahead =
-                ahead_of<S>(rows, segment, first + j + columns, columns,
-                            triangle.size() / kCells * (kBlock / kRight) * (round_up(padded, together) / together));
-            for (int64_t i = 0; i < blocks; ++i) add_products(x, triangle, i, padded, fresh, ahead);
-            if (++tiles % kFreshTiles == 0) move_sums(fresh, triangle.size(), mine);
-          }
+    for (int64_t task = 0; task < call.grid.n_tasks; ++task)
+      for_tiles(call.rows, call.grid, task, [&](const Tile& tile) {
+        member.share((tile.columns + kStrip - 1) / kStrip, [&](int64_t strip) {
+          const int64_t j = strip * kStrip;
+          centring.run(Tile{tile.segment, tile.first + j, min64(kStrip, tile.columns - j)}, products.x + j);
         });
-        move_sums(fresh, triangle.size(), mine);
-        tiles = 0;  // bits depend on the columns of a task alone
-      }
-    } else {
-      // The threads centre a tile's parts, then share out the blocks of the one Gram. Each entry grows in column order
-      // whoever adds to it, so bits do not depend on the number of threads.
-      member.meet();
-      for (int64_t task = 0; task < grid.n_tasks; ++task)
-        for_task_pieces(rows, grid, task, [&](int64_t segment, int64_t first, int64_t count) {
-          Ahead none = ahead_of<S>(rows, segment, first, 0, 1);
-          member.share((count + kStrip - 1) / kStrip, [&](int64_t strip) {
-            const int64_t j = strip * kStrip;
-            centring.run(rows, segment, first + j, min64(kStrip, count - j), x + j, scratch);
-          });
-          const bool full = ++tiles % kFreshTiles == 0;
-          member.share(blocks, [&](int64_t i) {  // the last, which have most products, first
-            const int64_t block = blocks - 1 - i, at = triangle.block_at(block, 0);
-            add_products(x, triangle, block, round_up(count, kStored<S>), fresh, none);
-            if (full) move_sums(fresh + at, triangle.block_at(block + 1, 0) - at, grams + at);
-          });
+        const bool full = ++tiles % kFreshTiles == 0;
+        member.share(call.blocks, [&](int64_t i) {  // the last, which have most products, first
+          const int64_t block = call.blocks - 1 - i, at = triangle.block_at(block, 0);
+          add_products(products.x, triangle, block, round_up(tile.columns, kStored<S>), products.fresh, nothing);
+          if (full) move_sums(products.fresh + at, triangle.block_at(block + 1, 0) - at, call.grams + at);
         });
-      if (thread == 0) move_sums(fresh, triangle.size(), grams);
-    }
-    mark(bad_rows, scratch.bad, n);
+      });
+    mark(call.bad, centring.bad(), call.n);
   });
-  release_window(centring.window);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j <= i && j < lines; ++j) {
-      double sum = 0;
-      for (int64_t g = 0; g < n_grams; ++g) sum += grams[g * triangle.size() + triangle.cell_at(i, j)];
-      if (bad_rows[i] || bad_rows[j]) sum = __builtin_nan("");
-      out[j * m + i] = sum;
-      if (i < lines) out[i * m + j] = sum;
-    }
+  move_sums(products.fresh, triangle.size(), call.grams);
+  return true;
+}
+
+template <class S, class P>
+Status gram_of(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, int64_t lines, double* out,
+               int threads) {
+  Call<S, P> call(rows, multiplicities, origin, scale, lines);
+  if (!call.prepare()) return Status::out_of_memory;
+  const bool done = call.shared ? walk_together(call, threads) : walk<Worker<S, P>>(call, threads);
+  if (!done) return Status::out_of_memory;
+  call.add_up(out);
   return Status::ok;
 }
 

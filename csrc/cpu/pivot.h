@@ -97,88 +97,115 @@ RK_INLINE typename Simd<C>::IndexScalar row_near(const typename Simd<C>::V* x, i
   return 0;
 }
 
-// A cut with least <= below <= most in every lane; 0 < least <= most < n, no value is a NaN.
+// The search for a cut with least <= below <= most in every lane; 0 < least <= most < n, no value is a NaN.
 template <class C>
-Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t most, Guess<C>& guess) {
+class Search {
+ public:
   using V = typename Simd<C>::V;
   using Key = typename Simd<C>::Key;
   using Index = typename Simd<C>::Index;
   using I = typename Simd<C>::IndexScalar;
-  const auto values = [](Index counts) { return __builtin_convertvector(counts, V); };
-  const Index first = Index{} + static_cast<I>(least), last = Index{} + static_cast<I>(most);
-  const V aim = V{} + static_cast<C>(0.5) * static_cast<C>(least + most);
-  // Fewer than `least` values are below low, more than `most` below high (all of them below the key after +inf).
-  V low = V{} - infinity<C>(), high = V{} + infinity<C>();
-  Key low_key = key_of<C>(low), high_key = key_of<C>(high) + 1;
-  Index low_count = {}, high_count = Index{} + static_cast<I>(n);
-  Index open = Index{} - 1;  // lanes that are still searched
-  Cut<C> cut{V{}, Index{}, Index{}};
-  V pivot = guess.at, spacing = guess.spacing;
-  const auto close = [&](Index where, V at, Index below) {
-    cut.at = where ? at : cut.at;
-    cut.below = where ? below : cut.below;
-    open &= ~where;
-  };
-  // Fewer than `least` values are below a value that is there: how many equal it?
-  const auto snap = [&](Index where, V found, Index below) {
-    const V after = next_above<C>(found);
-    const Index count = count_below<C>(x, n, after);  // all of them where `after` is the key after +inf, a NaN
-    const Index up_to = found == infinity<C>() ? Index{} + static_cast<I>(n) : count;
-    const Index over = where & (up_to > last);
-    cut.tied |= over;
-    close(over, found, below);
-    close(where & ~over & (up_to >= first), after, up_to);
-    const Index under = where & open;
-    low = under ? after : low;
-    low_key = under ? key_of<C>(after) : low_key;
-    low_count = under ? up_to : low_count;
-  };
-  if (guess.row[0] > 0) {  // attackers who copy a row, or nearly, do so in every column
-    const V found = x[guess.row[0] - 1];
-    const Index below = count_below<C>(x, n, found), over = below > last;
-    close((below >= first) & ~over, found, below);
-    high = over ? found : high;
-    high_key = over ? key_of<C>(found) : high_key;
-    high_count = over ? below : high_count;
-    snap(below < first, found, below);
-    pivot = found + (aim - values(below)) * spacing;
-  }
-  int pass = 0;
-  for (; any_set(open) && pass < kMostPasses<C>; ++pass) {
-    const int turn = pass > kGuidedPasses ? pass % 3 : 2;
-    if (turn == 0) {  // the smallest value in the bracket
-      snap(open, smallest_from<C>(x, n, low), low_count);
-      continue;
+
+  RK_INLINE Search(const V* x, int64_t n, int64_t least, int64_t most)
+      : x_(x),
+        n_(n),
+        first_(Index{} + static_cast<I>(least)),
+        last_(Index{} + static_cast<I>(most)),
+        aim_(V{} + static_cast<C>(0.5) * static_cast<C>(least + most)),
+        high_count_(Index{} + static_cast<I>(n)) {}
+
+  RK_INLINE Cut<C> run(Guess<C>& guess) {
+    V pivot = guess.at, spacing = guess.spacing;
+    if (guess.row[0] > 0) pivot = from_row(x_[guess.row[0] - 1], spacing);
+    int pass = 0;
+    for (; any_set(open_) && pass < kMostPasses<C>; ++pass) {
+      const int turn = pass > kGuidedPasses ? pass % 3 : 2;
+      if (turn == 0)  // the smallest value in the bracket
+        snap(open_, smallest_from<C>(x_, n_, low_), low_count_);
+      else
+        halve(turn == 1, pivot, spacing);
     }
-    const Key half = low_key + ((high_key - low_key) >> 1);
-    const Index inside = (pivot > low) & (pivot < high);
-    pivot = turn == 1 ? number_of<C>(half) : inside ? pivot : number_of<C>(half);
-    const Index count = count_below<C>(x, n, pivot);
-    close(open & (count >= first) & (count <= last), pivot, count);
-    const Index under = open & (count < first), over = open & (count > last);
-    low = under ? pivot : low;
-    low_key = under ? key_of<C>(pivot) : low_key;
-    low_count = under ? count : low_count;
-    high = over ? pivot : high;
-    high_key = over ? key_of<C>(pivot) : high_key;
-    high_count = over ? count : high_count;
+    cut_.tied |= open_;
+    close(open_, low_, low_count_);
+    guess.at = cut_.at;
+    guess.spacing = spacing;
+    if (pass > kGuidedPasses) guess.row[0] = row_near<C>(x_, n_, cut_.at, spacing * static_cast<C>(n_ / 4));
+    return cut_;
+  }
+
+ private:
+  static RK_INLINE V values(Index counts) { return __builtin_convertvector(counts, V); }
+  RK_INLINE void close(Index where, V at, Index below) {
+    cut_.at = where ? at : cut_.at;
+    cut_.below = where ? below : cut_.below;
+    open_ &= ~where;
+  }
+  RK_INLINE void raise(Index where, V to, Key key, Index count) {
+    low_ = where ? to : low_;
+    low_key_ = where ? key : low_key_;
+    low_count_ = where ? count : low_count_;
+  }
+  RK_INLINE void lower(Index where, V to, Key key, Index count) {
+    high_ = where ? to : high_;
+    high_key_ = where ? key : high_key_;
+    high_count_ = where ? count : high_count_;
+  }
+  // Fewer than `least` values are below a value that is there: how many equal it?
+  RK_INLINE void snap(Index where, V found, Index below) {
+    const V after = next_above<C>(found);
+    const Index count = count_below<C>(x_, n_, after);  // all of them where `after` is the key after +inf, a NaN
+    const Index up_to = found == infinity<C>() ? Index{} + static_cast<I>(n_) : count;
+    const Index over = where & (up_to > last_);
+    cut_.tied |= over;
+    close(over, found, below);
+    close(where & ~over & (up_to >= first_), after, up_to);
+    raise(where & open_, after, key_of<C>(after), up_to);
+  }
+  // Attackers who copy a row, or nearly, do so in every column. Returns the first pivot.
+  RK_INLINE V from_row(V found, V spacing) {
+    const Index below = count_below<C>(x_, n_, found), over = below > last_;
+    close((below >= first_) & ~over, found, below);
+    lower(over, found, key_of<C>(found), below);
+    snap(below < first_, found, below);
+    return found + (aim_ - values(below)) * spacing;
+  }
+  // Counts below the pivot, or, where it is outside the bracket or not to be trusted, below the middle of the keys;
+  // then chooses the next one.
+  RK_INLINE void halve(bool in_the_middle, V& pivot, V& spacing) {
+    const Key half = low_key_ + ((high_key_ - low_key_) >> 1);
+    const Index inside = (pivot > low_) & (pivot < high_);
+    pivot = in_the_middle ? number_of<C>(half) : inside ? pivot : number_of<C>(half);
+    const Index count = count_below<C>(x_, n_, pivot);
+    close(open_ & (count >= first_) & (count <= last_), pivot, count);
+    raise(open_ & (count < first_), pivot, key_of<C>(pivot), count);
+    lower(open_ & (count > last_), pivot, key_of<C>(pivot), count);
     // No number between low and high: what lies there equals low.
-    const Index shut = open & (((high_key - low_key) >> 1) == 0);
-    cut.tied |= shut;
-    close(shut, low, low_count);
+    const Index shut = open_ & (((high_key_ - low_key_) >> 1) == 0);
+    cut_.tied |= shut;
+    close(shut, low_, low_count_);
     // Interpolate between the ends where both are known, else step away from the last pivot.
-    const V width = high - low, counted = values(high_count - low_count);
+    const V width = high_ - low_, counted = values(high_count_ - low_count_);
     const Index both = width * 0 == 0;
-    const V stepped = pivot + (aim - values(count)) * spacing;
-    pivot = both ? low + width * ((aim - values(low_count)) / counted) : stepped;
+    const V stepped = pivot + (aim_ - values(count)) * spacing;
+    pivot = both ? low_ + width * ((aim_ - values(low_count_)) / counted) : stepped;
     spacing = both ? width / counted : spacing + spacing;
   }
-  cut.tied |= open;
-  close(open, low, low_count);
-  guess.at = cut.at;
-  guess.spacing = spacing;
-  if (pass > kGuidedPasses) guess.row[0] = row_near<C>(x, n, cut.at, spacing * static_cast<C>(n / 4));
-  return cut;
+
+  const V* x_;
+  int64_t n_;
+  Index first_, last_;
+  V aim_;
+  // Fewer than `least` values are below low, more than `most` below high (all of them below the key after +inf).
+  V low_ = V{} - infinity<C>(), high_ = V{} + infinity<C>();
+  Key low_key_ = key_of<C>(low_), high_key_ = key_of<C>(high_) + 1;
+  Index low_count_ = {}, high_count_;
+  Index open_ = Index{} - 1;  // lanes that are still searched
+  Cut<C> cut_{V{}, Index{}, Index{}};
+};
+
+template <class C>
+Cut<C> find_cut(const typename Simd<C>::V* x, int64_t n, int64_t least, int64_t most, Guess<C>& guess) {
+  return Search<C>(x, n, least, most).run(guess);
 }
 
 }  // namespace RK_ISA

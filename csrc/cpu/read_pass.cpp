@@ -1,4 +1,5 @@
 // Compiled once per instruction set: the yardstick of every benchmark, one streaming sum over the rows.
+#include "team.h"
 #include "tiles.h"
 
 namespace rk {
@@ -9,7 +10,7 @@ uint64_t read_pass(const Rows& rows, int threads) {
   typedef uint64_t Words __attribute__((vector_size(RK_VECTOR_BYTES)));
   typedef uint64_t Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
   constexpr int64_t kRun = 16384, kStreams = 4, kStep = kStreams * RK_VECTOR_BYTES;
-  const int64_t item = rows.dtype == DType::float64 ? 8 : rows.dtype == DType::float32 ? 4 : 2;
+  const int64_t item = size_of(rows.dtype);
   uint64_t total = 0;
   in_threads(threads, [&](const Member& member) {
     Words sum[kStreams] = {};

@@ -1,6 +1,8 @@
 // Selection on one tile: out[j] = mean of the cells [lo, hi) of the sorted values of column j, or of the values nearest
 // to it.
 #pragma once
+#include <stdlib.h>
+
 #include "tiles.h"
 
 namespace rk {
@@ -12,16 +14,19 @@ struct Window {
   const int64_t* multiplicities = nullptr;
   int64_t nearest = 0;      // 0: the mean of the window itself
   bool narrow = false;      // results go on to be rounded to 16 bits
-  int64_t total = 0;        // their sum
+  int64_t total = 0;        // the sum of the multiplicities
   void* network = nullptr;  // owned; where all rows are sorted, and there are too many to unroll
   int64_t comparators = 0;
   // With multiplicities and at most two cells: them and the window's first and last cell in units of their greatest
   // common divisor, which often makes them small. Owned; null for wider windows.
   int64_t *reduced = nullptr, reduced_total = 0, first_cell = 0, last_cell = 0;
-};
 
-bool prepare_window(Window& window);  // false: out of memory
-void release_window(Window& window);
+  bool prepare();  // false: out of memory
+  ~Window() {
+    free(network);
+    free(reduced);
+  }
+};
 
 // Scratch values (of the compute type) that select_tile needs for rows of S; zeros before the first tile of a thread.
 template <class S>

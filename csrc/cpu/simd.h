@@ -176,19 +176,6 @@ RK_INLINE bool any_nan<F64>(F64 v) {
 }
 #endif
 
-// True where some lane of numbers is larger than a limit.
-RK_INLINE bool any_above(F32 v, float limit) {
-#if defined(__AVX512F__)
-  return _mm512_cmp_ps_mask(v, splat<F32>(limit), _CMP_GT_OQ) != 0;
-#elif defined(__AVX2__)
-  return _mm256_movemask_ps(_mm256_cmp_ps(v, splat<F32>(limit), _CMP_GT_OQ)) != 0;
-#else
-  bool any = false;
-  for (int lane = 0; lane < Simd<float>::lanes; ++lane) any |= v[lane] > limit;
-  return any;
-#endif
-}
-
 // True where some lane of a comparison's result is set.
 template <class M>
 RK_INLINE bool any_set(M mask) {

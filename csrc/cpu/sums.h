@@ -29,6 +29,13 @@ struct DoubledSum {
   F64 high, low;
 };
 
+// The same of single numbers.
+RK_INLINE void add_doubled(double& high, double& low, double more_high, double more_low) {
+  const double sum = high + more_high, virtual_b = sum - high;
+  low += ((high - (sum - virtual_b)) + (more_high - virtual_b)) + more_low;
+  high = sum;
+}
+
 RK_INLINE void add(DoubledSum& total, F64 x) {
   F64 lost;
   two_sum(total.high, x, total.high, lost);

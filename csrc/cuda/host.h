@@ -12,8 +12,6 @@
 namespace rk {
 namespace cuda {
 
-inline std::int64_t item_bytes(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
 // call(a value of the storage type).
 template <class F>
 void by_dtype(DType dtype, F&& call) {
