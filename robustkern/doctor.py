@@ -19,7 +19,7 @@ import numpy as np
 import robustkern
 from robustkern.backends.cpp import Cpp
 from robustkern.backends.registry import BACKENDS, load_backend
-from robustkern.backends.threads import requested_threads
+from robustkern.backends.threads import requested_threads, usable_cores
 from robustkern.contract.primitives import Kernels, Window
 from robustkern.contract.rows import DTYPES, Rows
 from robustkern.errors import BackendUnavailable, plain
@@ -127,7 +127,7 @@ def _compiled() -> Iterator[Check]:
 
 
 def _threads() -> Iterator[Check]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     cpp = _backend("cpp")
     threads = requested_threads() or (cpp.max_threads() if isinstance(cpp, Cpp) else cores)
     quota = _quota()

@@ -36,6 +36,7 @@ from robustkern.rules.geometry import (
 )
 from robustkern.rules.mean import Mean
 from robustkern.rules.view import Solution, View
+from robustkern.scalars import as_float, as_int
 
 __all__ = [
     "Info",
@@ -108,7 +109,8 @@ class Info:
         Columns in which enough rows hold the same infinity; the result has it.
     dropped : tuple of int
         With ``nonfinite="drop"`` the rows that were left out; `n` counts the others, and all that has an entry for each
-        row speaks of the others, in order.
+        row, or names some, speaks of the others, in order. With ``scope="leaf"`` too those that some leaves left out:
+        what stands here then speaks of all rows, what stands in `leaves` of the others.
     bad : dict of str to str
         Of files with ``bad="count"``: updates that could not be used, and why; they count as rows that hold NaN.
     leaves : dict of str to Info
@@ -256,9 +258,8 @@ def _run(
             "x.astype('float32'), in torch x.float())"
         )
     within = limits(rule, source.n, source.row_name, f, delta, weights)
-    check_rest(rule, source, within.weights, seed)
+    drawn_from = check_rest(rule, source, within.weights, seed)
     kernels: Kernels = choose(backend, source.dtypes, source.device)
-    drawn_from = None if seed is None else int(seed)
     if nonfinite == "drop":
         return _run_without(rule, source, kernels, within, drawn_from, wants_info)
     try:
@@ -310,7 +311,9 @@ def _run_without(
     try:
         info = _solved(rule, source, kernels, within, seed, wants_info)
     except NonFiniteError as error:  # too far away to be measured
-        raise NonFiniteError(str(error), tuple(kept[list(error.rows)].tolist())) from None
+        # Dropping is what was done.
+        message = str(error).removesuffix(DROP_HINT)
+        raise NonFiniteError(message, tuple(kept[list(error.rows)].tolist())) from None
     dropped = tuple(np.flatnonzero(broken).tolist())
     return None if info is None else replace(info, shared_inf=columns, dropped=dropped)
 
@@ -354,22 +357,29 @@ def _solved(
     view = View(given, source.n, within.f, within.weights, within.share)
 
     def solve() -> Solution:
-        solution = _until_told_apart(given, lambda: rule.solve(view))
+        solution = _until_told_apart(given, lambda: _solution(rule, view, given, wants_info))
         view.check(solution, rule)
         return solution if wants_info else solution._replace(mixture=None)  # n x n, which ranks would be sent
 
     solution = source.once(solve, given) if source.divided and not solved_alone(rule) else solve()
     if solution.gave_up:
-        warn(
-            f"{rule}: no convergence after {solution.iterations} steps; the result is the last of them",
-            ConvergenceWarning,
-        )
+        what = f"no convergence after {solution.iterations} steps; the result is the last of them"
+        if solution.iterations == 0:  # on a row
+            what = "that the result is the minimum cannot be proven to the promised accuracy (see Info.gap)"
+        warn(f"{rule}: {what}", ConvergenceWarning)
     source.combine = combining(rule, within)
     nonfinite, sq_distances = _write(rule, given, solution, wants_info)
     if not wants_info:
         return None
     found = rule, given, view, solution, nonfinite, sq_distances, differing
     return source.once(lambda: _info(*found), given) if source.divided else _info(*found)
+
+
+def _solution(rule: Aggregator, view: View, given: Given, wants_info: bool) -> Solution:
+    solution = rule.solve(view)
+    if wants_info:
+        given.require_lengths()
+    return solution
 
 
 def solved_alone(rule: Aggregator) -> bool:
@@ -401,9 +411,8 @@ def mix(mixers: Chain, source: Source, f: Any, delta: Any, seed: Any, backend: s
     """Solve rules that mix; errors as `robustkern.mix`."""
     with np.errstate(all="ignore"), usual_floats():
         within = limits(mixers, source.n, source.row_name, f, delta, None)
-        check_rest(mixers, source, None, seed)
+        drawn_from = check_rest(mixers, source, None, seed)
         kernels = choose(backend, source.dtypes, source.device)
-        drawn_from = None if seed is None else int(seed)
         given = Given(source, kernels, source.n, within.f, None, None, "origin" in mixers.points, drawn_from)
         view = View(given, source.n, within.f)
         try:
@@ -457,20 +466,29 @@ def combining(rule: Aggregator, within: Limits) -> Combine:
 
 
 def joined(leaves: dict[str, Info]) -> Info:
-    """Return what was found out about all leaves of one aggregation, leaf by leaf."""
+    """Return what was found out about all leaves of one aggregation, leaf by leaf.
+
+    It is of all rows: leaves may have dropped different ones.
+    """
     first = next(iter(leaves.values()))
     met = [info.bound_met for info in leaves.values()]
+    n = first.n + len(first.dropped)
+
+    def of_all(info: Info, rows: tuple[int, ...]) -> tuple[int, ...]:
+        left = [row for row in range(n) if row not in set(info.dropped)] if info.dropped else range(n)
+        return tuple(left[row] for row in rows)
+
     return Info(
         first.rule,
-        max(info.n for info in leaves.values()),
+        n,
         sum(info.d for info in leaves.values()),
         first.f,
         first.backend,
         first.share,
         None if None in met else all(met),
         seed=next((info.seed for info in leaves.values() if info.seed is not None), None),
-        differing={name: rows for info in leaves.values() for name, rows in info.differing.items()},
-        nonfinite_rows=tuple(sorted({row for info in leaves.values() for row in info.nonfinite_rows})),
+        differing={name: of_all(info, rows) for info in leaves.values() for name, rows in info.differing.items()},
+        nonfinite_rows=tuple(sorted({row for info in leaves.values() for row in of_all(info, info.nonfinite_rows)})),
         dropped=tuple(sorted({row for info in leaves.values() for row in info.dropped})),
         shared_inf=sum(info.shared_inf for info in leaves.values()),
         leaves=leaves,
@@ -490,20 +508,23 @@ def _checked_f(rule: Aggregator, n: int, f: Any, delta: Any) -> int | None:
     if delta is not None:
         if f is not None:
             raise ValueError(f"{rule}: pass f or delta, not both; got f={f}, delta={delta}")
-        if isinstance(delta, bool) or not isinstance(delta, (int, float, np.integer, np.floating)):
+        share = as_float(delta)
+        if share is None:
             raise TypeError(f"{rule}: delta must be a number; got {type(delta).__name__}")
-        if not 0 <= delta < 0.5:
-            raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {delta}")
-        return count_of_share(float(delta), n)
+        if not 0 <= share < 0.5:
+            raise ValueError(f"{rule}: delta must satisfy 0 <= delta < 0.5; got {brief(delta)}")
+        return count_of_share(share, n)
     if f is None:
         return None
-    if isinstance(f, (bool, np.bool_)) or not isinstance(f, (int, np.integer)):
+    count = f if type(f) is int else as_int(f)
+    if count is None:
         raise TypeError(f"{rule}: f must be an integer; got {type(f).__name__}")
-    if f < 0 or 2 * f >= n:
+    if count < 0 or 2 * count >= n:
         raise ValueError(
-            f"{rule}: 2*f must be below n, and f at least 0; got f={f} with n={n} rows (lower f, or add rows)"
+            f"{rule}: 2*f must be below n, and f at least 0; got f={brief(count)} with n={n} rows (lower f, or add "
+            "rows)"
         )
-    return int(f)
+    return count
 
 
 def _checked_weights(rule: Aggregator, n: int, weights: ArrayLike | None) -> Vector | None:
@@ -568,19 +589,21 @@ def _byzantine_share(
     return share
 
 
-def check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> None:
-    """Raise where the rule knows no weights, the seed is none, or there is a centre too many or too few."""
+def check_rest(rule: Aggregator, source: Source, weights: Vector | None, seed: Any) -> int | None:
+    """Return the seed; raise where it is none, the rule knows no weights, or there is a centre too many or too few."""
     if weights is not None and not rule.supports_weights:
         raise ValueError(
             f"{rule}: weights are not supported (drop weights=; mean, median, trimmed_mean, geometric_median "
             "and ctma over them take weights)"
         )
-    if seed is not None and (isinstance(seed, (bool, np.bool_)) or not isinstance(seed, (int, np.integer)) or seed < 0):
-        raise ValueError(f"{rule}: seed must be None or an integer of at least 0; got {seed!r}")
+    drawn_from = None if seed is None else as_int(seed)
+    if seed is not None and (drawn_from is None or drawn_from < 0):
+        raise ValueError(f"{rule}: seed must be None or an integer of at least 0; got {brief(seed)}")
     if source.has_centre != ("centre" in rule.points):
         if source.has_centre:
             raise ValueError(f"{rule}: centre is given, but this rule measures from none (drop centre=)")
         raise ValueError(f"{rule}: centre is required, a vector like one update (pass centre=)")
+    return drawn_from
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------

@@ -130,7 +130,8 @@ def aggregate(
         f rows, so the rules cut the share of the weight that the f heaviest hold, which must be below half.
     delta : float, optional
         Instead of `f`: the share of Byzantine rows, f = floor(delta * n), ``0 <= delta < 0.5``. With weights the share
-        of the weight, which the rules cut exactly (Dahan & Levy 2024, "Weight for Robustness", write lambda).
+        of the weight, which the rules cut exactly (Dahan & Levy 2024, "Weight for Robustness", write lambda); equal
+        weights are none.
     weights : array_like of shape (n,), optional
         Non-negative and finite, not all 0, for the rules that take weights.
     centre : like one update, optional
@@ -180,7 +181,9 @@ def aggregate(
     Notes
     -----
     Reads of the n x d data: 1 for mean, median, trimmed mean and mean around the median; 2 at most for everything
-    else, however long the chain (where a cut is too close for the first, more, to measure the contenders exactly).
+    else, however long the chain, but 3 where distances between the rows and to a selection, or to the origin and to a
+    point, are needed (``nnm | ctma(median)``, ``ctma(cge)``); where a cut is too close for them, more, to measure the
+    contenders exactly.
     The result is within 1e-6 (float32) or 1e-12 (float64) of the rows' spread of the exact one, besides its own
     rounding, and has the same bits for any number of threads. A NaN ranks above +inf in a column; a row with a NaN or
     Inf is infinitely far from all others, is never kept and never multiplied. Equal distances go to the lowest row
@@ -258,6 +261,8 @@ def aggregated(
         plan = as_aggregator(plan)  # which says what is wrong
     if not isinstance(scope, str):
         raise ValueError(f"scope must be 'update' or 'leaf'; got {type(scope).__name__}")
+    if scope not in ("update", "leaf"):
+        raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     choice = EVERYTHING
     if only is not None or exclude is not None or dtype is not None:
         choice = Choice.of(only, exclude, dtype, isinstance(plan, Mean))
@@ -270,7 +275,7 @@ def aggregated(
     if scope == "update":
         info = run(plan, through(source), f, delta, weights, seed, nonfinite, backend, return_info)
     else:
-        info = _leaf_by_leaf(plan, source, scope, through, (f, delta, weights, seed, nonfinite, backend))
+        info = _leaf_by_leaf(plan, source, through, (f, delta, weights, seed, nonfinite, backend))
     if source.finish is not None:
         result = source.finish()
     if not return_info:
@@ -282,12 +287,9 @@ def aggregated(
 def _leaf_by_leaf(
     plan: Aggregator,
     source: MemorySource,
-    scope: str,
     through: Through,
     options: tuple[Any, ...],
 ) -> Info:
-    if scope != "leaf":
-        raise ValueError(f"scope must be 'update' or 'leaf'; got {scope!r}")
     if source.parts is None:
         raise ValueError("scope='leaf': the updates are arrays, which are one leaf (pass mappings, or scope='update')")
     f, delta, weights, seed, nonfinite, backend = options
@@ -1133,8 +1135,9 @@ def ctma(
 
     Notes
     -----
-    Two reads of the data at most. Exactly n-f rows are kept, equal distances by the lowest index. For any anchor, any
-    n-f rows G and delta = f/n:
+    Two reads of the data at most; three over an anchor that takes two and is no combination of rows. Exactly n-f rows
+    are kept, equal distances by the lowest index; distances to a selection are to what is rounded to the rows' dtype.
+    For any anchor, any n-f rows G and delta = f/n:
     ``|ctma - mean_G|^2 <= 4 delta/(1-delta) * (mean_G |x_i - mean_G|^2 + |anchor - mean_G|^2)``.
 
     References

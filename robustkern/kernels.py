@@ -6,7 +6,6 @@ Each takes updates as `robustkern.aggregate` does; columns are the floating-poin
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ from robustkern.errors import brief
 from robustkern.inputs.arrays import name_of, view_on_host
 from robustkern.inputs.memory import MemorySource
 from robustkern.inputs.trees import adapt
+from robustkern.scalars import as_float, as_int
 
 __all__ = ["gram", "row_sq_distances", "select_columns", "update_momenta", "weighted_row_sum"]
 
@@ -40,24 +40,10 @@ def _open(name: str, updates: Any, out: Any, backend: str) -> tuple[MemorySource
 
 
 def _scale(name: str, scale: Any) -> float:
-    value = _number(scale)
+    value = as_float(scale)
     if value is None or not 0 < value < math.inf or math.frexp(value)[0] != 0.5:
         raise ValueError(f"{name}: scale must be a power of two; got {brief(scale)}")
     return value
-
-
-def _number(x: Any) -> float | None:
-    """Return a number as Python's float, inf where it is too large for one; None where it is no number."""
-    if isinstance(x, (bool, np.bool_)) or not isinstance(x, (int, float, np.integer, np.floating)):
-        return None
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf
-
-
-def _rank(x: Any) -> int | None:
-    return int(x) if isinstance(x, (int, np.integer)) and not isinstance(x, bool) else None
 
 
 @in_usual_floats
@@ -107,14 +93,14 @@ def select_columns(
     is taken first; infinite values are farther than any number, and NaN are farthest. One read of the data.
     """
     source, result, kernels = _open("select_columns", updates, out, backend)
-    ranks = tuple(map(_rank, window)) if isinstance(window, (tuple, list, np.ndarray)) else ()
+    ranks = tuple(map(as_int, window)) if isinstance(window, (tuple, list, np.ndarray)) else ()
     lo, hi = ranks if len(ranks) == 2 else (None, None)
     if lo is None or hi is None or not 0 <= lo < hi <= source.n:
         raise ValueError(
             f"select_columns: window must satisfy 0 <= lo < hi <= n; got {brief(window)} with n={source.n} rows (two "
             "whole numbers)"
         )
-    count = _rank(nearest)
+    count = as_int(nearest)
     if nearest is not None and (count is None or not 1 <= count <= source.n):
         raise ValueError(
             f"select_columns: nearest must satisfy 1 <= nearest <= n; got nearest={brief(nearest)} with n={source.n} "
@@ -250,8 +236,7 @@ def weighted_row_sum(
     Notes
     -----
     Summed in float64 in row order (of float64 rows with what the roundings lose), divided and rounded once. One read of
-    the rows that have some weight. For several weighted sums call it several times, or use ``mix`` of the backend's
-    primitive.
+    the rows that have some weight.
     """
     source, result, kernels = _open("weighted_row_sum", updates, out, backend)
     try:
@@ -262,7 +247,7 @@ def weighted_row_sum(
         raise ValueError(
             f"weighted_row_sum: weights must be {source.n} finite numbers, one for each row; got shape {values.shape}"
         )
-    by = _number(divisor)
+    by = as_float(divisor)
     if by is None or not 0 < by < math.inf:
         raise ValueError(f"weighted_row_sum: divisor must be a finite number above 0; got {brief(divisor)}")
     if not 2.0**-900 < by < 2.0**900:  # products of it are to be numbers
@@ -331,8 +316,9 @@ def update_momenta(
     .. [1] Dahan and Levy, "Fault Tolerant ML: Efficient Meta-Aggregation and Synchronous Training", ICML 2024.
     """
     name = "update_momenta"
-    if isinstance(keep, bool) or not isinstance(keep, (int, float, np.floating)) or not abs(keep) <= sys.float_info.max:
-        raise ValueError(f"{name}: keep must be a finite number; got {keep!r}")
+    kept = as_float(keep)
+    if kept is None or not math.isfinite(kept):
+        raise ValueError(f"{name}: keep must be a finite number; got {brief(keep)}")
     target = _in_place(name, "momenta", momenta, None)
     if not target.flags.writeable:
         raise ValueError(f"{name}: momenta are read-only, and the update is in place (pass a copy)")
@@ -352,7 +338,7 @@ def update_momenta(
         Rows.of(target),
         Rows.of(added),
         None if removed is None else Rows.of(removed),
-        keep=float(keep),
+        keep=kept,
         gradient_scales=scales[0],
         correction_scales=None if removed is None else scales[1],
     )

@@ -99,8 +99,8 @@ def weights_of(
         raise ValueError(f"{plan}: centre is required, which inner products do not hold (use aggregate)")
     within = limits(plan, n, str, f, delta, weights)
     source = _Products(plan, n)
-    check_rest(plan, source, within.weights, seed)
-    given = Given(source, choose("auto", source.dtypes, "cpu"), n, *within, "origin" in plan.points, seed)
+    drawn_from = check_rest(plan, source, within.weights, seed)
+    given = Given(source, choose("auto", source.dtypes, "cpu"), n, *within, "origin" in plan.points, drawn_from)
     given.geometry = _geometry(plan, products)
     given.nonfinite = ~given.geometry.finite
     # As mixtures, rows are what nobody can measure again.

@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from robustkern.engine import Info
+from robustkern.errors import brief
 from robustkern.functions import NonFinite, Patterns, Scope, Through, aggregate, aggregate_untraced
 from robustkern.inputs.trees import PLAIN
 from robustkern.kept import KeptProducts
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.scalars import as_float, as_int
 
 __all__ = ["Server"]
 
@@ -113,10 +115,11 @@ class Server:
             raise ValueError(f"Server: pass f or delta, not both; got f={f}, delta={delta}")
         if not isinstance(absent, str) or absent not in ("forget", "stale"):
             raise ValueError(f"Server: absent must be 'forget' or 'stale'; got {absent!r}")
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-            raise ValueError(f"Server: momentum must be a number in [0, 1); got {momentum!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"Server: seed must be None or an integer of at least 0; got {seed!r}")
+        kept, first_seed = as_float(momentum), as_int(seed)
+        if kept is None or not 0 <= kept < 1:
+            raise ValueError(f"Server: momentum must be a number in [0, 1); got {brief(momentum)}")
+        if seed is not None and (first_seed is None or first_seed < 0):
+            raise ValueError(f"Server: seed must be None or an integer of at least 0; got {brief(seed)}")
         self._measures = "centre" in self.rule.points
         if self._measures != (centre is not None):
             raise ValueError(
@@ -127,7 +130,7 @@ class Server:
             )
         self._leaves: dict[str, Any] = {"only": only, "exclude": exclude, "dtype": dtype}
         self._limits, self._scope, self._nonfinite = (f, delta), scope, nonfinite
-        self._weights, self._absent, self._momentum, self._seed = weights, absent, momentum, seed
+        self._weights, self._absent, self._momentum, self._seed = weights, absent, kept, first_seed
         self._backend = backend
         self.rounds = 0
         self.counts: dict[Hashable, int] = {}
@@ -267,7 +270,7 @@ class Server:
     def _row(self, name: Hashable, update: Any) -> Any:
         """Return a worker's next row, in memory of its own."""
         last = self._rows.get(name)
-        if self._momentum == 0 or last is None or not _is_finite(last):
+        if self._momentum == 0 or last is None or not _is_finite(last, self._backend):
             return self._copy(update)
         if any(choice is not None for choice in self._leaves.values()):
             update = self._copy(update)  # which has the leaves that take part, in the dtype
@@ -334,11 +337,11 @@ class Server:
             self._centre = state["centre"]
 
 
-def _is_finite(update: Any) -> bool:
-    info: Info = aggregate([update], "mean", return_info=True)[1]
-    return not info.nonfinite_rows
-
-
 def _seed_of(seed: int, round_: int) -> int:
     """Return another seed for each round."""
     return int(np.random.SeedSequence([seed, round_]).generate_state(1, np.uint64)[0])
+
+
+def _is_finite(update: Any, backend: str) -> bool:
+    info: Info = aggregate([update], "mean", backend=backend, return_info=True)[1]
+    return not info.nonfinite_rows

@@ -24,6 +24,7 @@ from robustkern.inputs.leaves import computed
 from robustkern.inputs.trees import PLAIN, adapt, in_the_order_of, jax_array
 from robustkern.rules import Mean, TrimmedMean
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.scalars import as_float, as_int
 
 __all__ = ["Stream"]
 
@@ -72,9 +73,10 @@ class Stream:
     Notes
     -----
     Adding to a mean costs one read of the update, to a trimmed mean 2f comparisons of each value besides; others copy
-    it. The mean and the trimmed mean are `aggregate`'s within one rounding, in whatever order updates come; what is
-    spooled gives its bits. Infinities that all share (masks) are errors in a streamed trimmed mean. Use it as a context
-    manager, or `close` it. Threads may share it; it is neither copied nor pickled, and of no use in a forked child.
+    it. The mean is `aggregate`'s within one rounding, the trimmed mean within roundings of the spread of a column's
+    values, in whatever order updates come; what is spooled gives its bits. Infinities that all share (masks) are errors
+    in a streamed trimmed mean. Use it as a context manager, or `close` it. Threads may share it; it is neither copied
+    nor pickled, and of no use in a forked child.
 
     Examples
     --------
@@ -103,12 +105,13 @@ class Stream:
         backend: str = "auto",
     ) -> None:
         self.rule = as_aggregator(rule)
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 65535:
+        rows, budget = as_int(n), as_int(memory)
+        if rows is None or not 1 <= rows <= 65535:
             raise ValueError(f"Stream: n must be an integer from 1 to 65535; got {brief(n)}")
-        if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
+        if budget is None or budget < 0:
             raise ValueError(f"Stream: memory must be a number of bytes, at least 0; got {brief(memory)}")
-        self.n, self.count = n, 0
-        self._f = limits(self.rule, n, str, f, delta, None).f
+        self.n, self.count = rows, 0
+        self._f = limits(self.rule, rows, str, f, delta, None).f
         self._trims = self._f if isinstance(self.rule, TrimmedMean) else None
         if isinstance(self.rule, TrimmedMean) and self._f is None:
             raise ValueError(
@@ -116,7 +119,7 @@ class Stream:
             )
         self._options: dict[str, Any] = {"f": f, "delta": delta, "centre": centre, "seed": seed}
         self._options |= {"nonfinite": nonfinite, "backend": backend}
-        self._spool = _Spool(memory, directory)
+        self._spool = _Spool(budget, directory)
         self._form: _Form | None = None if like is None else _Form.of(like)
         self._sums: list[_Mean] | None = None
         self._workers: set[Hashable] = set()
@@ -394,12 +397,9 @@ def _shaped(values: NDArray[np.float64], like: NDArray[Any]) -> NDArray[Any]:
 
 def _weight(weight: Any) -> float:
     """Return a weight as a float; raise where it is none."""
-    try:
-        is_number = isinstance(weight, (int, float, np.integer, np.floating)) and not isinstance(weight, bool)
-        if is_number and 0 <= float(weight) < math.inf:
-            return float(weight)
-    except OverflowError:  # an integer beyond all floats
-        pass
+    number = as_float(weight)
+    if number is not None and 0 <= number < math.inf:
+        return number
     raise ValueError(f"Stream: weight must be finite and not negative; got {brief(weight)}")
 
 
@@ -428,7 +428,10 @@ class _Mean:
         return cls(x.size, kept, f)
 
     def add(self, x: NDArray[Any], weight: float) -> bool:
-        """Take one more value of each column; tell whether all are finite."""
+        """Take one more value of each column; tell whether all are finite. What has no weight is not looked at."""
+        if weight == 0:
+            self.count += 1
+            return True
         finite = True
         for begin in range(0, x.size, BLOCK_VALUES):
             part = slice(begin, min(begin + BLOCK_VALUES, x.size))
@@ -464,7 +467,8 @@ class _Mean:
         if self.lost is None:
             self.sum[part] += x if weight == 1 else x * np.float64(weight)
             return
-        term = x * (weight * self.scale)
+        factor = weight * self.scale
+        term = x * factor
         total = self.sum[part] + term
         if self.scale == 1 and (np.isinf(total) & np.isfinite(x)).any():
             self.scale = ROOM
@@ -474,6 +478,8 @@ class _Mean:
             return
         back = total - term
         lost = (self.sum[part] - back) + (term - (total - back))
+        if math.frexp(factor)[0] != 0.5:
+            lost += _product_error(x, factor)
         self.lost[part] += np.where(np.isfinite(lost), lost, 0.0)
         self.sum[part] = total
 
@@ -489,6 +495,16 @@ class _Mean:
         rest = (total - head * count) - (quotient - head) * count
         better = quotient + (rest + lost) / count
         return np.where(np.isfinite(better), better, quotient) / shrunk / self.scale
+
+
+def _product_error(x: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
+    """Return what the rounding of products with a factor loses (Dekker): of numbers too large for it, smaller ones."""
+    shrunk = np.where(np.abs(x) > LARGE, 2.0**-180, 1.0)
+    values = x * shrunk
+    head, factor_head = ((y * 134217729.0) - ((y * 134217729.0) - y) for y in (values, np.float64(factor)))
+    tail, factor_tail = values - head, factor - factor_head
+    lost = ((head * factor_head - values * factor) + head * factor_tail + tail * factor_head) + tail * factor_tail
+    return np.asarray(lost / shrunk)
 
 
 # ---- rows that are kept ----------------------------------------------------------------------------------------------

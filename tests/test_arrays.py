@@ -596,3 +596,10 @@ def test_states_of_optimizers_come_back() -> None:
     assert result["param_groups"] == states[0]["param_groups"]
     adam.load_state_dict(result)
     assert result["state"][0]["exp_avg"].shape == (2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions.*:UserWarning")
+def test_quantized_tensors_are_refused() -> None:
+    x = torch.quantize_per_tensor(torch.ones(3, 4), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"dtype torch.qint8; expected floats or integers \(pass x.dequantize\(\)\)"):
+        rk.median(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +140,11 @@ class Counting:
         ("nnm | ctma(geometric_median)", ["gram", "weighted_row_sum"], 2),
         ("bucketing | nnm | ctma(ctma(geometric_median))", ["gram", "weighted_row_sum"], 2),
         ("ctma(nnm | ctma(krum))", ["gram", "weighted_row_sum"], 1.8),
+        ("nnm | ctma(median)", ["gram", "select_columns", "weighted_row_sum"], 3),
+        ("ctma(nnm | median)", ["gram", "select_columns", "weighted_row_sum"], 2.8),
+        ("arc | ctma(median)", ["gram", "select_columns", "weighted_row_sum"], 3),
+        ("ctma(bulyan)", ["gram", "select_columns", "weighted_row_sum"], 2.8),
+        ("ctma(cge)", ["row_sq_distances", "gram", "weighted_row_sum"], 2.8),
     ],
 )
 def test_reads_of_the_data(monkeypatch: pytest.MonkeyPatch, rule: str, calls: list[str], reads: float) -> None:
@@ -182,6 +186,17 @@ def attacked(honest: NDArray[Any], f: int, attack: float | str) -> NDArray[Any]:
         noise = np.random.default_rng(1).standard_normal((f, honest.shape[1]))
         x[:f] = (float(attack) * noise).astype(honest.dtype)
     return x
+
+
+@pytest.mark.parametrize("rule", ["multi_krum", "ctma(mean)", "ctma(geometric_median)"])
+@pytest.mark.parametrize("size", [1e-24, 1e-30])
+def test_info_of_tiny_rows_has_digits(rule: str, size: float) -> None:
+    """Float32 products of them vanish, where nothing is cut and nothing else asks for others."""
+    x = np.random.default_rng(0).standard_normal((17, 20_000)).astype(np.float32)
+    want = rk.aggregate(x.astype(np.float64), rule, f=0, return_info=True)[1]
+    got = rk.aggregate(x * np.float32(size), rule, f=0, return_info=True)[1]
+    np.testing.assert_allclose(got.sq_distances / size / size, want.sq_distances, rtol=1e-5)
+    assert got.order == want.order
 
 
 @pytest.mark.parametrize("attack", [None, "offset", *ATTACKS])
@@ -233,6 +248,48 @@ def test_attackers_around_the_cut_cost_a_read(monkeypatch: pytest.MonkeyPatch, g
     rk.aggregate(x, "ctma(geometric_median)", f=f, backend="cpp")
     assert counting.calls == ["gram", "sq_distances_to_average", "weighted_row_sum"]
     assert counting.nbytes <= 3 * x.nbytes - f * x.nbytes // n  # where nothing is left open a read less
+
+
+def nearly_equal(honest: NDArray[Any], f: int, attack: str) -> NDArray[Any]:
+    """Rows of attackers who know all others, which tell apart in their last digits."""
+    x, g, eps = honest.copy(), np.random.default_rng(1), np.finfo(honest.dtype).eps
+    if attack == "copies at the cut":
+        x[:f] = honest[-1] * honest.dtype.type(2.77)
+    elif attack == "near each":
+        x[:f] = np.resize(honest[f:], x[:f].shape) * (1 + eps * g.integers(-1, 2, x[:f].shape))
+    else:
+        x[:f] = honest[-1] * (1 + eps * g.integers(-2, 3, x[:f].shape))
+        if attack == "near one, and a far number":
+            x[0, -1] = 1e30
+    return x
+
+
+@pytest.mark.parametrize("attack", ["near one", "near each", "near one, and a far number", "copies at the cut"])
+@pytest.mark.parametrize("n", [16, 64, 130])
+def test_nearly_equal_rows_do_not_choose_it_either(monkeypatch: pytest.MonkeyPatch, attack: str, n: int) -> None:
+    counting = Counting(registry.load_backend("cpp"))
+    monkeypatch.setitem(registry._loaded, "cpp", counting)
+    rules = (
+        "krum",
+        "multi_krum",
+        "medoid",
+        "geometric_median",
+        "cge",
+        "nnm | median",
+        "nnm | krum",
+        "nnm | ctma(median)",
+    )
+    lifted = ("nnm | median", "median", "krum", "geometric_median", "mean")
+    for dtype, most in ((np.dtype(np.float64), 1.5), (np.dtype(np.float32), 3.0)):
+        honest = make_rows("normal", n, 300_000 // n, dtype)
+        f = (n - 3) // 2
+        for rule in (*rules, *(f"ctma({anchor})" for anchor in lifted)):
+            nbytes = []
+            for x in (honest, nearly_equal(honest, f, attack)):
+                counting.nbytes = 0
+                rk.aggregate(x, rule, f=f, backend="cpp")
+                nbytes.append(counting.nbytes)
+            assert nbytes[1] - nbytes[0] <= most * honest.nbytes, (rule, dtype.name)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -520,4 +577,3 @@ print((peak() - before) / x.nbytes)
     for rule in ("mean", "median", "ctma(median)", "geometric_median", "nnm | trimmed_mean", "ctma(geometric_median)"):
         done = subprocess.run([sys.executable, "-c", script, rule], capture_output=True, text=True, check=True)
         assert float(done.stdout) <= 0.02, (rule, done.stdout)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0

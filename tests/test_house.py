@@ -21,17 +21,18 @@ PACKAGE = Path(rk.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "errors": {"untraced"},
     "lazy": set(),
+    "scalars": set(),
     "untraced": set(),
     "contract": {"errors"},  # and nothing that is compiled
-    "backends": {"contract", "errors", "untraced", "_cpu", "_cuda"},
+    "backends": {"contract", "errors", "scalars", "untraced", "_cpu", "_cuda"},
     "inputs": {"contract", "errors", "lazy", "_cpu"},
-    "rules": {"contract", "errors", "lazy"},
-    "engine": {"contract", "errors", "backends", "rules"},
+    "rules": {"contract", "errors", "lazy", "scalars"},
+    "engine": {"contract", "errors", "backends", "rules", "scalars"},
     "functions": {"contract", "engine", "inputs", "rules", "untraced"},
     "kept": {"contract", "rules"},
-    "server": {"engine", "functions", "inputs", "kept", "rules"},
-    "stream": {"engine", "errors", "functions", "inputs", "rules"},
-    "kernels": {"contract", "errors", "backends", "inputs"},
+    "server": {"engine", "errors", "functions", "inputs", "kept", "rules", "scalars"},
+    "stream": {"engine", "errors", "functions", "inputs", "rules", "scalars"},
+    "kernels": {"contract", "errors", "backends", "inputs", "scalars"},
     "products": {"contract", "backends", "engine", "rules"},
     "doctor": {"", "backends", "contract", "errors"},
     "files": {"contract", "errors", "backends", "engine", "inputs", "rules"},
@@ -112,7 +113,7 @@ def test_nothing_reaches_through_the_view() -> None:
 
 @pytest.mark.skipif(registry.info()["backends"]["cpp"] != "available", reason="no compiled backend")
 def test_a_call_changes_files_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """57 changes before the engine was one; `python tests/call_path.py` prints the way."""
+    """58 before the engine was one; `python tests/call_path.py` prints the way."""
     monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)  # where it is loaded, calls go around it
     changes = {name: len(path_of(call)) - 1 for name, call in CALLS.items()}
     assert changes["aggregate(x, 'geometric_median', f=1)"] < 25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import subprocess
 import sys
 from collections import OrderedDict
@@ -172,6 +173,11 @@ def test_leaves_that_are_left_out_take_part_in_nothing(backend: str) -> None:
         rk.median(rows, only=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"only=w: the updates are arrays, which have no named leaves"):
         rk.median(np.zeros((3, 4)), only="w")
+    pair = [{"p": collections.namedtuple("Pair", "x y")(np.ones(2), np.ones(2))} for _ in range(3)]
+    with pytest.raises(
+        TypeError, match=r"only= and exclude= look into dicts, lists and tuples; leaf \['p'\] is a Pair"
+    ):
+        rk.median(pair, only="p*")
 
 
 def test_leaf_by_leaf_is_the_rule_on_each_leaf(backend: str) -> None:
@@ -421,9 +427,18 @@ def test_what_may_be_byzantine_does_not_shrink_with_the_rows() -> None:
         rk.trimmed_mean(x, delta=0.36, weights=weights, nonfinite="drop")
     far = RNG.standard_normal((7, 3))
     far[0], far[3] = np.nan, 1e200
-    with pytest.raises(rk.NonFiniteError, match=r"\(rows 3\)") as error:
+    with pytest.raises(rk.NonFiniteError, match=r"\(rows 3\).*drop them, or raise f$") as error:
         rk.geometric_median(far, f=0, nonfinite="drop")
     assert error.value.rows == (3,)
+
+
+def test_leaves_that_drop_other_rows_speak_of_all() -> None:
+    rows = [{"a": RNG.standard_normal(4), "b": RNG.standard_normal(4), "s": "same"} for _ in range(10)]
+    rows[0]["a"][1], rows[7]["b"][2], rows[5]["s"] = np.nan, np.inf, "odd"
+    _, info = rk.aggregate(rows, "trimmed_mean", f=2, scope="leaf", nonfinite="drop", return_info=True)
+    assert (info.n, info.dropped) == (10, (0, 7))
+    assert set(info.differing.values()) == {(5,)}
+    assert {name: (leaf.n, leaf.dropped) for name, leaf in info.leaves.items()} == {"a": (9, (0,)), "b": (9, (7,))}
 
 
 def test_a_row_of_nan_does_not_hide_a_mask() -> None:

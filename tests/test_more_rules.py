@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mpmath
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -262,6 +263,42 @@ def test_a_medoid_by_weight(backend: str) -> None:
     assert rk.aggregate(x, "medoid", weights=[1, 1, 1, 4]) == 10
 
 
+@pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 3e38])
+@pytest.mark.parametrize("kept", [np.float32, np.float64])
+def test_a_far_row_does_not_hide_the_medoid(backend: str, kept: Any, far: float) -> None:
+    """In plain sums all distances to it are equal, and whoever stands first is the medoid, wherever it is."""
+    for seed in range(6):
+        g = np.random.default_rng(seed)
+        x = g.standard_normal((11, 4)).astype(kept)
+        x[10], x[0] = far, far / 1e3
+        if seed % 2:
+            x[9], x[3] = -x[10], x[4]
+        weights = None if seed < 3 else g.integers(1, 4, 11)
+        with mpmath.workdps(120):
+            points = [[mpmath.mpf(float(value)) for value in row] for row in x]
+            shares = [1] * 11 if weights is None else weights.tolist()
+            sums = []
+            for p in points:
+                away = (mpmath.sqrt(mpmath.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True))) for q in points)
+                sums.append(mpmath.fsum(share * a for share, a in zip(shares, away, strict=True)))
+        _, info = rk.aggregate(x, "medoid", weights=weights, return_info=True)
+        assert info.order == (sums.index(min(sums)),)
+
+
+def test_rows_that_are_shortened_onto_each_other(backend: str) -> None:
+    """What cancels leaves squares below 0."""
+    lines = np.array([[-0.52274844], [-0.52274844], [-0.41306354], [-2.44146738]])
+    assert rk.aggregate(lines, "arc | geometric_median", f=1) == lines[0]
+    for seed in range(40):
+        g = np.random.default_rng(seed)
+        x = g.standard_normal((9, 3))
+        x[:4] = x[4] * 0.6 * np.array([[1.0], [1], [3], [5]])
+        for rule in ("geometric_median", "ctma(geometric_median)", "geometric_median(nu=0.1)"):
+            limit = float(np.linalg.norm(x[0]))
+            for mixer in ("arc", f"clipping(limit={limit!r})"):
+                assert np.isfinite(rk.aggregate(x, f"{mixer} | {rule}", f=4)).all()
+
+
 def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products are of rows that lie far from the origin, so their bound of errors is wide."""
     x = np.full((9, 300), 1000.0)
@@ -325,6 +362,16 @@ def test_means_of_any_count_around_any_median(backend: str, dtype: np.dtype[Any]
         assert_close(rk.mean_around_median(x, count=count, even=even, backend=backend), want, x)
     if n == 33:
         assert_close(rk.mean_around_median(x, f=4, backend=backend), rk.aggregate(x, "meamed(count=29)"), x)
+
+
+def test_parameters_that_numpy_made() -> None:
+    rule = rk.NNM(np.int64(3)) | rk.MultiKrum(m=np.int32(2), neighbours=np.int8(3))
+    assert rule == rk.parse_rule("nnm(count=3) | multi_krum(m=2, neighbours=3)")
+    assert str(rule) == "nnm(count=3) | multi_krum(m=2, neighbours=3)"
+    assert str(rk.GeometricMedian(nu=np.float32(0.5), max_iter=np.uint8(3))) == "geometric_median(nu=0.5, max_iter=3)"
+    assert str(rk.CentredClipping(tau=np.float64(2), steps=np.int64(2))) == "centred_clipping(tau=2.0, steps=2)"
+    assert rk.MoNNA(np.int64(1)) == rk.MoNNA(1)
+    assert rk.Bucketing(np.int64(2), seed=np.uint64(7)) == rk.Bucketing(2, seed=7)
 
 
 def test_counts_that_are_none() -> None:

@@ -256,6 +256,8 @@ class Returns(rk.Aggregator):
         rk.Solution(np.ones(5, dtype=np.float32)),
         rk.Solution([1.0] * 5),  # type: ignore[arg-type]
         rk.Solution(np.ones(5), divisor=0.0),
+        rk.Solution(np.full(5, 1e-310), divisor=5e-310),
+        rk.Solution(np.full(5, 1e290), divisor=5e290),
         rk.Solution(np.ones(5), centre_weight=np.inf),
         lambda view: view.window(0, 1)._replace(weights=np.ones(5)),
     ],
@@ -284,6 +286,7 @@ class Mixes(rk.Mixer):
         rk.Mixture(np.ones((2, 4)), np.full(2, 4.0)),
         rk.Mixture(np.ones((2, 5)), np.full(2, 4.0)),
         rk.Mixture(np.zeros((2, 5)), np.zeros(2)),
+        rk.Mixture(np.full((2, 5), 1e-310), np.full(2, 5e-310)),
         rk.Mixture(np.full((1, 5), np.nan), np.ones(1)),
         rk.Mixture(np.ones((0, 5)), np.ones(0)),
     ],
@@ -291,6 +294,15 @@ class Mixes(rk.Mixer):
 def test_nonsense_mixtures_are_said(what: Any) -> None:
     with pytest.raises(TypeError, match=r"mixes: mixing\(view\) must return a Mixture: finite weights \(m, 5\)"):
         rk.aggregate(np.eye(5), Mixes(what) | rk.Mean())
+
+
+@pytest.mark.parametrize("form", [np.asfortranarray, lambda w: w.astype(int), lambda w: w.tolist()])
+@pytest.mark.parametrize("rule", ["median", "ctma(median)", "geometric_median"])
+def test_mixtures_in_any_form(form: Any, rule: str) -> None:
+    weights, x = np.eye(5) + np.roll(np.eye(5), 1, axis=1), make_rows("normal", 5, 40, np.dtype(np.float64))
+    mixes = Mixes(rk.Mixture(form(weights), form(np.full(5, 2.0))))
+    want = rk.aggregate(weights @ x / 2, rule, f=1)
+    np.testing.assert_allclose(rk.aggregate(x, mixes | rk.parse_rule(rule), f=1), want, atol=1e-9)
 
 
 @dataclass(frozen=True)

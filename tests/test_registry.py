@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 import pickle
@@ -17,7 +18,7 @@ import pytest
 from support import FAST, IMPLEMENTATIONS, make_rows
 
 import robustkern as rk
-from robustkern.backends import registry
+from robustkern.backends import registry, threads
 from robustkern.contract.primitives import PRIMITIVES
 from robustkern.contract.rows import DTYPES
 
@@ -246,6 +247,27 @@ def test_info() -> None:
 
 
 # ---- threads -----------------------------------------------------------------------------------------------------
+
+
+def test_numba_keeps_the_threads_of_one_number() -> None:
+    x = np.random.default_rng(0).standard_normal((20, 300_000))
+    for k in (2, 3, np.int64(5), 4, 2):
+        rk.set_num_threads(k)
+        rk.median(x, backend="numba")
+        gc.collect()
+        for _ in range(200):  # the others end by themselves
+            if (alive := sum(thread.name.startswith("robustkern") for thread in threading.enumerate())) <= k:
+                break
+            time.sleep(0.01)
+        assert 0 < alive <= k
+
+
+def test_where_the_system_does_not_say_which_processors_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert threads.usable_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert threads.usable_cores() == os.cpu_count()
+    x = np.random.default_rng(0).standard_normal((20, 50_000))
+    np.testing.assert_allclose(rk.mean(x, backend="numba"), x.mean(axis=0), atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2**31])

@@ -744,6 +744,17 @@ def test_equal_rows_of_any_magnitude(rule: str, value: float, n: int) -> None:
     np.testing.assert_allclose(got, value, rtol=1e-15)
 
 
+@pytest.mark.parametrize("rule", ["geometric_median", "ctma(geometric_median)", "krum", "nnm | median", "medoid"])
+def test_half_of_the_rows_at_the_centre_do_not_set_the_scale(rule: str) -> None:
+    """Rows whose squares overflow are no attackers where nobody else is nearer than they, or NaN is somebody's."""
+    x = np.array([[1.0], [1.0], [3.0], [3.0]])
+    assert rk.aggregate(x * 1e160, rule, f=1) == pytest.approx(rk.aggregate(x, rule, f=1) * 1e160, rel=1e-12)
+    spoilt = np.array([[1.0], [2], [np.nan], [4], [7], [-np.inf], [5]])
+    assert rk.aggregate(spoilt * 1e160, rule, f=2) == pytest.approx(rk.aggregate(spoilt, rule, f=2) * 1e160, rel=1e-9)
+    with pytest.raises(rk.NonFiniteError, match=r"2 rows hold NaN or Inf .* or are 1e150 spreads away"):
+        rk.aggregate(np.array([[0.0], [0], [1e-30], [1e160], [1e160], [1e-30]]), rule, f=1)
+
+
 def test_one_row_of_the_largest_number() -> None:
     x = np.full((1, 2), np.finfo(np.float64).max)
     assert np.array_equal(rk.geometric_median(x), x[0])

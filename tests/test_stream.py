@@ -187,6 +187,30 @@ def test_weights_of_any_size(weights: list[float], dtype: Any) -> None:
     np.testing.assert_allclose(got, rk.aggregate(x, "mean", weights=weights), rtol=4 * np.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_without_weight_is_not_looked_at(dtype: Any) -> None:
+    with rk.Stream("mean", n=3) as stream:
+        for row, weight in (([1, 2], 1), ([np.nan, np.inf], 0), ([3, 4], 1)):
+            stream.add(np.array(row, dtype=dtype), weight=weight)
+        assert stream.result().tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e305, 1e-200])
+def test_weighted_means_of_float64_are_rounded_once(size: float) -> None:
+    g = np.random.default_rng(3)
+    x, weights = g.standard_normal((9, 200)) * size, g.uniform(0.1, 1, 9)
+    x[8] = -(weights[:8] @ x[:8]) / weights[8] * (1 + 1e-9)  # most cancels
+    with rk.Stream("mean", n=9) as stream:
+        for row, weight in zip(x, weights, strict=True):
+            stream.add(row, weight=weight)
+        got = stream.result()
+    total = sum(map(Fraction, weights))
+    want = [
+        float(sum(Fraction(w) * Fraction(v) for w, v in zip(weights, column, strict=True)) / total) for column in x.T
+    ]
+    np.testing.assert_allclose(got, want, rtol=2.0**-51)  # the sum of the weights is rounded, too
+
+
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.float32, float])
 def test_weights_that_numpy_made(kind: Any) -> None:
     with rk.Stream("mean", n=2) as stream:

@@ -789,8 +789,16 @@ def test_headers_that_are_too_long_or_nested_are_refused_at_once(tmp_path: Path)
         archive.writestr("w.npy", b"\x93NUMPY\x01\x00\x76\x00" + empty)
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("w.npy", b"\x93NUMPY\x01\x00\x76\x00" + empty)
+    with zipfile.ZipFile(tmp_path / "slow.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("w.npy", b"\x93NUMPY\x01\x00\x76\x00" + empty)
+    axes = json.dumps({"w": {"dtype": "F64", "shape": [1] * 100, "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "axes.safetensors").write_bytes(struct.pack("<Q", len(axes)) + axes + bytes(8))
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
     started = time.process_time()
     for name, message in (
+        ("slow.npz", "its member 'w.npy' is encrypted, or compressed in an unusual way"),
+        ("axes.safetensors", "tensor 'w' has 100 axes, more than 64"),
+        ("loop.npz", r"loop.npz: (cannot be opened \(Too many levels of symbolic links\)|no such file)"),
         ("many.safetensors", "its header has .* bytes, more than 16,777,216"),
         ("sparse.safetensors", "its header has 1,099,511,627,776 bytes, more than 16,777,216"),
         ("deep.safetensors", "nested too deeply"),

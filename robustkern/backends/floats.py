@@ -22,7 +22,8 @@ __all__ = ["HALF_ULP", "LEAST_NORMAL", "in_usual_floats", "usual_floats"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-#: Where the state is usual, ``LEAST_NORMAL / 2 > 0 and 1 + HALF_ULP == 1 == 1 - HALF_ULP``.
+#: Where the state is usual, ``LEAST_NORMAL / 2 > 0 and 1 + HALF_ULP == 1 == 1 - HALF_ULP``: written out where small
+#: calls would feel a function.
 LEAST_NORMAL, HALF_ULP = sys.float_info.min, 2.0**-55
 
 

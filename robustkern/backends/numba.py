@@ -18,7 +18,7 @@ from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
 from robustkern.backends.reference import ROOM, lift, rounded
-from robustkern.backends.threads import requested_threads
+from robustkern.backends.threads import requested_threads, usable_cores
 from robustkern.contract.primitives import Selected, Window
 from robustkern.contract.rows import DTYPES, Matrix, Rows, Vector
 
@@ -691,18 +691,19 @@ def _storage(dtype: np.dtype[Any]) -> tuple[Any, Any, Any, Any]:
     return np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.float32), table, finite[np.isfinite(finite)].astype(float)
 
 
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
+_pools: dict[int, tuple[int, ThreadPoolExecutor]] = {}  # by process, as a forked child makes its own: its threads
 
 
 def _run(tasks: int, body: Callable[[int], T]) -> list[T]:
     """Run body(0..tasks-1) in threads; results in task order."""
-    threads = min(requested_threads() or len(os.sched_getaffinity(0)), tasks)
+    threads = min(requested_threads() or usable_cores(), tasks)
     if threads <= 1:
         return [body(task) for task in range(tasks)]
-    key = (os.getpid(), threads)  # a forked child makes its own
-    if key not in _pools:
-        _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix="robustkern")
-    return list(_pools[key].map(body, range(tasks)))
+    size, pool = _pools.get(os.getpid(), (0, None))
+    if pool is None or size != threads:  # the one before ends when no call uses it any more
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="robustkern")
+        _pools[os.getpid()] = threads, pool
+    return list(pool.map(body, range(tasks)))
 
 
 def _pieces(rows: Rows, begin: int, end: int) -> Iterator[tuple[int, int, int]]:

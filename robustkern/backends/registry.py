@@ -245,13 +245,13 @@ def info() -> SystemInfo:
         backend can run), ``capabilities``.
     """
     from robustkern import __version__
-    from robustkern.backends.threads import requested_threads
+    from robustkern.backends.threads import requested_threads, usable_cores
 
     backends = {b.name: loaded if isinstance(loaded := _load(b), str) else "available" for b in BACKENDS}
     cpp: Any = _loaded["cpp"]
     cuda: Any = _loaded["cuda"]
     here = not isinstance(cpp, str)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return {
         "version": __version__,
         "python": platform.python_version(),

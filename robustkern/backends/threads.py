@@ -5,12 +5,20 @@ from __future__ import annotations
 import functools
 import os
 
-__all__ = ["requested_threads", "set_num_threads"]
+from robustkern.errors import brief
+from robustkern.scalars import as_int
+
+__all__ = ["requested_threads", "set_num_threads", "usable_cores"]
 
 MAX_THREADS = 65536
 
 
 _requested: int | None = None
+
+
+def usable_cores() -> int:
+    """Return how many processors this process may run on; where the system does not say, how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -47,9 +55,12 @@ def set_num_threads(k: int | None, /) -> None:
     """
     global _requested  # noqa: PLW0603  (one setting a process, like OpenMP's own)
     if k is not None:
-        if isinstance(k, bool) or not isinstance(k, int):
+        count = as_int(k)
+        if count is None:
             raise TypeError(f"set_num_threads: k must be an int or None; got {type(k).__name__}")
-        if not 1 <= k <= MAX_THREADS:
-            raise ValueError(f"set_num_threads: k must be between 1 and {MAX_THREADS}; got {k} (None for the default)")
-    _requested = k
+        if not 1 <= count <= MAX_THREADS:
+            raise ValueError(
+                f"set_num_threads: k must be between 1 and {MAX_THREADS}; got {brief(k)} (None for the default)"
+            )
+    _requested = as_int(k)
     requested_threads.cache_clear()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from robustkern.backends.threads import usable_cores
 from robustkern.cli.console import Wrong, bar, command, print_json
 from robustkern.cli.options import Json, folder_to_write, listed
 
@@ -43,7 +43,9 @@ def reproduce(
     folder_to_write(out, "reproduce")
     total = len(runs.runs_of(parts))
     with alone_in(out), bar("training", total) as shown:
-        records, facts = runs.reproduce(parts, out, jobs=jobs or _cores(), progress=lambda done, _: shown.show(done))
+        records, facts = runs.reproduce(
+            parts, out, jobs=jobs or usable_cores(), progress=lambda done, _: shown.show(done)
+        )
         shown.show(total, "measuring times")
         times = runs.measure_times(rounds=1 if quick else 9)
         files = write_page(parts, records, times, facts, out)
@@ -52,7 +54,3 @@ def reproduce(
         print_json({**facts, "runs": total, "claims": found, "files": list(map(str, files))})
     else:
         print(f"{out}: {', '.join(path.name for path in files)}")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

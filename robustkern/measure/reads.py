@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 import robustkern
 from robustkern.backends.cpp import Cpp
 from robustkern.backends.registry import choose, load_backend
+from robustkern.backends.threads import usable_cores
 from robustkern.contract.rows import Rows
 from robustkern.measure import style
 from robustkern.measure.peers import Peer, load
@@ -350,7 +350,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": here["threads"],
         "isa": here["isa"],
         "robustkern": here["version"],

@@ -7,14 +7,16 @@ goals; tables, benchmarks, models and tests are made from that. `register` makes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from numpy.typing import NDArray
 
+from robustkern.errors import brief
 from robustkern.rules import text
 from robustkern.rules.view import Mixture, Solution, View
+from robustkern.scalars import as_float, as_int
 
 __all__ = [
     "Aggregator",
@@ -24,6 +26,8 @@ __all__ = [
     "Rule",
     "as_aggregator",
     "as_mixers",
+    "keep_count",
+    "keep_number",
     "mixed_by",
     "parse_rule",
     "register",
@@ -245,7 +249,7 @@ def mixed_by(steps: Sequence[Rule], view: View) -> tuple[View, Mixture | None]:
         assert isinstance(step, Mixer)
         view.require_no_weights(step.name)
         mixed = step.mixing(view)
-        view, mixture = view.mixed(mixed, step.name), mixed.of(mixture)
+        view, mixture = view.mixed(mixed, step.name), mixed.as_arrays().of(mixture)
     return view, mixture
 
 
@@ -337,3 +341,28 @@ def register(rule: R, /) -> R:
         raise TypeError(f"register: {rule.__name__} must be a frozen dataclass (put @dataclass(frozen=True) under it)")
     text.set_name(getattr(rule, "name", ""), rule, rule.aliases)
     return rule
+
+
+# ---- parameters ------------------------------------------------------------------------------------------------------
+
+
+def keep_count(rule: Rule, what: str, least: int, may_be_none: bool = True) -> None:
+    """Keep a parameter of a rule as Python's integer; raise where it is none of at least so much."""
+    value = getattr(rule, what)
+    if value is None and may_be_none:
+        return
+    count = as_int(value)
+    if count is None or count < least:
+        kinds = "None or an integer" if may_be_none else "an integer"
+        raise ValueError(f"{rule.name}: {what} must be {kinds} of at least {least}; got {brief(value)}")
+    object.__setattr__(rule, what, count)
+
+
+def keep_number(rule: Rule, what: str, is_good: Callable[[float], bool], wanted: str) -> None:
+    """Keep a parameter of a rule as Python's number; raise where it is none, or no good one."""
+    value = getattr(rule, what)
+    number = as_float(value)
+    if number is None or not is_good(number):
+        raise ValueError(f"{rule.name}: {what} must be {wanted}; got {brief(value)}")
+    if type(value) not in (int, float):
+        object.__setattr__(rule, what, number)

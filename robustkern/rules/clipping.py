@@ -9,15 +9,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.rules.base import Aggregator, Mixer, register
+from robustkern.rules.base import Aggregator, Mixer, Rule, keep_count, keep_number, register
 from robustkern.rules.view import Mixture, Solution, View
 
 __all__ = ["ARC", "CentredClipping", "Clipping"]
 
 
-def _check_positive(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1e308:
-        raise ValueError(f"{what} must be a positive finite number; got {value!r}")
+def _keep_positive(rule: Rule, what: str) -> None:
+    keep_number(rule, what, lambda x: 0 < x <= 1e308, "a positive finite number")
 
 
 def _norms(view: View, rule: str) -> NDArray[np.float64]:
@@ -62,7 +61,7 @@ class Clipping(Mixer):
 
     def __post_init__(self) -> None:
         """Check the parameter."""
-        _check_positive("clipping: limit", self.limit)
+        _keep_positive(self, "limit")
 
     def mixing(self, view: View) -> Mixture:
         """Row i holds its own share only."""
@@ -132,9 +131,8 @@ class CentredClipping(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        _check_positive("centred_clipping: tau", self.tau)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"centred_clipping: steps must be an integer of at least 1; got {self.steps!r}")
+        _keep_positive(self, "tau")
+        keep_count(self, "steps", 1, may_be_none=False)
         if not isinstance(self.start, str) or self.start not in ("centre", "zero"):
             raise ValueError(f"centred_clipping: start must be 'centre' or 'zero'; got {self.start!r}")
         object.__setattr__(self, "points", ("origin",) if self.start == "zero" else ("centre",))

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.base import Aggregator, Goals, keep_count, register
 from robustkern.rules.view import Solution, View
 
 __all__ = ["MeanAroundMedian", "Median", "Phocas", "TrimmedMean"]
@@ -147,10 +147,7 @@ class MeanAroundMedian(_Selection):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if self.count is not None and (
-            isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1
-        ):
-            raise ValueError(f"mean_around_median: count must be None or an integer of at least 1; got {self.count!r}")
+        keep_count(self, "count", 1)
         _check_even(self.name, self.even)
 
     def solve(self, view: View) -> Solution:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.base import Aggregator, Goals, keep_number, register
 from robustkern.rules.cuts import smallest
 from robustkern.rules.view import Solution, View
 
@@ -200,12 +200,7 @@ class Spectral(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameter."""
-        if (
-            isinstance(self.fraction, bool)
-            or not isinstance(self.fraction, (int, float))
-            or not 0 < self.fraction <= 1e9
-        ):
-            raise ValueError(f"spectral: fraction must be a positive number; got {self.fraction!r}")
+        keep_number(self, "fraction", lambda x: 0 < x <= 1e9, "a positive number")
 
     def _kept(self, n: int, f: int) -> int:
         kept = n - int(self.fraction * f)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.base import Aggregator, Goals, keep_count, keep_number, register
 from robustkern.rules.geometry import MANY_ROWS, MAX_SHIFT, SINGLE_NOISE
 from robustkern.rules.least_distances import Products, converged_weights, shift_bound, smoothed_weights
 from robustkern.rules.text import set_name
@@ -56,15 +56,9 @@ class GeometricMedian(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        for what, value in (("nu", self.nu), ("tol", 0 if self.tol is None else self.tol)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e308:
-                raise ValueError(f"geometric_median: {what} must be a finite number of at least 0; got {value!r}")
-        if self.max_iter is not None and (
-            isinstance(self.max_iter, bool) or not isinstance(self.max_iter, int) or self.max_iter < 0
-        ):
-            raise ValueError(
-                f"geometric_median: max_iter must be None or an integer of at least 0; got {self.max_iter!r}"
-            )
+        for what in ("nu",) if self.tol is None else ("nu", "tol"):
+            keep_number(self, what, lambda x: 0 <= x <= 1e308, "a finite number of at least 0")
+        keep_count(self, "max_iter", 0)
         if not isinstance(self.start, str) or self.start not in ("mean", "zero"):
             raise ValueError(f"geometric_median: start must be 'mean' or 'zero'; got {self.start!r}")
         object.__setattr__(self, "points", () if self._converges or self.start == "mean" else ("origin",))
@@ -97,7 +91,9 @@ class GeometricMedian(Aggregator):
         inner = geometry.gram if len(used) == view.n else geometry.gram[np.ix_(used, used)]
         gap = None
         if converges:
-            found, iterations, converged, gap = converged_weights(inner, weights[used], geometry.rounding)
+            found, iterations, converged, gap = converged_weights(
+                inner, weights[used], geometry.rounding, None if view.mix is None else geometry.lengths[used]
+            )
         else:
             origin = None
             if geometry.origin is not None and self.points:

@@ -104,6 +104,10 @@ class Mixture(NamedTuple):
         """The shares."""
         return np.asarray(self.weights / self.divisors[:, None])
 
+    def as_arrays(self) -> Mixture:
+        """Return it as kernels take it, whatever sequences of numbers there are."""
+        return Mixture(*(np.ascontiguousarray(part, dtype=np.float64) for part in self))
+
     def of(self, inner: Mixture | None) -> Mixture:
         """Return this mixture of rows that are themselves mixtures."""
         if inner is None:
@@ -302,6 +306,14 @@ class Given:
         if self.geometry is None:
             self._needs_double = True
 
+    def require_lengths(self) -> None:
+        """Have the rule solved again where float32 products of most rows vanish: `Info` is to have digits of them."""
+        geometry = self.geometry
+        if geometry is not None and geometry.single and geometry.finite.any():
+            squares = geometry.gram.diagonal()[geometry.finite]
+            if np.median(squares) < SINGLE_LEAST * self.source.d:
+                geometry.require_double()
+
     @property
     def rounding(self) -> float:
         """Bound of the relative error of sums over the columns."""
@@ -341,6 +353,8 @@ class Given:
         if double:
             norms = np.diagonal(gram)[:n]
             wanted = _better_scale(norms, self.weights)
+            if wanted >= 1.0 and not tolerated(np.asarray(norms > MAX_SQUARE), self.f, self.weights, self.share):
+                wanted = 1 / RESCALE
             if wanted != 1.0:
                 rescaled, _ = self._gram(wanted, False)
                 if self._improves(wanted, norms, np.diagonal(rescaled)[:n], self.weights):
@@ -728,12 +742,14 @@ class Given:
     def _improves(self, scale: float, before: Vector, after: Vector, weights: Vector | None) -> bool:
         """Tell whether squares taken at another scale are better than those before.
 
-        Downwards they always are. Upwards only if the middle one had vanished, rather than being 0, and if no more rows
-        are lost than may be Byzantine: a few tiny rows must not push the honest ones out of reach.
+        Downwards they are, where the middle one is out of reach or nobody's vanish. Upwards only if the middle one had
+        vanished, rather than being 0, and if no more rows are lost than may be Byzantine: a few tiny rows must not push
+        the honest ones out of reach.
         """
-        return scale < 1 or (
-            _middle(after, weights) > 0
-            and tolerated(measurable(before) & ~measurable(after), self.f, weights, self.share)
+        if scale < 1:
+            return not (_middle(before, weights) <= MAX_SQUARE and ((before > 0) & (after == 0)).any())
+        return _middle(after, weights) > 0 and tolerated(
+            measurable(before) & ~measurable(after), self.f, weights, self.share
         )
 
 
@@ -781,7 +797,8 @@ def _better_scale(squares: Vector, weights: Vector | None) -> float:
 
 
 def _middle(squares: Vector, weights: Vector | None) -> float:
-    order = np.argsort(np.where(np.isnan(squares), np.inf, squares), kind="stable")
+    squares = np.where(np.isnan(squares), np.inf, squares)
+    order = np.argsort(squares, kind="stable")
     share = np.cumsum(np.ones(len(squares)) if weights is None else weights[order])
     return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
 from robustkern.errors import NonFiniteError
-from robustkern.rules.base import Aggregator, Goals, register
+from robustkern.rules.base import Aggregator, Goals, keep_count, register
 from robustkern.rules.geometry import unscaled
 from robustkern.rules.view import Mixture, Solution, View
 
@@ -35,7 +35,7 @@ class _Scored(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        _check_count(self.name, "neighbours", self.neighbours, 0)
+        keep_count(self, "neighbours", 0)
         if not isinstance(self.squared, bool):
             raise ValueError(f"{self.name}: squared must be True or False; got {self.squared!r}")
 
@@ -98,11 +98,6 @@ def krum_scores(squares: Matrix, rows: NDArray[np.intp], others: int, squared: b
     nearest = np.sort(squares[np.ix_(rows, rows)], axis=1)[:, : min(others + 1, len(rows))]
     result[rows] = (nearest if squared else np.sqrt(nearest)).sum(axis=1, dtype=np.longdouble)
     return result
-
-
-def _check_count(name: str, what: str, value: int | None, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"{name}: {what} must be None or an integer of at least {least}; got {value!r}")
 
 
 @register
@@ -172,7 +167,7 @@ class MultiKrum(_Scored):
     def __post_init__(self) -> None:
         """Check the parameters."""
         super().__post_init__()
-        _check_count(self.name, "m", self.m, 1)
+        keep_count(self, "m", 1)
 
     def solve(self, view: View) -> Solution:
         """Average the best m rows."""

@@ -100,8 +100,11 @@ class Products:
 Gram = Matrix | Products
 
 
-def converged_weights(gram: Gram, s: Vector, rounding: float) -> Median:
-    """Find the minimiser of sum s_i |x_i - y|, given inner products whose errors are rounding * |x_i| |x_j|."""
+def converged_weights(gram: Gram, s: Vector, rounding: float, sizes: Vector | None = None) -> Median:
+    """Find the minimiser of sum s_i |x_i - y|, given inner products whose errors are rounding * size_i * size_j.
+
+    Sizes are the lengths of the rows, where nothing else is said: those of what they are mixtures of may be larger.
+    """
     distances: Matrix | _Distances
     if isinstance(gram, Products):
         some = _near_the_median(gram.x, s)
@@ -111,9 +114,9 @@ def converged_weights(gram: Gram, s: Vector, rounding: float) -> Median:
         norms = gram.diagonal()
         lengths = np.sqrt(norms)
     else:
-        gram = _of_ordinary_size(gram)
-        norms = gram.diagonal()
-        lengths = np.sqrt(norms)
+        gram, unit = _of_ordinary_size(gram)
+        norms = np.maximum(gram.diagonal(), 0.0)  # of mixtures whose parts cancel they may be below
+        lengths = np.sqrt(norms) if sizes is None else np.maximum(np.sqrt(norms), unit * sizes)
         squares = norms[:, None] + norms - 2 * gram
         lines = np.sqrt(np.maximum(squares, 0.0))
         lines[lines <= np.sqrt(rounding) * (lengths[:, None] + lengths)] = 0.0
@@ -168,14 +171,18 @@ def converged_weights(gram: Gram, s: Vector, rounding: float) -> Median:
     return _judged(gram, s, w, lengths, rounding, steps, 0.0, False)
 
 
-def _of_ordinary_size(gram: Matrix) -> Matrix:
-    """Bring tiny squares to about 1, by a power of two: products of them would vanish. Weights do not feel it."""
+def _of_ordinary_size(gram: Matrix) -> tuple[Matrix, float]:
+    """Bring tiny squares to about 1, by a power of two: products of them would vanish. Weights do not feel it.
+
+    Returns what lengths are multiplied with, too.
+    """
     norms = gram.diagonal()
     ranked = np.sort(norms[norms > 0])
     if not len(ranked) or ranked[len(ranked) // 2] > 1e-100:
-        return gram
+        return gram, 1.0
     room = 1000 - math.frexp(float(ranked[-1]))[1]  # above the largest one
-    return np.asarray(np.ldexp(gram, min(-math.frexp(float(ranked[len(ranked) // 2]))[1], room)))
+    power = min(-math.frexp(float(ranked[len(ranked) // 2]))[1], room)
+    return np.asarray(np.ldexp(gram, power)), math.sqrt(math.ldexp(1.0, power))
 
 
 def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:
@@ -576,7 +583,7 @@ def smoothed_weights(
     taken: list[tuple[Vector, Vector]] = []
     while iteration < limit:
         iteration += 1
-        new = _smoothed_step(gram, s, w, r, nu)
+        new = _smoothed_step(gram, s, r, nu)
         step = math.inf if w is None else _length(gram, new - w)
         if w is not None and free and iteration > PLAIN_STEPS:
             if step > 2 * last:  # too far: back to the step before
@@ -677,7 +684,7 @@ def moved_to_median(gram: Matrix, s: Vector, w: Vector, squares: Vector, wrong: 
     return np.maximum(squares - 2 * (moved - w @ moved) + length**2, 0.0), length, left
 
 
-def _smoothed_step(gram: Matrix, s: Vector, w: Vector | None, r: Vector, nu: float) -> Vector:
+def _smoothed_step(gram: Matrix, s: Vector, r: Vector, nu: float) -> Vector:
     floored = np.maximum(r, nu)
     here = floored == 0
     if not here.any():

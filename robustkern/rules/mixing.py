@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.errors import NonFiniteError
-from robustkern.rules.base import Goals, Mixer, register
+from robustkern.rules.base import Goals, Mixer, keep_count, register
 from robustkern.rules.krum import sq_distances_between
 from robustkern.rules.view import Mixture, View
 
@@ -44,10 +44,7 @@ class NNM(Mixer):
 
     def __post_init__(self) -> None:
         """Check the parameter."""
-        if self.count is not None and (
-            isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 1
-        ):
-            raise ValueError(f"nnm: count must be None or an integer of at least 1; got {self.count!r}")
+        keep_count(self, "count", 1)
 
     def mixing(self, view: View) -> Mixture:
         """Row i holds 1 at the nearest rows of row i."""
@@ -108,10 +105,8 @@ class Bucketing(Mixer):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
-            raise ValueError(f"bucketing: size must be None or an integer of at least 1; got {self.size!r}")
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
-            raise ValueError(f"bucketing: seed must be None or an integer of at least 0; got {self.seed!r}")
+        keep_count(self, "size", 1)
+        keep_count(self, "seed", 0)
         if self.order is None:
             return
         if self.seed is not None:

@@ -10,14 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustkern.contract.rows import Matrix, Vector
-from robustkern.errors import NonFiniteError
+from robustkern.errors import NonFiniteError, brief
 from robustkern.rules.base import Aggregator, Goals, register
-from robustkern.rules.cuts import smallest
-from robustkern.rules.geometry import unscaled
+from robustkern.rules.cuts import smallest, smallest_between
+from robustkern.rules.geometry import EPSILON, unscaled
 from robustkern.rules.krum import sq_distances_between
 from robustkern.rules.view import Solution, View
+from robustkern.scalars import as_int
 
 __all__ = ["CGE", "Centre", "Medoid", "MoNNA"]
+
+#: Rows so many times longer than the middle one drown what tells the sums of the others' distances apart.
+FAR = 2.0**16
 
 
 @register
@@ -64,10 +68,13 @@ class MoNNA(Aggregator):
 
     def __post_init__(self) -> None:
         """Check the parameters."""
-        row = isinstance(self.pivot, int) and not isinstance(self.pivot, bool) and self.pivot >= 0
-        if not row and not (isinstance(self.pivot, str) and self.pivot == "centre"):
-            raise ValueError(f"monna: pivot must be a row, an integer of at least 0, or 'centre'; got {self.pivot!r}")
-        object.__setattr__(self, "points", () if row else ("centre",))
+        row = as_int(self.pivot)
+        if (row is None or row < 0) and not (isinstance(self.pivot, str) and self.pivot == "centre"):
+            raise ValueError(
+                f"monna: pivot must be a row, an integer of at least 0, or 'centre'; got {brief(self.pivot)}"
+            )
+        object.__setattr__(self, "pivot", "centre" if row is None else row)
+        object.__setattr__(self, "points", ("centre",) if row is None else ())
 
     def solve(self, view: View) -> Solution:
         """Keep the rows that are near."""
@@ -159,7 +166,12 @@ class Medoid(Aggregator):
             return np.column_stack([np.full_like(finite, row), finite])
 
         found = unscaled(scores(geometry.sq_distances), math.sqrt(geometry.scale))
-        return view.mean_of(view.least(scores, pairs=pairs))._replace(scores=found)
+        lengths = geometry.lengths[finite]
+        if lengths.max() > FAR * np.sort(lengths)[(len(finite) - 1) // 2]:
+            best = _least_beside_far(view, finite, weights[finite])
+        else:
+            best = view.least(scores, pairs=pairs)
+        return view.mean_of(best)._replace(scores=found)
 
     def rows_read_again(self, n: int, f: int) -> int:
         """Return 1."""
@@ -168,3 +180,56 @@ class Medoid(Aggregator):
     def plain(self, x: NDArray[Any], f: int) -> NDArray[Any]:
         """Add up each row's distances."""
         return np.asarray(x[np.sqrt(sq_distances_between(x)).sum(axis=1).argmin()])
+
+
+def _least_beside_far(view: View, rows: NDArray[np.intp], weights: Vector) -> NDArray[np.intp]:
+    """Return the row with the least sum of distances to `rows`, which are finite: the sums less that of one of them.
+
+    A distance to a far row has its digits; how much less it is than another's follows from the inner products of the
+    far row with what lies between the two: (square - square) / (distance + distance).
+    """
+    geometry = view.geometry(quick=True)
+    geometry.require_double()
+    gram, lengths = geometry.gram[np.ix_(rows, rows)], geometry.lengths[rows]
+    squares, wrong = geometry.sq_distances[np.ix_(rows, rows)], geometry.pair_errors(rows)[:, rows]
+    away, near = np.sqrt(squares), lengths <= FAR * np.sort(lengths)[(len(rows) - 1) // 2]
+    base = int(np.argmin(np.where(near, away[:, near] @ weights[near], np.inf)))
+
+    def less(away: Matrix, unsure: Matrix) -> tuple[Vector, Vector]:
+        """Return the sums less the base's, by distances and the errors of their squares, and bounds of their errors."""
+        both = away + away[base]
+        both[both == 0] = 1.0
+        norms = gram.diagonal()
+        by_products = ((norms - norms[base])[:, None] - 2 * (gram - gram[base])) / both
+        reach = lengths + lengths[base]
+        off = geometry.rounding * reach[:, None] * (reach[:, None] + 2 * lengths) / both
+        off += abs(by_products) * (unsure + unsure[base]) / both**2
+        direct, direct_off = (
+            away - away[base],
+            EPSILON * both + _root_errors(away, unsure) + _root_errors(away, unsure)[base],
+        )
+        better = direct_off < off
+        terms, errors = np.where(better, direct, by_products), np.where(better, direct_off, off)
+        return terms @ weights, (errors + 4 * EPSILON * abs(terms)) @ weights
+
+    values, errors = less(away, wrong)
+
+    def again(contenders: NDArray[np.intp]) -> Vector | None:
+        first, second = np.meshgrid(np.append(contenders, base), np.flatnonzero(near), indexing="ij")
+        exact = view.exact_between(np.column_stack([rows[first.ravel()], rows[second.ravel()]]), always=False)
+        if exact is None:
+            return None
+        known = np.zeros_like(wrong, dtype=np.bool_)
+        known[first, second] = True
+        among = exact[np.ix_(rows, rows)]
+        found, off = less(np.sqrt(np.where(known, among, squares)), np.where(known, 4 * EPSILON * among, wrong))
+        least = float((found + off)[contenders].min())
+        return np.where((found - off)[contenders] <= least, 0.0, 1.0)  # what this cannot tell apart is a tie
+
+    return rows[smallest_between(values, values - errors, values + errors, 1, again)]
+
+
+def _root_errors(roots: Matrix, errors: Matrix) -> Matrix:
+    """Return bounds of the errors of square roots of numbers that are not negative."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(errors > 0, np.minimum(errors / roots, np.sqrt(errors)), 0.0)

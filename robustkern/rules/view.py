@@ -41,6 +41,9 @@ from robustkern.rules.least_distances import moved_to_median
 
 __all__ = ["Mixture", "Solution", "View"]
 
+#: Of sums that are averages, so that nothing on the way vanishes or overflows; its reciprocal is the largest.
+LEAST_DIVISOR = 2.0**-900
+
 
 class HasPoints(Protocol):
     """A rule, of which only this matters here."""
@@ -346,14 +349,15 @@ class View:
             return False
         return self._given.sharpen(contenders)
 
-    def exact_between(self, pairs: NDArray[np.intp]) -> Matrix | None:
+    def exact_between(self, pairs: NDArray[np.intp], always: bool = True) -> Matrix | None:
         """Return (n, n) squared distances, of some (k, 2) pairs of finite rows to the last bit but for rounding.
 
-        None for mixed rows, which are not there to measure: what float64 products leave open counts as equal then.
+        None for mixed rows, which are not there to measure, and, unless `always`, where that would read more rows than
+        there are: what float64 products leave open counts as equal then.
         """
         geometry = self.geometry(quick=True)
         same = np.arange(self.n) if geometry.single else geometry.copies
-        exact = self._measured_exactly(np.sort(same[pairs], axis=1), always=True)
+        exact = self._measured_exactly(np.sort(same[pairs], axis=1), always)
         return None if exact is None else exact[np.ix_(same, same)]
 
     def _measured_exactly(self, pairs: NDArray[np.intp], always: bool = False) -> Matrix | None:
@@ -538,7 +542,7 @@ class View:
                 and weights.shape == (self.n,)
                 and weights.dtype == FLOAT64
                 and math.isfinite(abs(weights).sum())
-                and 0 < solution.divisor < math.inf
+                and LEAST_DIVISOR <= solution.divisor <= 1 / LEAST_DIVISOR
                 and math.isfinite(solution.centre_weight)
             ):
                 total = float(weights.sum()) / solution.divisor + solution.centre_weight
@@ -549,8 +553,8 @@ class View:
                     "it in the rule's points: 'origin')"
                 )
         raise TypeError(
-            f"{rule}: solve(view) must return a Solution with finite float64 weights ({self.n},), or one that "
-            f"view.mean_of or view.window makes; got {solution!r:.120}"
+            f"{rule}: solve(view) must return a Solution with finite float64 weights ({self.n},) and a divisor between "
+            f"2**-900 and 2**900, or one that view.mean_of or view.window makes; got {solution!r:.120}"
         )
 
     # -- mixing ----------------------------------------------------------------------------------------------------
@@ -560,9 +564,10 @@ class View:
         if not isinstance(mixture, Mixture) or not _is_mixture(mixture, self.n, self._given.needs_origin):
             raise TypeError(
                 f"{rule}: mixing(view) must return a Mixture: finite weights (m, {self.n}) whose rows sum to their "
-                f"divisors (m,), all positive (to others only with 'origin' in points); got {_described(mixture)}"
+                f"divisors (m,), all between 2**-900 and 2**900 (to others only with 'origin' in points); got "
+                f"{_described(mixture)}"
             )
-        return View(self._given, len(mixture.weights), self.f, mix=mixture.of(self.mix))
+        return View(self._given, len(mixture.weights), self.f, mix=mixture.as_arrays().of(self.mix))
 
     def sq_distances_in(self, solution: Solution) -> Vector | None:
         """Return what `Info` shows: the rows' squared distances as the rule says, or to its result by the geometry."""
@@ -600,9 +605,11 @@ def _with_rest(mixed: Geometry, rest: Vector) -> Geometry:
     origin, centre = mixed.origin, mixed.centre
     assert origin is not None  # or the mixtures would not have been taken
     across = np.multiply.outer(origin.products, rest)
+    gram = mixed.gram + across + across.T + origin.square * np.multiply.outer(rest, rest)
+    np.fill_diagonal(gram, np.maximum(gram.diagonal(), 0.0))  # what cancels may be below
     return replace(
         mixed,
-        gram=mixed.gram + across + across.T + origin.square * np.multiply.outer(rest, rest),
+        gram=gram,
         lengths=mixed.lengths + abs(rest) * math.sqrt(max(origin.square, 0.0)),
         origin=origin._replace(products=origin.products + rest * origin.square),
         centre=None if centre is None else centre._replace(products=centre.products + rest * centre.origin),
@@ -661,8 +668,8 @@ def _is_mixture(mixture: Mixture, n: int, has_origin: bool) -> bool:
         and weights.shape[1] == n
         and divisors.shape == weights.shape[:1]
         and len(weights) > 0
-        and bool(np.isfinite(weights).all() and (divisors > 0).all())
-        and (has_origin or bool((abs(weights.sum(axis=1) - divisors) <= 1e-9 * divisors).all()))
+        and bool(np.isfinite(weights).all() and ((divisors >= LEAST_DIVISOR) & (divisors <= 1 / LEAST_DIVISOR)).all())
+        and (has_origin or bool((abs(weights.sum(axis=1) - divisors) <= UNIT_ROUNDING * divisors).all()))
     )
 
 

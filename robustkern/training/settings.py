@@ -8,8 +8,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from robustkern.errors import plain
+from robustkern.errors import brief, plain
 from robustkern.rules import parse_rule
+from robustkern.scalars import as_int
 from robustkern.training.attacks import available_attacks, parse_attack
 from robustkern.training.data import DATA_SETS, dirichlet_of
 from robustkern.training.schedules import SCHEDULES, Schedule
@@ -76,9 +77,9 @@ class Settings:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name, least in (("workers", 1), ("byzantine", 0), ("batch", 1), ("rounds", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}")
+            value = as_int(getattr(self, name))
+            if value is None or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}; got {brief(getattr(self, name))}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63; got {self.seed}")
         if 2 * self.byzantine >= self.workers:
