@@ -215,6 +215,36 @@ def test_gradients_of_pre_aggregators(rule: Any) -> None:
     assert torch.autograd.gradcheck(rule, (x,), atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+@pytest.mark.parametrize("rule", [byzfl.NNM(2), byzfl.ARC(2), byzfl.ARC(5), byzfl.ARC(9), byzfl.Clipping(3.0)])
+def test_gradients_of_pre_aggregators_beside_a_bad_row(rule: Any, value: float) -> None:
+    x = torch.tensor(X)
+    x[3] = value
+    want = rule(x)
+    x.requires_grad_()
+    got = rule(x)
+    torch.testing.assert_close(got.detach(), want, equal_nan=True)
+    (got**2).sum().backward()
+    at = [i for i in range(9) if i != 3 or value == 0]
+    assert x.grad[at].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [byzfl.ARC(2), byzfl.ARC(8), byzfl.Clipping(3.0)])
+def test_lengths_of_float32_do_not_overflow(rule: Any) -> None:
+    x = torch.tensor(X, dtype=torch.float32)
+    x[3] = 1e30
+    want = rule(x.double()).float()
+    for recording in (False, True):
+        torch.testing.assert_close(rule(x.clone().requires_grad_(recording)).detach(), want)
+
+
+def test_arc_that_shortens_nothing() -> None:
+    x = X.copy()
+    for value in (np.nan, np.inf, 1e200):
+        x[3] = value
+        np.testing.assert_array_equal(byzfl.ARC(9)(x), x)
+
+
 def test_vectors_of_other_shapes_and_of_integers() -> None:
     cube = X.reshape(9, 4, 5)
     assert byzfl.Median()(cube).shape == (4, 5)
@@ -278,6 +308,8 @@ CALLS: list[tuple[Any, type[Exception], str]] = [
     (lambda: byzfl.GeometricMedian(nu=1), TypeError, "f must be a float"),
     (lambda: byzfl.GeometricMedian(T=-1), ValueError, "T must be a non-negative integer"),
     (lambda: byzfl.CenteredClipping(m=3), TypeError, "m must be of type np.ndarray or torch.Tensor"),
+    (lambda: byzfl.CenteredClipping(m=X[0] * np.nan), ValueError, "m must hold finite numbers, but got NaN or Inf"),
+    (lambda: byzfl.CenteredClipping(m=torch.tensor([np.inf])), ValueError, "m must hold finite numbers"),
     (lambda: byzfl.CenteredClipping(L=-1), ValueError, "L must be a non-negative integer"),
     (lambda: byzfl.CenteredClipping(tau=1), ValueError, "tau must be a non-negative float"),
     (lambda: byzfl.MoNNA(1, -1), ValueError, "idx must be a non-negative integer"),

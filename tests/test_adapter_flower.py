@@ -305,6 +305,26 @@ def test_bulyan_is_flowers() -> None:
     np.testing.assert_allclose(arrays["w"].numpy(), want_w, rtol=1e-6)
 
 
+def test_another_selection_rule_sees_finite_replies() -> None:
+    seen = []
+
+    def first(contents: list[RecordDict], f: int, count: int) -> list[RecordDict]:
+        seen.append((len(contents), f, count))
+        return contents[:count]
+
+    chosen = flower.Bulyan(num_malicious_nodes=1, selection_rule=first)
+    rows = [honest(k) for k in range(9)]
+    rows[2]["b"] = np.full(4, np.inf, np.float32)
+    arrays, _ = chosen.aggregate_train(1, messages(rows))
+    assert seen == [(8, 0, 8)]
+    assert arrays is not None
+    want = np.mean([row["w"] for k, row in enumerate(rows) if k != 2], axis=0)
+    np.testing.assert_allclose(arrays["w"].numpy(), want, rtol=1e-5, atol=1e-6)
+    rows[3] = rows[2]
+    assert chosen.aggregate_train(1, messages(rows)) == (None, None)
+    assert len(seen) == 1
+
+
 def messages(rows: list[Values], examples: list[Any] | None = None) -> list[Message]:
     """Return replies of nodes that nobody asked."""
     found = []
@@ -636,6 +656,8 @@ def test_functions_over_results() -> None:
         (lambda: flower_server.aggregate_bulyan(results[:6], 1), r"4\*f \+ 3 must be at most n; got f=1 with n=6"),
         (lambda: flower_server.aggregate_bulyan(results, 1, max), "only aggregate_krum is supported as the first rule"),
         (lambda: flower_server.aggregate_bulyan(results, 1, to_keep=2), "to_keep must be 0; got 2"),
+        (lambda: flower_server.Bulyan(first_aggregation_rule=max), "Bulyan: only aggregate_krum is supported as the"),
+        (lambda: flower_server.Bulyan(to_keep=2), "Bulyan: to_keep must be 0; got 2"),
         (
             lambda: flower_server.aggregate_trimmed_avg(results, 0.5),
             "proportiontocut must satisfy 0 <= proportiontocut",

@@ -508,6 +508,58 @@ def test_nvflares_rounds_of_nothing(nvflare: Any) -> None:
             nvflare.RobustAggregator("median", **options)
 
 
+def results_of(own: Any, models: list[Any]) -> Any:
+    own.fl_ctx = None
+    for one in models:
+        own.accept_model(one)
+    return own.aggregate_model()
+
+
+def test_differences_are_not_applied_twice(nvflare: Any) -> None:
+    own = nvflare.RobustAggregator("median", f=1)
+    diffs = [model(nvflare, {"w": np.full(3, float(k))}, diff=True) for k in range(5)]
+    nothing = [model(nvflare, {}, diff=True) for _ in range(5)]
+    others = [model(nvflare, {"w": np.full(3, np.nan)}) for _ in range(5)]
+    for unusable in (nothing, others):
+        assert results_of(own, diffs).params["w"].tolist() == [2.0] * 3
+        found = results_of(own, unusable)
+        assert found.params_type == nvflare.ParamsType.DIFF
+        assert found.params["w"].tolist() == [0.0] * 3
+
+
+def test_nvflares_messages(nvflare: Any) -> None:
+    good = [model(nvflare, {"w": np.ones(3)}) for _ in range(4)]
+    text = r"models cannot be used: 1 of 5 models cannot be used, f=0 \(raise f or delta, or look at them\)"
+    with pytest.raises(rk.NonFiniteError, match=text):
+        results_of(nvflare.RobustAggregator("median", f=0), [model(nvflare, {}), *good])
+    with pytest.raises(rk.NonFiniteError, match=r"models cannot be used: krum: 2\*f must be below n"):
+        results_of(nvflare.RobustAggregator("krum", f=2), good)
+    own = nvflare.RobustAggregator("krum", f=2)
+    said: list[str] = []
+    own._say = said.append
+    with pytest.raises(rk.NonFiniteError):
+        results_of(own, good)
+    assert "krum: 2*f must be below n" in said[-1]
+    assert said[-1].endswith("; nothing changes")
+
+
+@pytest.mark.parametrize("rule", ["ctma(centre)", "centred_clipping(tau=1.0)", "nnm | monna(pivot='centre')", "centre"])
+def test_rules_with_a_centre_are_refused_where_nobody_gives_one(nvflare: Any, rule: str) -> None:
+    message = r"RobustAggregator: .* measures from a centre, which nobody gives here \(take ctma\(median\)\)"
+    with pytest.raises(ValueError, match=message):
+        nvflare.RobustAggregator(rule, f=1)
+    with pytest.raises(ValueError, match=r"monna trusts a row by its number, .* \(take ctma\(median\)\)"):
+        nvflare.RobustAggregator("monna", f=1)
+
+
+def test_limits_that_numpy_made(nvflare: Any) -> None:
+    diffs = [model(nvflare, {"w": np.full(3, float(k))}) for k in range(5)]
+    for limit in ({"f": np.int64(1)}, {"delta": np.float32(0.25)}):
+        assert results_of(nvflare.RobustAggregator("median", **limit), diffs).params["w"].tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match=r"delta must satisfy 0 <= delta < 0.5; got 'half'"):
+        nvflare.RobustAggregator("median", delta="half")
+
+
 # ---- mergekit ------------------------------------------------------------------------------------------------------
 
 
@@ -546,6 +598,9 @@ def test_a_merge_method() -> None:
     found = merged(rule="centered_clipping(tau=1.0)", f=1, base=0)["b"]
     want = rk.aggregate([model["b"] for model in models[1:]], "centered_clipping(tau=1.0)", f=1, centre=models[0]["b"])
     assert torch.equal(found, want)
+    for weight, message in ((0, "weights are all 0"), (float("nan"), "got nan for row 0"), (-1, "got -1.0 for row 0")):
+        with pytest.raises(ValueError, match=message):
+            merged(rule="mean", f=0, weight=weight)
     with pytest.raises(ValueError, match=r"measures from a centre \(name a base_model\)"):
         merged(rule="centered_clipping(tau=1.0)", f=1)
     with pytest.raises(ValueError, match=r"tensor w: .*NaN or Inf"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,46 @@ def test_krums_scores() -> None:
     np.testing.assert_allclose(np.delete(got.numpy(), 3), krum_scores(np.delete(X, 3, axis=0), 6), rtol=1e-10)
 
 
+def with_bad_row(value: float) -> Any:
+    x = T.clone()
+    x[3] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("m", [None, 3])
+def test_a_bad_row_spoils_no_mean_of_bulyan_that_records_gradients(value: float, m: int | None) -> None:
+    x = with_bad_row(value).requires_grad_()
+    got = krum.Bulyan.aggregate(x, n=11, f=2, m=m)
+    np.testing.assert_allclose(got.detach(), krum.Bulyan.aggregate(x.detach(), n=11, f=2, m=m))
+    got.sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[3].any()
+
+
+def test_what_is_near_to_a_pivot_is_finite() -> None:
+    with pytest.raises(ValueError, match=r"Expected a pivot of finite numbers, got NaN or Inf in it \(choose another"):
+        krum.NearestNeighborAverage.aggregate(T, num_closest=2, pivot=T[0] * np.nan)
+    x = with_bad_row(np.nan)
+    x[2] = 1e200  # too far for its square
+    for count in (9, 10):
+        got = krum.NearestNeighborAverage.aggregate(x, num_closest=count, pivot=T[4])
+        others = np.delete(x.numpy(), [2, 3] if count == 9 else 3, axis=0)
+        np.testing.assert_allclose(got, others.mean(axis=0))
+    with pytest.raises(
+        rk.NonFiniteError,
+        match=r"at least num_closest=11 gradients without NaN or Inf, got 10 of 11: row 3 holds some \(lower num_closest",
+    ):
+        krum.NearestNeighborAverage.aggregate(x, num_closest=11, pivot=T[4])
+
+
+def test_scores_are_of_n_rows() -> None:
+    with pytest.raises(ValueError, match=r"Expected 9 gradients, got 11"):
+        krum.MultiKrum.score(T, n=9, f=2)
+    with pytest.raises(ValueError, match=r"Expected valid_mask with shape \(11,\), got \(9,\)"):
+        krum.MultiKrum.score(T, n=11, f=2, valid_mask=torch.ones(9, dtype=torch.bool))
+
+
 @pytest.mark.parametrize(
     ("rule", "options", "error", "message"),
     [
@@ -177,6 +219,12 @@ def test_geometric_medians_of_lists(weighted: bool) -> None:
         geom_median.compute_geometric_median([])
 
 
+def test_points_have_as_many_components_each() -> None:
+    message = r"points: expected lists of as many components each \(pass as many in every point\)"
+    with pytest.raises(ValueError, match=message):
+        geom_median.compute_geometric_median([[X[0], X[1]], [X[0]]], per_component=True)
+
+
 def test_geometric_medians_pass_gradients_by_their_weights() -> None:
     rows = [row.clone().requires_grad_() for row in T]
     found = geom_median.compute_geometric_median(rows)
@@ -241,12 +289,139 @@ def test_torchjds_aggregators() -> None:
         ours.Krum(12)(T)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3e38])
+def test_a_bad_row_spoils_no_result_of_torchjds_krum(value: float) -> None:
+    pytest.importorskip("torchjd")
+    from robustkern.adapters import torchjd as ours
+
+    x = with_bad_row(value).float().requires_grad_()
+    seen: list[Any] = []
+    rule = ours.Krum(2, 4)
+    rule.gramian_weighting.register_forward_hook(lambda *call: seen.append(call[2]))
+    got = rule(x)
+    want = rk.multi_krum(x.detach().double(), f=2, m=4, squared=False)
+    torch.testing.assert_close(got, want.float())
+    got.sum().backward()
+    np.testing.assert_array_equal(x.grad[:, 0], seen[0])
+    assert seen[0][3] == 0
+
+
+def test_torchjds_krum_takes_rows_whose_products_overflow() -> None:
+    pytest.importorskip("torchjd")
+    from robustkern.adapters import torchjd as ours
+
+    x, rule = T.float() * 1e25, ours.Krum(2, 4)
+    torch.testing.assert_close(rule(x), rule(T.float()) * 1e25)
+    products = ours._products(x, at_once=7)  # as on a GPU
+    torch.testing.assert_close((rule.gramian_weighting(products) @ x.double()).float(), rule(x))
+
+
+BYZPY = {
+    "byzpy.aggregators.coordinate_wise": ["CoordinateWiseMedian", "CoordinateWiseTrimmedMean", "MeanOfMedians"],
+    "byzpy.aggregators.geometric_wise": [
+        "GeometricMedian",
+        "Krum",
+        "MinimumDiameterAveraging",
+        "MoNNA",
+        "MultiKrum",
+        "SMEA",
+    ],
+    "byzpy.aggregators.norm_wise": ["CAF", "CenteredClipping", "ComparativeGradientElimination"],
+    "byzpy.pre_aggregators": ["ARC", "Bucketing", "Clipping", "NearestNeighborMixing"],
+}
+
+
+class OfByzpy:
+    """As much of byzpy's classes as the adapter uses: methods of their own in whose results a NaN spreads."""
+
+    def __init__(self, f: int | None = None, **options: Any) -> None:
+        vars(self).update({"f": f} if f is not None else {"init": "median", "c_tau": 1.0, "M": 10} | options)
+
+    input_key = "rows"
+
+    def aggregate(self, rows: Any) -> Any:
+        return torch.stack(list(rows)).mean(dim=0)
+
+    def pre_aggregate(self, rows: Any) -> Any:
+        return list(torch.stack(list(rows)) * 0 + self.aggregate(rows))
+
+    def compute(self, inputs: Any, *, context: Any) -> Any:
+        return self.aggregate(inputs[self.input_key])
+
+    def create_subtasks(self, inputs: Any, *, context: Any) -> Any:
+        return ["a chunk"]
+
+    async def run_barriered_subtasks(self, inputs: Any, *, context: Any, pool: Any) -> Any:
+        return self.aggregate(inputs[self.input_key])
+
+
+@pytest.fixture
+def byzpy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    try:
+        importlib.import_module("byzpy")
+    except ImportError:
+        for name in ("byzpy", "byzpy.aggregators", *BYZPY):
+            made = types.ModuleType(name)
+            vars(made).update({each: type(each, (OfByzpy,), {}) for each in BYZPY.get(name, ())})
+            monkeypatch.setitem(sys.modules, name, made)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, made)
+    monkeypatch.delitem(sys.modules, "robustkern.adapters.byzpy", raising=False)
+    yield importlib.import_module("robustkern.adapters.byzpy")
+    sys.modules.pop("robustkern.adapters.byzpy", None)
+
+
 def test_byzpys_aggregators() -> None:
     pytest.importorskip("byzpy")  # it pins an older torch: `tests/peers/suites.py` runs its own tests
     from robustkern.adapters import byzpy
 
     np.testing.assert_allclose(byzpy.MultiKrum(2, 4).aggregate(list(T)), rk.multi_krum(X, f=2, m=4, neighbours=8))
     np.testing.assert_allclose(byzpy.CoordinateWiseMedian().aggregate(list(T)), rk.median(X, even="low"))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("recording", [False, True])
+def test_byzpys_neighbours_do_not_mix_in_a_bad_row(byzpy: Any, value: float, recording: bool) -> None:
+    x = with_bad_row(value).requires_grad_(recording)
+    got = torch.stack(byzpy.NearestNeighborMixing(2).pre_aggregate(list(x)))
+    np.testing.assert_allclose(got.detach(), rk.mix(x.detach(), "nnm", f=2))
+    assert (~got.isfinite()).any(dim=1).nonzero().tolist() == [[3]]
+    if recording:
+        (got**2).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_byzpys_own_methods_see_finite_rows(byzpy: Any, value: float) -> None:
+    x = with_bad_row(value)
+    others = [row for i, row in enumerate(x) if i != 3]
+    for rule in (byzpy.GeometricMedian(), byzpy.CenteredClipping(c_tau=0.0), byzpy.CenteredClipping(c_tau=1e9, init="mean", M=200)):  # fmt: skip
+        torch.testing.assert_close(rule.aggregate(list(x)), rule.aggregate(others), rtol=1e-4, atol=1e-4)
+    x[:6] = np.nan
+    for rule in (byzpy.GeometricMedian(), byzpy.CenteredClipping(c_tau=1.0, init="mean")):
+        with pytest.raises(
+            rk.NonFiniteError,
+            match=r"6 of n=11 rows hold NaN or Inf, the first row 0; expected fewer than half \(drop them\)",
+        ) as caught:
+            rule.aggregate(list(x))
+        assert caught.value.rows == (0, 1, 2, 3, 4, 5)
+    with pytest.raises(
+        rk.NonFiniteError,
+        match=r"Krum: 6 of n=11 rows .* with f=6 no rule tolerates them \(drop them, or choose f with 2f < n\)",
+    ):
+        byzpy.Krum(6).aggregate(list(x))
+
+
+def test_byzpys_chunks_see_finite_rows(byzpy: Any) -> None:
+    for rule in (byzpy.CoordinateWiseTrimmedMean(2), byzpy.NearestNeighborMixing(2)):
+        for rows, chunked in ((T, True), (with_bad_row(np.nan), False)):
+            tasks = rule.create_subtasks({rule.input_key: list(rows)}, context=None)
+            assert bool(list(tasks)) == chunked
+    for rule in (byzpy.GeometricMedian(), byzpy.CenteredClipping(c_tau=1.0, init="mean")):
+        rows = list(with_bad_row(np.nan))
+        found = asyncio.run(rule.run_barriered_subtasks({rule.input_key: rows}, context=None, pool=None))
+        torch.testing.assert_close(found, rule.aggregate(rows))
 
 
 def test_the_guide_runs() -> None:

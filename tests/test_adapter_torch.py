@@ -266,3 +266,28 @@ def test_modules() -> None:
         RobustAggregation("medain")
     with pytest.raises(ValueError, match="f is required"):
         RobustAggregation("krum")(x)
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (3, {}, r"rule must be a rule object or its text form; got int"),
+        (rk.NNM(), {}, r"nnm only mixes the rows"),
+        ("median", {"f": -1}, r"RobustAggregation: f must be an integer of at least 0; got -1"),
+        ("median", {"f": 1, "delta": 0.1}, r"RobustAggregation: pass f or delta; got f=1, delta=0.1"),
+        ("median", {"delta": 0.7}, r"RobustAggregation: delta must satisfy 0 <= delta < 0.5; got 0.7"),
+        ("median", {"seed": -1}, r"RobustAggregation: seed must be None or an integer of at least 0; got -1"),
+    ],
+)
+def test_modules_refuse_what_no_call_takes(rule: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        RobustAggregation(rule, **options)
+
+
+def test_gradients_beside_a_row_too_far_to_be_measured() -> None:
+    x = rows_of().detach().clone()
+    x[3] = 1e160
+    x.requires_grad_()
+    aggregate(x, "geometric_median(nu=0.1, max_iter=5)").sum().backward()
+    assert x.grad.isfinite().all()
+    assert not x.grad[3].any()

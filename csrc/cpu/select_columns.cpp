@@ -8,28 +8,6 @@ namespace rk {
 namespace RK_ISA {
 namespace {
 
-// A tile as float64, and which rows of it are numbers throughout. True where it is lifted, for subnormal numbers in it.
-template <class S>
-bool widen_tile(const S* const* src, int64_t n, int64_t columns, int64_t tile, bool may_be_lifted, double* wide,
-                uint8_t* finite) {
-  const FlushedFloats floats(sizeof(S) == 8);
-  Liftable liftable;
-  for (int64_t i = 0; i < n; ++i) {
-    F64 check = {};
-    for (int64_t j = 0; j < columns; j += kDoubles) {
-      const F64 x = load_double(src[i] + j);
-      check = fmadd(x, F64{}, check);
-      if (sizeof(S) == 8) liftable.look(x);
-      store(wide + i * tile + j, x);
-    }
-    finite[i] = !any_nan(check);
-  }
-  if (!may_be_lifted || !liftable.subnormal() || !liftable.liftable()) return false;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = i * tile; j < i * tile + columns; j += kDoubles) store(wide + j, lifted(load(wide + j)));
-  return true;
-}
-
 // sum over the tile of ((a[j] - c[j]) * scale)^2, in four independent sums to hide their latency.
 template <class A>
 RK_INLINE double sq_distance(const A* a, const double* c, int64_t columns, double scale) {

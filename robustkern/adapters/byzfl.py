@@ -27,10 +27,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from array_api_compat import is_torch_array
+from array_api_compat import array_namespace, is_torch_array
 
 from robustkern import rules
 from robustkern.functions import aggregate, mix
+from robustkern.kernels import row_sq_distances
 from robustkern.rules import Aggregator, Mixer
 
 __all__ = [
@@ -115,11 +116,9 @@ def _mixed(x: Any, mixer: Mixer, f: int | None) -> Any:
     """Apply a mixer to stacked vectors; gradients flow where torch records them."""
     if not _wants_gradients(x):
         return mix(x, mixer, f=f)
-    import torch
+    from robustkern.adapters.mixing import recorded_mix
 
-    shares = mix(x.detach(), mixer, f=f, return_info=True)[1].mixture
-    fixed = torch.as_tensor(shares, dtype=x.dtype, device=x.device)
-    return (fixed @ x.reshape(len(x), -1)).reshape(len(fixed), *x.shape[1:])
+    return recorded_mix(x, mixer, f)
 
 
 def _zeros_like(x: Any) -> Any:
@@ -229,6 +228,8 @@ class CenteredClipping(_Aggregator):
         known = isinstance(m, np.ndarray) or is_torch_array(m)
         if m is not None and (strict or not known):
             raise TypeError("m must be of type np.ndarray or torch.Tensor")
+        if known and not bool(array_namespace(m).isfinite(m).all()):
+            raise ValueError("m must hold finite numbers, but got NaN or Inf in it (leave it out to start from zero)")
         if not _whole(L):
             raise ValueError("L must be a non-negative integer")
         if not isinstance(tau, float) or tau < 0:
@@ -356,12 +357,23 @@ class _Shortening(_PreAggregator):
         """Return what norms are brought to, of a tensor of them."""
 
     def _recorded(self, x: Any) -> Any:
-        """Shorten by torch's own operations, through which gradients flow."""
+        """Shorten by torch's own operations, through which gradients flow; rows that are not finite stay as they are.
+
+        What does not count is replaced before it is divided by: its gradient would be 0 times NaN.
+        """
+        import torch
+
         _check_some(len(x))
-        norms = x.reshape(len(x), -1).norm(dim=1)
-        limit = self._limit(norms)
-        shares = (limit / norms).where(norms > limit, norms.new_ones(()))
-        return x * shares.reshape(-1, *[1] * (x.ndim - 1))
+        flat = x.reshape(len(x), -1)
+        finite = flat.isfinite().all(dim=1)
+        norms = torch.linalg.vector_norm(
+            flat.where(finite[:, None], flat.new_zeros(())), dim=1, dtype=torch.promote_types(x.dtype, torch.float64)
+        )
+        limit = self._limit(norms.where(finite, norms.new_tensor(math.inf)))
+        longer = finite & (norms > limit)
+        ones = torch.ones_like(norms)
+        shares = (limit / norms.where(longer, ones)).where(longer, ones)
+        return (x * shares.reshape(-1, *[1] * (x.ndim - 1))).to(x.dtype)
 
     def __call__(self, vectors: Any) -> Any:
         """Return the vectors, of which some are shortened."""
@@ -410,8 +422,11 @@ class ARC(_Shortening):
         self._check(n)
         if 2 * self.f < n:
             return rules.ARC()
-        norms = np.sort(np.sqrt([float((abs(row) ** 2).sum()) for row in x]))
+        lengths = np.sqrt(row_sq_distances(x, None))
+        norms = np.sort(np.where(np.isnan(lengths), np.inf, lengths))
         limit = float(norms[n - int((2 * self.f / n) * (n - self.f)) - 1])
+        if limit == math.inf:  # nothing is longer: each row stays alone
+            return rules.Bucketing(1, order=tuple(range(n)))
         return rules.Clipping(limit) if limit > 0 else None
 
 

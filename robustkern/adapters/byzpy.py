@@ -2,8 +2,9 @@
 
 ``from robustkern.adapters.byzpy import CoordinateWiseTrimmedMean`` instead of from ``byzpy.aggregators``: constructors,
 checks, chunking and graphs are inherited; ``aggregate`` and ``pre_aggregate`` are ours. What differs: a row with NaN or
-Inf counts as one of the f bad ones; equal distances go to the lowest index; `CAF` and `SMEA` are exact. Where f is too
-large for our rules (2f >= n, which byzpy allows for some) byzpy's own method runs.
+Inf counts as one of the f bad ones, and a graph that meets one calls ours instead of byzpy's chunks; equal distances go
+to the lowest index; `CAF` and `SMEA` are exact. Where f is too large for our rules (2f >= n, which byzpy allows for
+some) byzpy's own method runs, on finite rows only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ with needs(None):
     from byzpy.aggregators import coordinate_wise, geometric_wise, norm_wise
 
 from robustkern import rules
+from robustkern.adapters.mixing import recorded_mix
 from robustkern.adapters.torch import aggregate as recorded
+from robustkern.errors import NonFiniteError
 from robustkern.functions import aggregate, mix
 from robustkern.rules import Aggregator, Mixer
 
@@ -55,13 +58,62 @@ def _like_first(rows: Rows) -> list[torch.Tensor] | None:
     return [row.to(rows[0]) for row in rows]
 
 
+def _recording(rows: list[torch.Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(row.requires_grad for row in rows)
+
+
 def _combined(rows: list[torch.Tensor], rule: Aggregator, f: int | None = None, centre: Any = None) -> torch.Tensor:
-    recording = torch.is_grad_enabled() and any(row.requires_grad for row in rows)
-    found: torch.Tensor = (recorded if recording else aggregate)(rows, rule, f=f, centre=centre)
+    found: torch.Tensor = (recorded if _recording(rows) else aggregate)(rows, rule, f=f, centre=centre)
     return found
 
 
-class _Combining(ABC):
+def _nonfinite(rows: Any) -> tuple[int, ...]:
+    """Return the tensors that hold NaN or Inf."""
+    if not isinstance(rows, (list, tuple)):
+        return ()
+    return tuple(i for i, row in enumerate(rows) if isinstance(row, torch.Tensor) and not bool(row.isfinite().all()))
+
+
+def _finite_rows(name: str, rows: Rows, f: int | None) -> Rows:
+    """Return what byzpy's own method may see, in whose result a NaN would spread: the rows without NaN or Inf.
+
+    Without f fewer than half may hold some, and with 2f >= n none. With a smaller f that method refuses the call.
+    """
+    bad = _nonfinite(rows)
+    if not bad or (f is not None and 2 * f < len(rows)):
+        return rows
+    if f is not None:
+        raise NonFiniteError(
+            f"{name}: {len(bad)} of n={len(rows)} rows hold NaN or Inf, the first row {bad[0]}; with f={f} no rule "
+            "tolerates them (drop them, or choose f with 2f < n)",
+            bad,
+        )
+    if 2 * len(bad) >= len(rows):
+        raise NonFiniteError(
+            f"{name}: {len(bad)} of n={len(rows)} rows hold NaN or Inf, the first row {bad[0]}; expected fewer than "
+            "half (drop them)",
+            bad,
+        )
+    return [row for i, row in enumerate(rows) if i not in bad]
+
+
+class _Chunked:
+    """Leaves to byzpy's chunks, which graphs with several workers run, finite rows only."""
+
+    def create_subtasks(self, inputs: Any, *, context: Any) -> Any:
+        """Return byzpy's; none where a row is not finite, after which a graph calls `compute`."""
+        if _nonfinite(inputs.get(self.input_key)):  # type: ignore[attr-defined]
+            return []
+        return super().create_subtasks(inputs, context=context)  # type: ignore[misc]
+
+    async def run_barriered_subtasks(self, inputs: Any, *, context: Any, pool: Any) -> Any:
+        """Run byzpy's; `compute` where a row is not finite."""
+        if _nonfinite(inputs.get(self.input_key)):  # type: ignore[attr-defined]
+            return self.compute(inputs, context=context)  # type: ignore[attr-defined]
+        return await super().run_barriered_subtasks(inputs, context=context, pool=pool)  # type: ignore[misc]
+
+
+class _Combining(_Chunked, ABC):
     """Aggregates by a rule of ours where it has one for n rows."""
 
     @abstractmethod
@@ -74,7 +126,7 @@ class _Combining(ABC):
         f = getattr(self, "f", None)
         rule = None if rows is None or (f is not None and 2 * f >= len(rows)) else self._rule(len(rows))
         if rows is None or rule is None:
-            return super().aggregate(gradients)  # type: ignore[misc]
+            return super().aggregate(_finite_rows(type(self).__name__, gradients, f))  # type: ignore[misc]
         return _combined(rows, rule, f)
 
 
@@ -159,7 +211,7 @@ class MoNNA(_Combining, geometric_wise.MoNNA):  # type: ignore[misc]
 
 
 class GeometricMedian(_Combining, geometric_wise.GeometricMedian):  # type: ignore[misc]
-    """Weiszfeld steps from the mean of the rows, two reads of the data; from their median byzpy's own method runs."""
+    """Weiszfeld steps from the mean of the rows, two reads of the data; from the median byzpy's own, of finite rows."""
 
     def _rule(self, n: int) -> Aggregator | None:
         if self.init != "mean":
@@ -167,22 +219,23 @@ class GeometricMedian(_Combining, geometric_wise.GeometricMedian):  # type: igno
         return rules.GeometricMedian(nu=float(self.eps), max_iter=int(self.max_iter), tol=float(self.tol))
 
 
-class CenteredClipping(norm_wise.CenteredClipping):  # type: ignore[misc]
-    """M clipping steps from the mean, the lower median or zero; three reads of the data at most."""
+class CenteredClipping(_Chunked, norm_wise.CenteredClipping):  # type: ignore[misc]
+    """M clipping steps from the mean or the lower median of the finite rows, or zero; three reads at most."""
 
     def aggregate(self, gradients: Rows) -> Any:
         """Combine the gradients into one like the first."""
         rows = _like_first(gradients)
         if rows is None or self.c_tau == 0:
-            return norm_wise.CenteredClipping.aggregate(self, gradients)
+            return norm_wise.CenteredClipping.aggregate(self, _finite_rows("CenteredClipping", gradients, None))
         if self.init == "zero":
             return _combined(rows, rules.CentredClipping(float(self.c_tau), int(self.M), "zero"))
-        fixed = [row.detach() for row in rows]
-        centre = aggregate(fixed, rules.Mean() if self.init == "mean" else rules.Median("low"))
+        start = rules.Mean() if self.init == "mean" else rules.Median("low")
+        finite = _finite_rows("CenteredClipping", rows, None)
+        centre = aggregate([row.detach() for row in finite], start)
         return _combined(rows, rules.CentredClipping(float(self.c_tau), int(self.M)), centre=centre)
 
 
-class _Mixing(ABC):
+class _Mixing(_Chunked, ABC):
     """Pre-aggregates by a rule of ours."""
 
     @abstractmethod
@@ -190,14 +243,15 @@ class _Mixing(ABC):
         """Return the rule for n rows, None where byzpy's own method runs."""
 
     def pre_aggregate(self, xs: Rows) -> Any:
-        """Return a list of rows like the first."""
+        """Return a list of rows like the first; gradients flow where they do in byzpy, through means of rows."""
         rows = _like_first(xs)
-        recording = rows is not None and torch.is_grad_enabled() and any(row.requires_grad for row in rows)
-        mixer = None if rows is None or recording else self._mixer(len(rows))
+        mixer = None if rows is None else self._mixer(len(rows))
         if rows is None or mixer is None:
             return super().pre_aggregate(xs)  # type: ignore[misc]
-        flat = [row.reshape(-1) for row in rows]
-        found = mix(flat, mixer, f=min(getattr(self, "f", (len(rows) - 1) // 2), (len(rows) - 1) // 2))
+        f = min(getattr(self, "f", (len(rows) - 1) // 2), (len(rows) - 1) // 2)
+        if _recording(rows) and isinstance(mixer, (rules.NNM, rules.Bucketing)):
+            return list(recorded_mix(torch.stack(rows), mixer, f))
+        found = mix([row.detach().reshape(-1) for row in rows], mixer, f=f)
         return [row.reshape(rows[0].shape) for row in found]
 
 

@@ -346,6 +346,23 @@ def _weighted_mean(replies: list[_Reply], most: float) -> Layers:
     return result
 
 
+def _finite(replies: list[_Reply], f: int) -> tuple[list[_Reply], int]:
+    """Return the replies without NaN or Inf, which a rule that is not ours need not stand, and how many more are bad.
+
+    Raises
+    ------
+    NonFiniteError
+        If more than f hold some.
+    """
+    bad = [i for i, reply in enumerate(replies) if not all(np.isfinite(x).all() for x in reply.layers.values())]
+    if len(bad) > f:
+        raise NonFiniteError(
+            f"{len(bad)} of {len(replies)} replies hold NaN or Inf, f={f} (raise num_malicious_nodes, or look at them)",
+            tuple(bad),
+        )
+    return [reply for i, reply in enumerate(replies) if i not in bad], f - len(bad)
+
+
 def _most(replies: list[_Reply]) -> float:
     return most_of(reply.examples for reply in replies)
 
@@ -376,18 +393,20 @@ class Krum(MultiKrum, builtin.Krum):
 
 
 class Bulyan(_Robust, builtin.Bulyan):
-    """Per coordinate, around the median of n-2f replies that Krum, or `selection_rule`, selects; n >= 4f + 3."""
+    """Per coordinate, around the median of n-2f replies that Krum, or `selection_rule`, selects; n >= 4f + 3.
+
+    What `selection_rule` gets holds neither NaN nor Inf.
+    """
 
     def _limit(self, n: int) -> int:
         return max(int(self.num_malicious_nodes), 0)
 
     def _combined(self, replies: list[_Reply], f: int) -> tuple[Layers, list[_Reply]]:
-        n = len(replies)
-        count = n - 2 * f
         if self.selection_rule is select_multikrum:
-            selected = _selected(replies, f, count)
+            selected = _selected(replies, f, len(replies) - 2 * f)
         else:
-            chosen = self.selection_rule([reply.content for reply in replies], f, count)
+            replies, f = _finite(replies, f)
+            chosen = self.selection_rule([reply.content for reply in replies], f, len(replies) - 2 * f)
             by_content = {id(reply.content): reply for reply in replies}
             selected = [by_content[id(content)] for content in chosen]
         rows = _floats([reply.layers for reply in selected])
@@ -450,7 +469,7 @@ class RobustStrategy(_Robust):
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or median_metricrecords,
             **kwargs,
         )
-        self.rule = checked_rule("RobustStrategy", rule)
+        self.rule = checked_rule("RobustStrategy", rule, has_centre=True)
         self._count = checked_limit("RobustStrategy", f, delta)
         if weighted and not self.rule.supports_weights:
             raise ValueError(f"RobustStrategy: {self.rule} takes no weights (drop weighted=True)")

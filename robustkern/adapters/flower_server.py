@@ -92,11 +92,15 @@ def aggregate_bulyan(
     n, f = len(results), num_malicious
     if n < 4 * f + 3:
         raise ValueError(f"aggregate_bulyan: 4*f + 3 must be at most n; got f={f} with n={n} results (lower f)")
-    if aggregation_rule not in (aggregate_krum, builtin_krum):
-        raise ValueError("aggregate_bulyan: only aggregate_krum is supported as the first rule")
-    if kwargs.get("to_keep", 0) > 0:
-        raise ValueError(f"aggregate_bulyan: to_keep must be 0; got {kwargs['to_keep']}")
+    _check_first_rule("aggregate_bulyan", aggregation_rule, kwargs)
     return combine(_rows(results), BulyanRule(), f=f)
+
+
+def _check_first_rule(owner: str, rule: Callable[..., Layers], options: dict[str, Any]) -> None:
+    if rule not in (aggregate_krum, builtin_krum):
+        raise ValueError(f"{owner}: only aggregate_krum is supported as the first rule")
+    if options.get("to_keep", 0) > 0:
+        raise ValueError(f"{owner}: to_keep must be 0; got {options['to_keep']}")
 
 
 # ---- strategies ------------------------------------------------------------------------------------------------------
@@ -221,6 +225,10 @@ class Krum(_Robust, builtin.Krum):
 
 class Bulyan(_Robust, builtin.Bulyan):
     """Per coordinate, around the median of n-2f results that Krum selects one by one; n >= 4f + 3."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        _check_first_rule("Bulyan", self.first_aggregation_rule, self.aggregation_rule_kwargs)
 
     def _limit(self, n: int) -> int:
         return max(int(self.num_malicious_clients), 0)

@@ -62,6 +62,8 @@ def compute_geometric_median(
     nested = isinstance(rows[0], (list, tuple))
     shares = None if weights is None else [float(w) for w in weights]
     if nested and per_component:
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError("points: expected lists of as many components each (pass as many in every point)")
         found = [_median([row[k] for row in rows], shares, eps, maxiter) for k in range(len(rows[0]))]
         return SimpleNamespace(
             median=[one.median for one in found],

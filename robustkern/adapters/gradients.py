@@ -227,7 +227,9 @@ def _through_geometric_median(x: Array, gradient: Array, rule: GeometricMedian, 
     xp = array_namespace(x)
     y, info = aggregate(x, rule, weights=_listed(s), return_info=True)
     if rule.nu > 0 or rule.max_iter is not None or rule.tol is not None:
-        return _through_steps(x, gradient, rule, s, info.iterations or 0)
+        found, measured = xp.zeros_like(x), _like(info.weights, x) > 0  # others are too far away to take part
+        found[measured] = _through_steps(x[measured], gradient, rule, s[measured], info.iterations or 0)
+        return found
     if info.iterations == 0:  # it is a row, or between rows, and moves with them
         return _like(info.weights, x)[:, None] * gradient
     away = x - y

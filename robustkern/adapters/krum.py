@@ -1,8 +1,9 @@
 """The aggregators of ``krum`` 0.9: stateless classes with ``aggregate(gradients, /, out=None, *, n=, f=, ...)``.
 
 ``from robustkern.adapters.krum import MultiKrum`` instead of from ``krum.primitives.aggregators.multikrum``: same
-keywords, checks and results, gradients included. What differs: a row with NaN or Inf counts as one of the f bad ones
-everywhere (there it poisons means, medians and the geometric median); equal distances go to the lowest index.
+keywords, checks and results, gradients included. What differs: a row with NaN or Inf counts as one of the f bad ones in
+all but `Average` (there it poisons medians and the geometric median); a pivot with one is refused (there the first rows
+are the nearest to it); equal distances go to the lowest index.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ with needs("torch"):
     from torch import Tensor
 
 from robustkern import kernels, rules
+from robustkern.adapters.mixing import recorded_mix
 from robustkern.adapters.torch import aggregate as recorded
-from robustkern.functions import aggregate, mix
+from robustkern.errors import NonFiniteError
+from robustkern.functions import aggregate
 from robustkern.rules import Aggregator as Rule
 from robustkern.rules import Chain, Mixer, Mixture, View
 from robustkern.rules.krum import krum_scores
@@ -160,6 +163,9 @@ class MultiKrum(Aggregator):
         stacked: Tensor, *, n: int, f: int, num_peers: int | None = None, valid_mask: Tensor | None = None
     ) -> Tensor:
         """Return (n,) sums of squared distances to the nearest others; inf for rows that are masked out."""
+        _check_count(stacked, n)
+        if valid_mask is not None and valid_mask.shape != (n,):
+            raise ValueError(f"Expected valid_mask with shape {(n,)!r}, got {tuple(valid_mask.shape)!r}")
         gram = kernels.gram(stacked.detach())
         squares = np.maximum(gram.diagonal()[:, None] + gram.diagonal() - 2 * gram, 0.0)
         np.fill_diagonal(squares, 0.0)
@@ -280,8 +286,19 @@ class NearestNeighborAverage(Aggregator):
             raise ValueError(f"Expected at least num_closest={num_closest} gradients, got {n!r}")
         if pivot.shape != x.shape[1:]:
             raise ValueError(f"Expected pivot with shape {tuple(x.shape[1:])!r}, got {tuple(pivot.shape)!r}")
-        squares = kernels.row_sq_distances(x.detach(), pivot.detach().to(x))
-        near = np.argsort(np.fmin(squares, np.inf), kind="stable")[:num_closest]
+        centre = pivot.detach().to(x)
+        if not centre.isfinite().all():
+            raise ValueError("Expected a pivot of finite numbers, got NaN or Inf in it (choose another pivot)")
+        finite = x.detach().reshape(n, -1).isfinite().all(dim=1).cpu().numpy()
+        bad = np.flatnonzero(~finite).tolist()
+        if n - len(bad) < num_closest:
+            raise NonFiniteError(
+                f"Expected at least num_closest={num_closest} gradients without NaN or Inf, got {n - len(bad)} of {n}: "
+                f"row {bad[0]} holds some (lower num_closest)",
+                tuple(bad),
+            )
+        squares = np.where(finite, kernels.row_sq_distances(x.detach(), centre), np.inf)
+        near = np.lexsort((squares, ~finite))[:num_closest]
         return _combined(x[torch.as_tensor(near.copy())], rules.Mean(), None, out)
 
 
@@ -340,6 +357,4 @@ class Bulyan(Aggregator):
         _check_count(x, n)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return _combined(x, Chain((_BulyanMeans(m), rules.TrimmedMean())), f, out)
-        shares = mix(x.detach(), _BulyanMeans(m), f=f, return_info=True)[1].mixture
-        means = torch.as_tensor(shares, dtype=x.dtype, device=x.device) @ x.reshape(n, -1)
-        return _combined(means.reshape(-1, *x.shape[1:]), rules.TrimmedMean(), f, out)
+        return _combined(recorded_mix(x, _BulyanMeans(m), f), rules.TrimmedMean(), f, out)

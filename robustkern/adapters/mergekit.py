@@ -16,6 +16,8 @@ it holds for its parts, and one verdict over whole models is what ``robustkern a
 
 from __future__ import annotations
 
+import math
+
 from robustkern.adapters import needs
 
 with needs("mergekit"):
@@ -50,7 +52,7 @@ def robust(group: TensorGroup, rule: str = "median", f: int = 1, weight: PerNonB
     f : int
         How many of the models may be bad.
     weight : float for each model but the base
-        For rules that take weights; equal weights are none.
+        For rules that take weights; equal weights above 0 are none.
 
     Returns
     -------
@@ -70,7 +72,8 @@ def robust(group: TensorGroup, rule: str = "median", f: int = 1, weight: PerNonB
         centre = group.base.tensor
     rows = group.non_base
     shares = [weight[entry.id] for entry in rows]
-    weights = torch.tensor(shares, dtype=torch.float64) if len(set(shares)) > 1 else None
+    alike = len(set(shares)) <= 1 and all(0 < share < math.inf for share in shares)
+    weights = None if alike else torch.tensor(shares, dtype=torch.float64)
     try:
         return aggregate([entry.tensor for entry in rows], found, f=f, weights=weights, centre=centre)
     except ValueError as error:

@@ -35,7 +35,7 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
     Parameters
     ----------
     rule : rule object or str
-        As for `robustkern.aggregate`.
+        As for `robustkern.aggregate`; none that measures from a centre.
     f, delta
         How many models, or which share of them, may be bad; one of them is required.
 
@@ -47,7 +47,7 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
 
     def __init__(self, rule: Aggregator | str, f: int | None = None, delta: float | None = None) -> None:
         super().__init__()
-        self.rule = checked_rule("RobustAggregator", rule)
+        self.rule = checked_rule("RobustAggregator", rule, has_centre=False)
         self._limit = checked_limit("RobustAggregator", f, delta)
         self.info: Info | None = None
         self._models: list[FLModel] = []
@@ -72,16 +72,19 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]
             try:
                 params, self.info = aggregate([row for _, row in good], self.rule, f=f - bad, return_info=True)
             except ValueError as error:  # too many rows with NaN, or too few rows for f
-                self._say(str(error))
+                reason = str(error)
             else:
                 return self._result(good[0][0], params)
-        self._say(f"{bad} of {len(models)} models cannot be used, f={f}; nothing changes")
+        else:
+            remedy = "raise f or delta, or look at them" if bad > f else "look at them"
+            reason = f"{bad} of {len(models)} models cannot be used, f={f} ({remedy})"
+        self._say(f"{reason}; nothing changes")
+        if self._last is not None and self._last.params_type == ParamsType.DIFF:
+            return self._result(self._last, _zeros(self._last.params))
         if good and good[0][0].params_type == ParamsType.DIFF:
             return self._result(good[0][0], _zeros(good[0][1]))
         if self._last is None:
-            raise NonFiniteError(
-                "RobustAggregator: the first round's models cannot be used (lower f, or look at them)", ()
-            )
+            raise NonFiniteError(f"RobustAggregator: the first round's models cannot be used: {reason}", ())
         return self._last
 
     def _result(self, like: FLModel, params: dict[str, Any]) -> FLModel:

@@ -9,9 +9,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from robustkern.engine import count_of_share
-from robustkern.errors import plain
+from robustkern.errors import brief, plain
 from robustkern.rules import CTMA, Aggregator, Chain, MoNNA
 from robustkern.rules.base import as_aggregator
+from robustkern.scalars import as_float, as_int
 
 __all__ = ["CAP", "Read", "checked_limit", "checked_rule", "most_of", "sorted_out"]
 
@@ -104,30 +105,32 @@ def checked_limit(owner: str, f: int | None, delta: float | None) -> Callable[[i
     if (f is None) == (delta is None):
         raise ValueError(f"{owner}: pass f or delta; got f={f}, delta={delta}")
     if delta is not None:
-        share = delta
-        if not 0 <= share < 0.5:
-            raise ValueError(f"{owner}: delta must satisfy 0 <= delta < 0.5; got {share!r}")
+        share = as_float(delta)
+        if share is None or not 0 <= share < 0.5:
+            raise ValueError(f"{owner}: delta must satisfy 0 <= delta < 0.5; got {brief(delta)}")
         return lambda n: count_of_share(share, n)
-    count = f
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"{owner}: f must be an integer of at least 0; got {count!r}")
+    count = as_int(f)
+    if count is None or count < 0:
+        raise ValueError(f"{owner}: f must be an integer of at least 0; got {brief(f)}")
     return lambda n: count
 
 
-def checked_rule(owner: str, rule: Aggregator | str) -> Aggregator:
+def checked_rule(owner: str, rule: Aggregator | str, has_centre: bool) -> Aggregator:
     """Return a rule for replies, which come in any order.
 
     Raises
     ------
     TypeError, ValueError
-        If it is none, or trusts a row by its number.
+        If it is none, trusts a row by its number, or measures from a centre where nobody gives one.
     """
     found = as_aggregator(rule)
+    remedy = "monna(pivot='centre')" if has_centre else "ctma(median)"
     if _trusts_a_row(found):
         raise ValueError(
-            f"{owner}: {found} trusts a row by its number, which would be whoever replies so soon (take "
-            "monna(pivot='centre'))"
+            f"{owner}: {found} trusts a row by its number, which would be whoever replies so soon (take {remedy})"
         )
+    if "centre" in found.points and not has_centre:
+        raise ValueError(f"{owner}: {found} measures from a centre, which nobody gives here (take {remedy})")
     return found
 
 

@@ -18,8 +18,12 @@ with needs("torch"):
     from torch import Tensor
 
 from robustkern.adapters.gradients import Options, gradients_of_rows
+from robustkern.adapters.replies import checked_limit
+from robustkern.errors import brief
 from robustkern.functions import aggregate as _aggregate
 from robustkern.rules import Aggregator, parse_rule
+from robustkern.rules.base import as_aggregator
+from robustkern.scalars import as_int
 
 __all__ = ["RobustAggregation", "aggregate"]
 
@@ -116,13 +120,23 @@ class RobustAggregation(torch.nn.Module):
         As for `robustkern.aggregate`.
     f, delta, seed
         As for `robustkern.aggregate`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are none that any call could take.
     """
 
     def __init__(
         self, rule: Aggregator | str, /, *, f: int | None = None, delta: float | None = None, seed: int | None = None
     ) -> None:
         super().__init__()
-        self.rule = str(parse_rule(rule) if isinstance(rule, str) else rule)
+        self.rule = str(parse_rule(str(as_aggregator(rule))))
+        if f is not None or delta is not None:
+            checked_limit("RobustAggregation", f, delta)
+        known = as_int(seed)
+        if seed is not None and (known is None or known < 0):
+            raise ValueError(f"RobustAggregation: seed must be None or an integer of at least 0; got {brief(seed)}")
         self.f, self.delta, self.seed = f, delta, seed
 
     def forward(

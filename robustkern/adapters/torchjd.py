@@ -1,7 +1,8 @@
 """The aggregators of TorchJD 0.18 that are robust rules: `Krum`, `KrumWeighting`, `TrimmedMean`.
 
 ``from robustkern.adapters.torchjd import Krum`` instead of from ``torchjd.aggregation``: subclasses of its own, so that
-everything in TorchJD takes them. Distances are of rows by their inner products, as there, but in float64.
+everything in TorchJD takes them. What differs: distances are of rows by their inner products, as there, but in float64;
+a row with NaN or Inf counts as one of those that may be bad (there it makes the result NaN).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ with needs("torchjd"):
     from torch import Tensor
     from torchjd import aggregation as theirs
 
-from robustkern import rules
+from robustkern import kernels, rules
 from robustkern.adapters.torch import aggregate
 from robustkern.products import weights_of
 
@@ -43,6 +44,29 @@ class Krum(_Krum):  # type: ignore[misc]
 
     def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
         theirs.GramianWeightedAggregator.__init__(self, KrumWeighting(n_byzantine, n_selected))
+        self.weighting = self.gramian_weighting << _gramian
+
+    def forward(self, matrix: Tensor, /) -> Tensor:
+        """Return the (n,) result; rows of weight 0 are not multiplied, since 0 times NaN is NaN."""
+        weights = self.weighting(matrix).to(matrix)
+        used = weights != 0
+        result: Tensor = weights[used] @ matrix[used]
+        return result
+
+
+def _gramian(matrix: Tensor) -> Tensor:
+    """Return inner products of the rows in float64, in which those of float32 rows do not overflow.
+
+    On the processor they are of rows seen from their median; on a GPU torch makes them, without a backend of ours.
+    """
+    rows = matrix.detach()
+    return _products(rows) if rows.is_cuda else torch.as_tensor(kernels.gram(rows.cpu()))
+
+
+def _products(rows: Tensor, at_once: int = 1 << 20) -> Tensor:
+    """Return inner products, of which a part of the columns is in float64 at a time."""
+    parts = (part.double() for part in torch.split(rows, at_once, dim=1))
+    return torch.stack([part @ part.T for part in parts]).sum(dim=0)
 
 
 class TrimmedMean(_TrimmedMean):  # type: ignore[misc]
