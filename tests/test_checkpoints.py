@@ -431,3 +431,22 @@ def test_what_cannot_be_asked_for(folders: list[Path], tmp_path: Path) -> None:
         rd.aggregate_checkpoints([], "median", out=tmp_path / "out")
     with pytest.raises(ValueError, match="only: 'x' matches no leaf"):
         rd.aggregate_checkpoints(folders, "median", out=tmp_path / "out", only="x")
+    for paths, kind in ((str(folders[0]), "str"), (folders[0], "PosixPath"), (set(folders), "set"), (3, "int")):
+        with pytest.raises(
+            TypeError, match=rf"paths is {kind}; expected a list, one path a worker \(pass \[path, ...\]\)"
+        ):
+            rd.aggregate_checkpoints(paths, "median", out=tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"path 5 is int; expected a path \(pass str\(path\)\)"):
+        rd.aggregate_checkpoints([*folders, 3], "median", out=tmp_path / "out")  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"out is NoneType; expected a path \(pass str\(out\)\)"):
+        rd.aggregate_checkpoints(folders, "median", out=None)  # type: ignore[arg-type]
+    for memory in ("1GB", 0, 1.5, True):
+        with pytest.raises(ValueError, match=rf"memory must be a number of bytes, at least 1; got {memory!r}"):
+            rd.aggregate_checkpoints(folders, "median", out=tmp_path / "out", memory=memory)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_paths_that_are_made_one_by_one(folders: list[Path], tmp_path: Path) -> None:
+    rd.aggregate_checkpoints((path for path in folders), "median", f=1, out=tmp_path / "out")  # type: ignore[arg-type]
+    want = rk.aggregate([flat(state) for state in states()], "median", f=1)
+    assert torch.equal(loaded(tmp_path / "out")["m.w"], want["m.w"])

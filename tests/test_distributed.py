@@ -56,6 +56,20 @@ def test_a_model_that_learns_beside_a_liar(tmp_path: Path) -> None:
         assert ours[-1] < 0.6 * ours[0]
 
 
+def test_messages_are_in_main_memory_whatever_the_default_device() -> None:
+    import torch
+
+    from robustkern.training import processes
+
+    with torch.device("meta"):
+        assert processes._header(3, 1).tolist() == [3, 1, 0, 0]
+        taken: list[torch.Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes.dist, "irecv", lambda x, **_: taken.append(x))
+            processes._Peer(1, None).expect(2, 5)
+    assert [(x.device.type, tuple(x.shape)) for x in taken] == [("cpu", (5,))] * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("when", "who"), [("killed", 2), ("killed_first", 0), ("killed_while_collecting", 2)])
 def test_a_rank_that_dies(when: str, who: int, tmp_path: Path) -> None:

@@ -130,6 +130,12 @@ def test_urls_weights_and_progress(threads: Client) -> None:
         assert np.array_equal(np.load(file), rk.mean(np.vstack([x[:1] + 1, x[1:]])))
 
 
+def test_paths_that_are_made_one_by_one(threads: Client, tmp_path: Path) -> None:
+    out = str(tmp_path / "out.safetensors")
+    dask_aggregate((path for path in saved(tmp_path)), "median", f=2, out=out, client=threads)
+    assert np.array_equal(load_file(out)["w"], rk.aggregate(updates(), "median", f=2)["w"])
+
+
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     paths, out = saved(tmp_path), str(tmp_path / "out.safetensors")
     killed = []
@@ -279,6 +285,12 @@ def test_what_cannot_be_done(threads: Client, tmp_path: Path, monkeypatch: pytes
         assert not Path(out).exists()
 
     attempt("paths must be a list of texts", TypeError, paths[0])
+    attempt("paths must be a list of texts", TypeError, set(paths))
+    attempt(r"client is 'tcp://host:8786'; expected a distributed.Client \(pass", TypeError, client="tcp://host:8786")
+    for processes in (-3, 0, 1.5, "2", True):
+        attempt(
+            rf"processes must be None or an integer, at least 1; got {processes!r}", client=None, processes=processes
+        )
     attempt("is there twice", files=[*paths, paths[0]])
     attempt("block must be a number of bytes", block=0)
     attempt("cannot be read", FileError, [*paths, str(tmp_path / "nobody.npy")])

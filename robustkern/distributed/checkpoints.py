@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +25,7 @@ from robustkern.distributed.group import Group
 from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.together import Part, Ranks, Together, odd_ones
 from robustkern.engine import Info, limits, run
-from robustkern.errors import plain, shown
+from robustkern.errors import brief, plain, shown
 from robustkern.files.output import check_place
 from robustkern.files.pieces import check_bad_option, require_few
 from robustkern.files.workers import Worker, distinct
@@ -30,6 +33,7 @@ from robustkern.functions import NonFinite, Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.scalars import as_int
 
 __all__ = ["aggregate_checkpoints"]
 
@@ -72,8 +76,9 @@ def aggregate_checkpoints(
     Parameters
     ----------
     paths : sequence of path
-        One a worker: a folder of torch.distributed.checkpoint (DCP), whatever number of ranks wrote it, or a
-        safetensors file, or a folder with safetensors shards and their index, or the index.
+        One a worker, the same in the same order on all ranks: a folder of torch.distributed.checkpoint (DCP), whatever
+        number of ranks wrote it, or a safetensors file, or a folder with safetensors shards and their index, or the
+        index.
     rule, f, delta, weights, seed, nonfinite, backend
         As for `robustkern.aggregate`, the same on all ranks.
     out : path
@@ -118,17 +123,20 @@ def aggregate_checkpoints(
     --------
     >>> aggregate_checkpoints(["a", "b", "c"], "median", out="merged")  # doctest: +SKIP
     """
-    target = Path(out)
     ranks: Ranks = Group(group) if dist.is_available() and dist.is_initialized() else _Alone()
 
     def work(together: Together) -> Info:
         plan = as_aggregator(rule)
         check_bad_option(bad, plan)
         choice = Choice.of(only, exclude, None)
-        if not paths:
-            raise ValueError("aggregate_checkpoints: there are no checkpoints (pass at least one)")
+        target, given = _checked_target(out), _checked_paths(paths)
+        if (as_int(memory) or 0) < 1:
+            raise ValueError(
+                f"aggregate_checkpoints: memory must be a number of bytes, at least 1; got {brief(memory)}"
+            )
         with ExitStack() as files:
-            found = _Found(together, [Path(path) for path in paths], files, bad == "count")
+            found = _Found(together, [Path(path) for path in given], files, bad == "count")
+            _require_same_paths(together, list(map(str, given)))
             found.require_alike()
             found.require_distinct()
             form = found.first.tensors
@@ -136,7 +144,7 @@ def aggregate_checkpoints(
             sizes = {name: shape for name, (shape, _) in form.items() if choice.takes(name)}
             found.require_readable(sizes)
             require_few(
-                limits(plan, len(paths), str, f, delta, weights), [found.wrong.get(k) for k in range(len(paths))]
+                limits(plan, len(given), str, f, delta, weights), [found.wrong.get(k) for k in range(len(given))]
             )
             checkpoints = found.checkpoints
             used = [file for one in checkpoints for file in (one.path, *one.files)]
@@ -162,10 +170,51 @@ def aggregate_checkpoints(
                 begins = {name: _my_range(size, ranks)[0] for name, size in sizes.items()}
                 written.write(source.done, begins, together)
         assert info is not None
-        return replace(info, bad={str(paths[k]): reason for k, reason in sorted(found.wrong.items())})
+        return replace(info, bad={str(given[k]): reason for k, reason in sorted(found.wrong.items())})
 
     found: Info = call(ranks, work)
     return found
+
+
+def _checked_target(out: Any) -> Path:
+    """Return where the result goes."""
+    if not isinstance(out, (str, os.PathLike)):
+        raise TypeError(f"aggregate_checkpoints: out is {type(out).__name__}; expected a path (pass str(out))")
+    return Path(out)
+
+
+def _checked_paths(paths: Any) -> list[str | os.PathLike[str]]:
+    """Return the paths in their order, which weights and ties depend on."""
+    if isinstance(paths, (str, bytes, os.PathLike, Set, Mapping)) or not isinstance(paths, Iterable):
+        raise TypeError(
+            f"aggregate_checkpoints: paths is {type(paths).__name__}; expected a list, one path a worker (pass "
+            "[path, ...])"
+        )
+    found = list(paths)
+    if not found:
+        raise ValueError("aggregate_checkpoints: there are no checkpoints (pass at least one)")
+    for k, path in enumerate(found):
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(
+                f"aggregate_checkpoints: path {k} is {type(path).__name__}; expected a path (pass str(path))"
+            )
+    return found
+
+
+def _require_same_paths(together: Together, names: list[str]) -> None:
+    """Raise where the ranks list other checkpoints, or in another order: parts of different workers would be mixed."""
+    digests = together.exchange("the paths", hashlib.sha256(json.dumps(names).encode()).hexdigest())
+    if len(set(digests)) == 1:
+        return
+    told = together.exchange("all paths", names)
+    rank = next(k for k, theirs in enumerate(digests) if theirs != digests[0])
+    pairs = itertools.zip_longest(told[0], told[rank])
+    number = next(k for k, (ours, theirs) in enumerate(pairs) if ours != theirs)
+    ours, theirs = (shown(path[number], 200) if number < len(path) else "none" for path in (told[0], told[rank]))
+    raise ValueError(
+        f"aggregate_checkpoints: the ranks list different checkpoints, or in another order: path {number} is "
+        f"{ours} on rank 0, and {theirs} on rank {rank} (pass the same list on all ranks, such as sorted(paths))"
+    )
 
 
 class _Alone:

@@ -96,7 +96,8 @@ class Folder:
         tensor = self._tensors[name]
         first = (low, *[0] * (len(tensor.size) - 1)) if len(tensor.size) else ()
         shape = (high - low, *tensor.size[1:]) if len(tensor.size) else ()
-        part = torch.empty(shape if high > low or len(tensor.size) else (0,), dtype=tensor.properties.dtype)
+        kind = tensor.properties.dtype
+        part = torch.empty(shape if high > low or len(tensor.size) else (0,), dtype=kind, device="cpu")
         if part.numel() == 0:
             return part
         # Whatever lies in memory would come out where no piece is.
@@ -116,7 +117,7 @@ class Folder:
         theres = [
             tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, first, strict=True)) for _, begin, end in boxes
         ]
-        seen = torch.zeros(shape, dtype=torch.bool) if len(boxes) > 1 else None
+        seen = torch.zeros(shape, dtype=torch.bool, device="cpu") if len(boxes) > 1 else None
         filled = 0
         for there in theres:
             if seen is not None:
@@ -245,4 +246,5 @@ def save_folder(done: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]
             state[name] = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=size, stride=stride)
         elif ranks.rank == 0:
             state[name] = part
-    save(state, checkpoint_id=target, process_group=ranks.group)
+    with torch.device("cpu"):  # where torch makes what it needs meanwhile
+        save(state, checkpoint_id=target, process_group=ranks.group)

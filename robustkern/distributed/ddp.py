@@ -16,7 +16,7 @@ from robustkern.distributed.group import Group, padded, share_out
 from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.distributed.together import Together
-from robustkern.engine import Info
+from robustkern.engine import Info, limits
 from robustkern.rules.base import Aggregator, as_aggregator
 
 __all__ = ["DDPState", "ddp_hook"]
@@ -72,6 +72,7 @@ class DDPState:
     ) -> None:
         def asked() -> Asked:
             plan = as_aggregator(rule)
+            limits(plan, self.ranks.size, str, f, delta, weights)  # before a backward pass begins
             if per_bucket and "centre" in plan.points:
                 raise ValueError(f"DDPState: {plan} measures from a centre, which buckets lack (per_bucket=False)")
             return Asked(plan, f, delta, weights, seed, return_info=return_info)
@@ -81,6 +82,8 @@ class DDPState:
         self.per_bucket = per_bucket
         self.info: Info | None = None
         self._sent: list[_Sent] = []
+        self._pass = -1  # which backward pass the last bucket 0 was of
+        self._unnumbered = False  # whether all buckets of this pass are called 0
         self._measures = "centre" in self.asked.rule.points
         self._centre: dict[Tensor, Tensor] = {}  # by parameter: DDP makes other buckets after the first step
 
@@ -88,7 +91,11 @@ class DDPState:
         """Send one bucket's columns on their way; with the last one, combine what has come."""
         buffer = bucket.buffer()
         if bucket.index() == 0:
-            self._sent = []  # of a backward pass that did not end
+            # With static_graph=True torch calls all buckets of the first pass 0, and none of them the last.
+            before, self._pass = self._pass, torch._C._current_graph_task_id()
+            self._unnumbered = before >= 0 and self._pass == before
+            if not self._unnumbered:
+                self._sent = []  # of a backward pass that did not end
         flat = padded([buffer], self.ranks.size)
         received = torch.empty_like(flat)
         work = share_out(flat, received, self.ranks, asynchronous=True)
@@ -96,15 +103,23 @@ class DDPState:
         self._sent.append(
             _Sent(future, work, received.view(self.ranks.size, -1), flat, buffer.numel(), bucket.parameters())
         )
-        if bucket.is_last() or self.per_bucket:
+        if self._unnumbered:
+            for each in self._sent:
+                self._finish([each])
+            self._sent = []
+        elif bucket.is_last() or self.per_bucket:
             sent, self._sent = self._sent, []
-            try:
-                self._combine(sent)
-            except Exception as error:
-                raise_after_backward(error, [each.rows for each in sent])
-                for each in sent:
-                    each.future.set_result(each.rows.view(-1)[: each.d])
+            self._finish(sent)
         return future
+
+    def _finish(self, sent: list[_Sent]) -> None:
+        """Combine buckets, or have the backward pass raise when it has ended."""
+        try:
+            self._combine(sent)
+        except Exception as error:
+            raise_after_backward(error, [each.rows for each in sent])
+            for each in sent:
+                each.future.set_result(each.rows.view(-1)[: each.d])
 
     def _combine(self, sent: list[_Sent]) -> None:
         """Combine the buckets, and fulfil their futures; all collectives are made here, in the order of the buckets."""
@@ -115,6 +130,12 @@ class DDPState:
         rows = [each.flat for each in sent]
 
         def work(together: Together) -> Any:
+            if self._unnumbered and self._measures:
+                raise ValueError(
+                    f"DDPState: {self.asked.rule} measures from a centre, which the buckets lack that torch makes of "
+                    "the first gradient with static_graph=True, one for each dtype (drop static_graph=True, or have "
+                    "all parameters of one dtype)"
+                )
             centre = [self._centre_of(each) for each in sent] if self._measures else None
             return combine_shards(together, self.ranks, shards, columns, self.asked, centre, rows)
 
@@ -138,8 +159,10 @@ def ddp_hook(state: DDPState, bucket: GradBucket) -> torch.futures.Future[Tensor
 
     Columns are spread while the backward pass goes on (all_to_all); the rule runs when the last bucket has come, and
     the result is collected (all_gather): the bytes of DDP's own all_reduce. Under ``no_sync`` DDP calls no hook, and
-    the rule sees the accumulated gradient. Beside it work DDP's wrappers that compress:
-    ``fp16_compress_wrapper(ddp_hook)``, and where torch takes it (not on gloo) ``bf16_compress_wrapper(ddp_hook)``.
+    the rule sees the accumulated gradient. With ``static_graph=True`` and parameters of several dtypes the first
+    gradient is judged dtype by dtype, as torch does not say which bucket is the last. Beside it work DDP's wrappers
+    that compress: ``fp16_compress_wrapper(ddp_hook)``, and where torch takes it (not on gloo)
+    ``bf16_compress_wrapper(ddp_hook)``.
 
     Parameters
     ----------
@@ -159,4 +182,9 @@ def ddp_hook(state: DDPState, bucket: GradBucket) -> torch.futures.Future[Tensor
         As `robustkern.aggregate`, on all ranks, when the backward pass has ended: gradients are NaN then, and the next
         step works.
     """
+    if not isinstance(state, DDPState):
+        raise TypeError(
+            f"ddp_hook: the state is {type(state).__name__}; expected a DDPState (pass it to register_comm_hook: "
+            "model.register_comm_hook(DDPState(rule, f=1), ddp_hook))"
+        )
     return state.take(bucket)

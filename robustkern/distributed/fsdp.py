@@ -18,7 +18,7 @@ from robustkern.distributed.group import Group, padded, share_out
 from robustkern.distributed.ranks import Asked, call
 from robustkern.distributed.sharded import agreed, combine_shards, raise_after_backward
 from robustkern.distributed.together import Together
-from robustkern.engine import Info
+from robustkern.engine import Info, limits
 from robustkern.rules.base import Aggregator, as_aggregator
 
 __all__ = ["RobustFSDP", "robust_fsdp"]
@@ -193,6 +193,7 @@ def robust_fsdp(
             raise ValueError(f"robust_fsdp: {plan} measures from a centre, which shards have not (take another rule)")
         if whole and replicas is not None:
             raise ValueError("robust_fsdp: over replicas each module is judged by itself (drop whole=True)")
+        limits(plan, Group(group).size, str, f, delta, weights)  # before a backward pass begins
         return Asked(plan, f, delta, weights, seed, return_info=return_info)
 
     asked = agreed(Group(group), made, {"whole": str(whole)})

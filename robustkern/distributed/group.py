@@ -12,7 +12,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FIRST", "Group", "Messages", "all_gather", "padded", "share_out"]
+__all__ = ["FIRST", "Group", "Messages", "all_gather", "as_sent", "padded", "share_out"]
 
 #: Bytes of a message that are sent at once with how many there are; what is longer takes a second step.
 FIRST = 4096
@@ -135,11 +135,11 @@ class Group:
 
     def send(self, x: Tensor, other: int, tag: int = TAG) -> Any:
         """Send a tensor to a rank of the group: `torch.distributed.isend`, whose own Python takes as long as this."""
-        return self._ends.send([x], other, tag)
+        return self._ends.send([as_sent(x)], other, tag)
 
     def take(self, x: Tensor, other: int, tag: int = TAG) -> Any:
         """Receive a tensor from a rank of the group, of the size that it sends."""
-        return self._ends.recv([x], other, tag)
+        return self._ends.recv([as_sent(x)], other, tag)
 
     def _sent(self, payload: bytes, to: Iterable[int]) -> Messages:
         """Send bytes to some of the others."""
@@ -149,7 +149,7 @@ class Group:
 
     def _coming(self, others: Sequence[int]) -> list[_Coming]:
         """Return the frames that some of the others send."""
-        heads = [torch.empty(FIRST, dtype=torch.uint8) for _ in others]
+        heads = [torch.empty(FIRST, dtype=torch.uint8, device="cpu") for _ in others]
         return [_Coming(x, other, self.take(x, other, TAG + 1)) for x, other in zip(heads, others, strict=True)]
 
     def _received(self, coming: Sequence[_Coming]) -> list[bytes]:
@@ -159,7 +159,7 @@ class Group:
             work.wait()
             data = head.numpy()
             if _length(data) > FIRST:
-                rest = torch.empty(_length(data) - FIRST, dtype=torch.uint8)
+                rest = torch.empty(_length(data) - FIRST, dtype=torch.uint8, device="cpu")
                 self.take(rest, other, TAG + 1).wait()
                 data = np.concatenate([data, rest.numpy()])
             found.append(_payload(data))
@@ -197,7 +197,12 @@ def share_out(flat: Tensor, received: Tensor, ranks: Group, *, asynchronous: boo
     asynchronous : bool
         Whether `received` is filled only when the work that is returned is done.
     """
-    return dist.all_to_all_single(received, flat, group=ranks.group, async_op=asynchronous)
+    return dist.all_to_all_single(as_sent(received), as_sent(flat), group=ranks.group, async_op=asynchronous)
+
+
+def as_sent(x: Tensor) -> Tensor:
+    """Return a tensor as it is sent, in the same memory: float8, which collectives do not know, as bytes."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 and x.is_floating_point() else x
 
 
 def padded(parts: Sequence[Tensor], ranks: int) -> Tensor:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from robustkern.backends.registry import choose
 from robustkern.contract.rows import Block, PlainLeaf, T, Undivided
 from robustkern.distributed.together import odd_ones
 from robustkern.engine import Info, Limits, Passes, combining, limits, run
-from robustkern.errors import plain, shown
+from robustkern.errors import brief, plain, shown
 from robustkern.files.formats import FileError, Reader, Tensor, reader_of
 from robustkern.files.output import Output, Target, in_order
 from robustkern.files.pieces import check_bad_option, require_few
@@ -36,6 +36,7 @@ from robustkern.functions import Patterns
 from robustkern.inputs.leaves import Choice, computed
 from robustkern.inputs.trees import adapt
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.scalars import as_int
 
 __all__ = ["dask_aggregate"]
 
@@ -106,14 +107,20 @@ def dask_aggregate(
     Each task is done up to three times where its worker is lost. Dask's own protocol is not for untrusted networks.
     """
     plan = as_aggregator(rule)
-    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths) or not paths:
-        raise TypeError("dask_aggregate: paths must be a list of texts, one a worker (pass [str(path), ...])")
+    paths = _checked_paths(paths)
+    if client is not None and not isinstance(client, Client):
+        raise TypeError(
+            f"dask_aggregate: client is {brief(client)}; expected a distributed.Client (pass "
+            "distributed.Client('tcp://host:8786'))"
+        )
+    if processes is not None and (as_int(processes) or 0) < 1:
+        raise ValueError(f"dask_aggregate: processes must be None or an integer, at least 1; got {brief(processes)}")
     if len(set(paths)) < len(paths):
         raise ValueError(
             f"dask_aggregate: {shown(Counter(paths).most_common(1)[0][0])} is there twice (one path a worker)"
         )
-    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {block!r:.60}")
+    if (as_int(block) or 0) < 1:
+        raise ValueError(f"dask_aggregate: block must be a number of bytes, at least 1; got {brief(block)}")
     choice = Choice.of(only, exclude, None)
     within = limits(plan, len(paths), str, f, delta, weights)
     check_bad_option(bad, plan)
@@ -124,7 +131,7 @@ def dask_aggregate(
     tensors = {name: known[name] for name in in_order(known) if choice.takes(name)}
     with contextlib.ExitStack() as stack:
         if client is None:
-            options = {"n_workers": processes or 2, "threads_per_worker": 1, "dashboard_address": None}
+            options = {"n_workers": as_int(processes) or 2, "threads_per_worker": 1, "dashboard_address": None}
             cluster = stack.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
             client = stack.enter_context(Client(cluster))  # type: ignore[no-untyped-call]
         here, there = url_to_fs(out)
@@ -138,6 +145,14 @@ def dask_aggregate(
         info = run(plan, source, f, delta, weights, seed, "error", backend)
     assert info is not None
     return replace(info, bad={paths[k]: reason for k, reason in sorted(wrong.items())})
+
+
+def _checked_paths(paths: Any) -> list[str]:
+    """Return the paths in their order, which weights and ties depend on."""
+    found = [] if isinstance(paths, (str, Set)) or not isinstance(paths, Iterable) else list(paths)
+    if not found or not all(isinstance(path, str) for path in found):
+        raise TypeError("dask_aggregate: paths must be a list of texts, one a worker (pass [str(path), ...])")
+    return found
 
 
 def _local(out: str, stack: contextlib.ExitStack) -> Path:

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from array_api_compat import is_torch_array
 from numpy.typing import ArrayLike
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from robustkern.contract.rows import Source
 from robustkern.distributed.dtensors import local_parts
-from robustkern.distributed.group import Group, Messages, all_gather, padded, share_out
+from robustkern.distributed.group import Group, Messages, all_gather, as_sent, padded, share_out
 from robustkern.distributed.together import Part, Ranks, Together, digest_of, require_alike
 from robustkern.engine import solved_alone
 from robustkern.errors import brief, plain
 from robustkern.functions import NonFinite, Patterns, Scope, aggregated
-from robustkern.inputs.arrays import name_of
+from robustkern.inputs.arrays import array_view, check_dtype, name_of
 from robustkern.inputs.memory import MemorySource
 from robustkern.rules.base import Aggregator, as_aggregator
+from robustkern.untraced import DYNAMO, untraced
 
 __all__ = ["Asked", "Collecting", "aggregate", "aggregate_gradients", "aggregate_rows", "call"]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _untraced(function: Function) -> Function:
+    """Have a function left alone by torch's compiler, to which messages between ranks are nothing it knows."""
+
+    @functools.wraps(function)
+    def called(*given: Any, **options: Any) -> Any:
+        alone = untraced(function) if DYNAMO in sys.modules else function
+        return alone(*given, **options)
+
+    return cast(Function, called)
 
 
 def call(ranks: Ranks, work: Callable[[Together], Any]) -> Any:
@@ -51,6 +69,7 @@ class Asked(NamedTuple):
         return {name: digest_of(value) if name == "weights" else str(value) for name, value in self._asdict().items()}
 
 
+@_untraced
 def aggregate(
     local_columns: Any,
     rule: Aggregator | str,
@@ -172,17 +191,12 @@ class _Piece(NamedTuple):
         """Return how many columns a rank has."""
         return max(min(self.width, self.d - rank * self.width), 0)
 
-    def name(self, row: _Row) -> str:
-        """Return how an error should call these columns."""
-        more = f" and {len(self.leaves) - 1} more" if len(self.leaves) > 1 else ""
-        return f"{row.names[self.leaves[0]]}{more}"
-
-    def parts(self, row: _Row, full: Tensor) -> dict[str, Tensor]:
-        """Return the leaves of a whole row that lies end to end, by name, in the same memory."""
+    def parts(self, row: _Row, full: Tensor) -> dict[int, Tensor]:
+        """Return the leaves of a whole row that lies end to end, by number, in the same memory."""
         found, at = {}, 0
         for k in self.leaves:
             shape = row.tensors[k].shape
-            found[row.names[k]] = full[at : at + shape.numel()].view(shape)
+            found[k] = full[at : at + shape.numel()].view(shape)
             at += shape.numel()
         return found
 
@@ -267,7 +281,7 @@ class Collecting(NamedTuple):
         """
         if not self.ranks.direct:
             for result, full in zip(self.results, self.columns, strict=True):
-                all_gather(full, result, group=self.ranks.group)
+                all_gather(as_sent(full), as_sent(result), group=self.ranks.group)
             return
         work = Messages()
         for full in filter(torch.numel, self.columns):
@@ -277,6 +291,7 @@ class Collecting(NamedTuple):
         work.wait()
 
 
+@_untraced
 def aggregate_rows(
     my_row: Any,
     rule: Aggregator | str,
@@ -325,11 +340,32 @@ def aggregate_rows(
     out with the word that all is well, a NaN for its first number where it is not: a mean that begins with NaN goes
     twice, as do the columns. Extra memory: a row, and one more where its leaves must be laid end to end.
     """
+    return _of_all_ranks(
+        lambda: my_row, rule, f=f, delta=delta, weights=weights, centre=centre, seed=seed, nonfinite=nonfinite,
+        backend=backend, return_info=return_info, group=group,
+    )  # fmt: skip
+
+
+def _of_all_ranks(
+    my_row: Callable[[], Any],
+    rule: Aggregator | str,
+    *,
+    f: int | None = None,
+    delta: float | None = None,
+    weights: ArrayLike | None = None,
+    centre: Any = None,
+    seed: int | None = None,
+    nonfinite: NonFinite = "error",
+    backend: str = "auto",
+    return_info: bool = False,
+    group: Any = None,
+) -> Any:
+    """Do as `aggregate_rows`, of a row that is made in the call, so that an error in it is an error of all."""
     ranks = Group(group)
 
     def work(together: Together) -> Any:
         asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
-        return _rows(together, ranks, my_row, asked, centre, backend)
+        return _rows(together, ranks, my_row(), asked, centre, backend)
 
     return call(ranks, work)
 
@@ -346,31 +382,31 @@ def _rows(together: Together, ranks: Group, my_row: Any, asked: Asked, centre: A
     elsewhere = row.require_everywhere(together, asked, ranks.device)
     for piece, target in zip(pieces, received, strict=True):
         share_out(piece.flat, target, ranks)
-    integers = {row.names[k]: x for k, x in enumerate(row.tensors) if not x.is_floating_point()}
-    counted = {name: together.exchange("a counter", x.cpu().numpy()) for name, x in integers.items()}
+    integers = row.integers
+    counted = {k: together.exchange("a counter", x.cpu().numpy()) for k, x in integers.items()}
     d = sum(piece.d for piece in pieces)
     collecting.begin(together, asked)
 
-    def named(parts: Sequence[Tensor]) -> dict[str, Tensor]:
-        columns = zip(pieces, parts, strict=True)
-        return {piece.name(row): part[: piece.count(ranks.rank)] for piece, part in columns}
+    def values_of(parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part[: piece.count(ranks.rank)] for piece, part in zip(pieces, parts, strict=True)]
 
-    own: Any = [named(collecting.of_rank(rank)) for rank in range(ranks.size)]
-    out = named(collecting.results)
-    for name, x in integers.items():
-        for one, part in zip(own, counted[name], strict=True):
-            one[name] = torch.from_numpy(part).to(x.device)
-        out[name] = torch.empty_like(x)
-    done = {name: out[name] for name in integers}
+    own: Any = [values_of(collecting.of_rank(rank)) for rank in range(ranks.size)]
+    out = values_of(collecting.results)
+    done: dict[int, Tensor] = {}  # results by the numbers of their leaves
+    for k, x in integers.items():
+        for one, part in zip(own, counted[k], strict=True):
+            one.append(torch.from_numpy(part).to(x.device))
+        done[k] = torch.empty_like(x)
+        out.append(done[k])
     for piece, full in zip(pieces, received, strict=True):  # whose columns are not needed in the end
         done |= piece.parts(row, full)
     made = None if elsewhere else row.like(done)  # views of what the ranks' messages fill
     mine: Any = out
     at: Any = None if point is None else point.columns(ranks)
     if len(out) == 1 and not integers:  # which saves a fifth of what small calls take
-        (mine,) = out.values()
-        own = [one.popitem()[1] for one in own]
-        at = None if at is None else at.popitem()[1]
+        (mine,) = out
+        own = [one[0] for one in own]
+        at = None if at is None else at[0]
 
     def through(source: MemorySource, leaf: str = "") -> Source:
         return Part(together, source, d, source.dtypes, not asked.return_info)
@@ -394,7 +430,7 @@ class _Row(NamedTuple):
     leaves, tensors : list
         As they came; and as tensors where the ranks' messages go.
     names : list of str
-        Of the leaves.
+        Of the leaves, for errors: keys that are not the same may be shown alike.
     structure : optree structure
     """
 
@@ -417,6 +453,11 @@ class _Row(NamedTuple):
     def layout(self) -> list[tuple[str, tuple[int, ...], str]]:
         """Name, shape and dtype of each leaf."""
         return [(name, tuple(x.shape), str(x.dtype)) for name, x in zip(self.names, self.tensors, strict=True)]
+
+    @property
+    def integers(self) -> dict[int, Tensor]:
+        """The leaves of integers, by number."""
+        return {k: x for k, x in enumerate(self.tensors) if not x.is_floating_point()}
 
     def require_like(self, row: _Row) -> None:
         """Raise where a centre is not like a row."""
@@ -456,19 +497,19 @@ class _Row(NamedTuple):
             made.append(_Piece(leaves, flat, flat.numel() // ranks.size, count))
         return made
 
-    def columns(self, ranks: Group) -> dict[str, Tensor]:
-        """Return this rank's columns of a point that every rank has."""
-        found = {}
+    def columns(self, ranks: Group) -> list[Tensor]:
+        """Return this rank's columns of a point that every rank has, then its integers."""
+        found = []
         for piece in self.pieces(ranks):
             first = ranks.rank * piece.width
-            found[piece.name(self)] = piece.flat[first : first + piece.count(ranks.rank)]
-        return found | {self.names[k]: x for k, x in enumerate(self.tensors) if not x.is_floating_point()}
+            found.append(piece.flat[first : first + piece.count(ranks.rank)])
+        return [*found, *self.integers.values()]
 
-    def like(self, done: dict[str, Tensor]) -> Any:
-        """Return results by the names of their leaves as an update like this one."""
+    def like(self, done: dict[int, Tensor]) -> Any:
+        """Return results by the numbers of their leaves as an update like this one."""
         import optree
 
-        made = [_like(done[name], leaf) for name, leaf in zip(self.names, self.leaves, strict=True)]
+        made = [_like(done[k], leaf) for k, leaf in enumerate(self.leaves)]
         return optree.tree_unflatten(self.structure, made)
 
 
@@ -484,27 +525,36 @@ def _first_difference(
     return ""
 
 
+#: Dtypes of NumPy that torch's NumPy lacks, and integers of their size.
+_BITS = {"bfloat16": torch.int16, "float8_e4m3fn": torch.int8, "float8_e5m2": torch.int8}
+
+
 def _tensor(leaf: Any, name: str, ranks: Group) -> Tensor:
     """Return a leaf as a tensor where the ranks' messages go."""
-    if is_torch_array(leaf):
-        if leaf.layout != torch.strided:
-            raise TypeError(f"aggregate_rows: leaf {name} is a tensor of layout {leaf.layout} (pass x.to_dense())")
-        x: Tensor = leaf.detach()
-    elif isinstance(leaf, (np.ndarray, np.generic)):
-        array = np.asarray(leaf)
-        if not (array.flags.c_contiguous and array.flags.writeable):  # torch takes no others without a warning
-            array = np.array(leaf, order="C")
-        x = (
-            torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-            if array.dtype.name == "bfloat16"
-            else (torch.from_numpy(array))
-        )
-    else:
+    what = f"aggregate_rows: leaf {name}"
+    if isinstance(leaf, DTensor):
         raise TypeError(
-            f"aggregate_rows: leaf {name} is {type(leaf).__name__}; expected a NumPy array or a torch tensor"
+            f"{what} is a DTensor; expected this rank's whole update (pass x.full_tensor(), or all rows' DTensors to "
+            "aggregate; a model under fully_shard has robust_fsdp)"
         )
-    if x.is_complex():
-        raise TypeError(f"aggregate_rows: leaf {name} is complex (pass its real and its imaginary part as two leaves)")
+    is_torch = is_torch_array(leaf)
+    if not is_torch and not isinstance(leaf, (np.ndarray, np.generic)):
+        raise TypeError(f"{what} is {type(leaf).__name__}; expected a NumPy array or a torch tensor")
+    view = array_view(leaf.detach() if is_torch else leaf, what)
+    if view.dtype.kind == "c":
+        raise TypeError(f"{what} is complex (pass its real and its imaginary part as two leaves)")
+    check_dtype(view.dtype, what, True, "torch" if is_torch else "numpy")
+    x: Tensor
+    if is_torch:
+        x = leaf.detach().resolve_neg()
+    else:
+        assert isinstance(view, np.ndarray)
+        if not (view.flags.c_contiguous and view.flags.writeable):  # torch takes no others without a warning
+            view = np.array(view, order="C")
+        bits = _BITS.get(view.dtype.name)
+        x = torch.from_numpy(view if bits is None else view.view(f"i{view.itemsize}"))
+        if bits is not None:
+            x = x.view(getattr(torch, view.dtype.name))
     return x.to(ranks.device).contiguous()
 
 
@@ -512,12 +562,13 @@ def _like(x: Tensor, leaf: Any) -> Any:
     """Return a result as what the leaf was."""
     if is_torch_array(leaf):
         return x.to(leaf.device)
-    if x.dtype == torch.bfloat16:
-        return x.cpu().view(torch.int16).numpy().view(np.asarray(leaf).dtype)
-    return x.cpu().numpy()
+    dtype = np.asarray(leaf).dtype
+    bits = _BITS.get(dtype.name)
+    return x.cpu().numpy() if bits is None else x.cpu().view(bits).numpy().view(dtype)
 
 
-def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /, **options: Any) -> Any:
+@_untraced
+def aggregate_gradients(parameters: Tensor | Iterable[Tensor], rule: Aggregator | str, /, **options: Any) -> Any:
     """Replace each rank's gradients by what the rule makes of all ranks': for training with estimates of one's own.
 
     Such as those of mu^2-SGD: ``with model.no_sync(): worker.step(closure)``, then this, then ``server.step()``, see
@@ -525,7 +576,7 @@ def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /,
 
     Parameters
     ----------
-    parameters : iterable of tensor
+    parameters : iterable of tensor, or tensor
         The model's; of those that train, one without a gradient counts as one of zeros.
     rule, **options
         As for `aggregate_rows`.
@@ -538,14 +589,30 @@ def aggregate_gradients(parameters: Iterable[Tensor], rule: Aggregator | str, /,
     Raises
     ------
     TypeError, ValueError, NonFiniteError, RuntimeError
-        As `aggregate_rows`.
+        As `aggregate_rows`; and where these are no parameters.
     """
-    held = [p for p in parameters if p.requires_grad]
-    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
-    found = aggregate_rows(own, rule, **options)
+    held: list[Tensor] = []
+
+    def gradients() -> list[Tensor]:
+        held.extend(p for p in _parameters(parameters) if p.requires_grad)
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+
+    found = _of_all_ranks(gradients, rule, **options)
     info = None
     if options.get("return_info"):
         found, info = found
     for p, gradient in zip(held, found, strict=True):
         p.grad = gradient
     return info
+
+
+def _parameters(given: Any) -> list[Tensor]:
+    """Return a model's parameters; raise where they are something else."""
+    remedy = "(pass model.parameters())"
+    if isinstance(given, torch.nn.Module) or not isinstance(given, Iterable):
+        raise TypeError(f"aggregate_gradients: parameters is {type(given).__name__}; expected tensors {remedy}")
+    found = [given] if isinstance(given, Tensor) else list(given)
+    for k, p in enumerate(found):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"aggregate_gradients: parameter {k} is {type(p).__name__}; expected a tensor {remedy}")
+    return found

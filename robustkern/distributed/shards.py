@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustkern.distributed.together import Together
-from robustkern.errors import shown
+from robustkern.errors import brief, shown
 from robustkern.files.formats import SUFFIXES, FileError, kind_of
 from robustkern.files.formats import Tensor as Form
 from robustkern.files.output import Output, in_order
 from robustkern.files.pieces import Row
 from robustkern.files.workers import INDEX, worker_of
+from robustkern.scalars import as_int
 
 __all__ = ["Shards", "Written", "is_one", "numpy_dtype"]
 
@@ -82,7 +83,8 @@ class Shards:
         """Read some of a tensor."""
         reader, _ = self._row.tensors[name]
         size, dtype = self.tensors[name]
-        part = torch.empty((high - low, *size[1:]) if size else () if high > low else (0,), dtype=dtype)
+        shape = (high - low, *size[1:]) if size else () if high > low else (0,)
+        part = torch.empty(shape, dtype=dtype, device="cpu")
         if part.numel():
             data = _bytes_of(part)
             reader.read_into(data, name, low * (part[0].nbytes if size else 0))
@@ -120,10 +122,8 @@ class Written:
             if shard_size is not None:
                 raise ValueError(f"shard_size is for safetensors (name out something{KIND})")
             return None
-        if shard_size is not None and (
-            isinstance(shard_size, bool) or not isinstance(shard_size, int) or shard_size < 1
-        ):
-            raise ValueError(f"shard_size must be None or a number of bytes, at least 1; got {shard_size!r:.60}")
+        if shard_size is not None and (as_int(shard_size) or 0) < 1:
+            raise ValueError(f"shard_size must be None or a number of bytes, at least 1; got {brief(shard_size)}")
         tensors = {name: Form(size, numpy_dtype(dtype)) for name, (size, dtype) in forms.items()}
         ordered = {name: tensors[name] for name in in_order(tensors)}
         return cls(Output(target, ordered, {}, files, folders, shard_size))

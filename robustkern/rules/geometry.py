@@ -445,6 +445,8 @@ class Given:
         far = np.isinf(found.diagonal())  # squares overflow float32
         if not far.any():
             return found, True
+        if _many_are_near(found, rows.d):  # float64 products will be asked for
+            return take(scale=scale), False
         again = found if _lost(found) else take(scale=scale * FAR, single=True) / FAR**2
         if np.isinf(again.diagonal()).any():  # differences overflow, too
             return take(scale=scale), False
@@ -460,14 +462,8 @@ class Given:
             return False
         sample = rows.sampled(*SAMPLE)
         gram = self.kernels.gram(sample.take(np.arange(self.n)))
-        norms = gram.diagonal()
-        if (norms * (rows.d / sample.d) > MAX_SINGLE).any():
-            return True
-        lengths = np.sqrt(np.maximum(norms, SINGLE_LEAST * sample.d))
-        with np.errstate(invalid="ignore"):
-            near = norms[:, None] + norms - 2 * gram <= SINGLE_ROUNDING * (lengths[:, None] + lengths) ** 2
-        np.fill_diagonal(near, False)
-        return bool(np.count_nonzero(near.any(axis=1)) > MOST_NEAR * self.n)
+        too_far = bool((gram.diagonal() * (rows.d / sample.d) > MAX_SINGLE).any())
+        return too_far or _many_are_near(gram, sample.d)
 
     def measure_selection(self, selection: Selection, measured: Mixture | None) -> tuple[Vector, float]:
         """Squared distances of the rows, or of mixtures of them, to a selection, and the scale they are in."""
@@ -801,6 +797,17 @@ def _middle(squares: Vector, weights: Vector | None) -> float:
     order = np.argsort(squares, kind="stable")
     share = np.cumsum(np.ones(len(squares)) if weights is None else weights[order])
     return float(squares[order[int(np.searchsorted(share, share[-1] / 2))]])
+
+
+def _many_are_near(gram: Matrix, d: int) -> bool:
+    """Tell whether float32 products of d columns do not tell many rows from others; who is too far is near nobody."""
+    norms = gram.diagonal()
+    lengths = np.sqrt(np.maximum(norms, SINGLE_LEAST * d))
+    with np.errstate(invalid="ignore"):
+        near = norms[:, None] + norms - 2 * gram <= SINGLE_ROUNDING * (lengths[:, None] + lengths) ** 2
+    near &= np.isfinite(norms)
+    np.fill_diagonal(near, False)
+    return bool(np.count_nonzero(near.any(axis=1)) > MOST_NEAR * len(norms))
 
 
 def _lost(gram: Matrix) -> bool:

@@ -65,7 +65,7 @@ def _wait(work: Any, limit: timedelta) -> None:
 
 
 def _header(*values: int) -> torch.Tensor:
-    return torch.tensor([*values, *[0] * (4 - len(values))], dtype=torch.int64)
+    return torch.tensor([*values, *[0] * (4 - len(values))], dtype=torch.int64, device="cpu")
 
 
 # ---- the server ------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class _Peer:
     def expect(self, count: int, d: int) -> None:
         """Start to receive vectors."""
         for _ in range(count):
-            vector = torch.empty(d)
+            vector = torch.empty(d, device="cpu")
             self._expected.append((dist.irecv(vector, src=self.worker, group=self.group), vector))
 
     def receive(self, deadline: float) -> list[Floats]:
@@ -162,7 +162,7 @@ class ProcessServer:
 
     def _previous(self) -> torch.Tensor:
         previous = self.workers.previous
-        return previous if previous.numel() else torch.zeros(self.task.d)
+        return previous if previous.numel() else torch.zeros(self.task.d, device="cpu")
 
     def round(self) -> None:
         """Train for one round."""
@@ -291,13 +291,13 @@ def work(settings: Settings, data: DataSet, *, timeout_s: float, heartbeat: int 
         if begin == STOP:
             return "it was lost before"
         if resumed:
-            workers.momenta[0] = receive(torch.empty(task.d)).numpy()
-            workers.previous = receive(torch.empty(task.d))
+            workers.momenta[0] = receive(torch.empty(task.d, device="cpu")).numpy()
+            workers.previous = receive(torch.empty(task.d, device="cpu"))
         while True:
             t, report, *_ = receive(_header()).tolist()
             if t == STOP:
                 return "training has ended"
-            x = receive(torch.empty(task.d))
+            x = receive(torch.empty(task.d, device="cpu"))
             for worker, at, kind in settings.failures:
                 if (worker, at) == (rank, t):
                     os.kill(os.getpid(), signal.SIGKILL if kind == "crash" else signal.SIGSTOP)
@@ -309,7 +309,7 @@ def work(settings: Settings, data: DataSet, *, timeout_s: float, heartbeat: int 
                 if attack.looks:
                     send(np.zeros(1, dtype=np.float32))
                     count, alive, f, _ = receive(_header()).tolist()
-                    seen = receive(torch.empty(count, task.d)).numpy()
+                    seen = receive(torch.empty(count, task.d, device="cpu")).numpy()
                 send(byzantine_rows(settings, own, seen, [rank], alive, f, t)[0])
             if report and len(own) and not (attacks and attack.looks):
                 send(own[0])

@@ -238,6 +238,10 @@ def rows(rank: int, size: int) -> None:
     rd.aggregate_gradients([frozen, trained], "median", f=1)
     assert frozen.grad is None
     assert trained.grad.tolist() == [1.5, 1.5]
+    alone = torch.nn.Parameter(torch.zeros(2))
+    alone.grad = torch.full((2,), float(rank))
+    rd.aggregate_gradients(alone, "median", f=1)
+    assert alone.grad.tolist() == [1.5, 1.5]
     counted = [{"x": np.ones(2) * k, **({"n": np.array([k])} if rank == 0 else {})} for k in range(5)]
     assert rd.aggregate(counted, "median", return_info=True)[1].integers == 1  # on every rank
     pair = dist.new_group([1, 3])  # whose ranks have other numbers than among all
@@ -254,6 +258,76 @@ def rows(rank: int, size: int) -> None:
     expected.wait()
     sent.wait()
     assert letter.tolist() == [7.0 + (rank - 1) % size]
+
+
+class Key:
+    """One of a dict's, which all are shown alike."""
+
+    def __repr__(self) -> str:
+        return "key"
+
+
+def kinds_of_leaves(rank: int, size: int) -> None:
+    """Keys that are shown alike, dtypes of eight bits, values that torch has yet to negate."""
+    keys = [Key() for _ in range(3)]
+
+    def row(r: int) -> dict[Any, Any]:
+        values = [torch.full((2,), 1.0 + r), torch.full((3,), 100.0 + r), torch.tensor([1000 + r])]
+        return dict(zip(keys, values, strict=True))
+
+    got = rd.aggregate_rows(row(rank), "median", f=1)
+    assert [got[key].tolist() for key in keys] == [[2.5] * 2, [101.5] * 3, [1001]]
+    got = rd.aggregate_rows(row(rank), "ctma(centre)", f=1, centre=row(0))
+    want = rk.aggregate([row(r) for r in range(size)], "ctma(centre)", f=1, centre=row(0))
+    assert [got[key].tolist() for key in keys] == [want[key].tolist() for key in keys]
+    x = np.random.default_rng(0).standard_normal((size, 11)).astype(np.float32)
+    x[2, 0] = np.nan
+    for name in ("float8_e4m3fn", "float8_e5m2"):
+        stacked = x.astype(getattr(ml_dtypes, name))
+        tensors = torch.from_numpy(stacked.view(np.uint8)).view(getattr(torch, name))
+        for direct in (True, False):  # as on GPUs, by collectives
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ranks.Group, "direct", direct)
+                for rule in ("mean", "median", "krum"):
+                    want = rk.aggregate(stacked, rule, f=1)
+                    rows = {"of NumPy": stacked[rank], "of torch": tensors[rank]}
+                    for options in ({}, {"return_info": True}):
+                        got = rd.aggregate_rows(rows, rule, f=1, **options)
+                        got = got[0] if options else got
+                        assert got["of NumPy"].dtype == stacked.dtype
+                        assert got["of NumPy"].tobytes() == want.tobytes()
+                        assert got["of torch"].dtype == tensors.dtype
+                        assert got["of torch"].view(torch.uint8).numpy().tobytes() == want.tobytes()
+    negated = torch.complex(torch.zeros(3), torch.full((3,), float(rank))).conj().imag
+    assert negated.is_neg()
+    assert rd.aggregate_rows(negated, "median", f=1).tolist() == [-1.5] * 3
+
+
+def left_alone(rank: int, size: int) -> None:
+    """A default device, and torch's compiler, change nothing."""
+    with torch.device("meta"):
+        assert rd.aggregate_rows(np.full(3, float(rank)), "median", f=1).tolist() == [1.5] * 3
+        assert rd.aggregate(np.arange(5.0)[:, None] ** 2, "ctma(median)", f=1).tolist() == [3.5]
+        x, mine = np.random.default_rng(1).standard_normal((30, 40)), slice(rank * 10, (rank + 1) * 10)
+        got = rd.aggregate(x[:, mine], "krum", f=9)  # a long message
+        assert np.array_equal(got, rk.aggregate(x, "krum", f=9)[mine])
+        rd.DDPState("median", f=1, weights=np.ones(size))
+    parameter = torch.nn.Parameter(torch.zeros(2))
+
+    def step(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = x * 2
+        parameter.grad = y[:2]
+        rd.aggregate_gradients([parameter], "median", f=1)
+        return rd.aggregate_rows(y, "median", f=1) + 1, rd.aggregate([y, y + 1, y + 5], "median") + 1
+
+    if rank == 1:  # which loads as much as Python's own start
+        step = torch.compile(step, backend="eager")
+    for _ in range(2):
+        whole, columns = step(torch.full((4,), float(rank)))
+        assert whole.tolist() == [4.0] * 4
+        assert columns.tolist() == [2.0 * rank + 2] * 4
+        assert parameter.grad is not None
+        assert parameter.grad.tolist() == [3.0] * 2
 
 
 def _is_used(where: str, rule: str) -> bool:
@@ -388,7 +462,7 @@ def errors(rank: int, size: int) -> None:
         (ValueError, "rank 0 is at a row, rank 2 at a call", lambda: rd.aggregate(np.ones((5, 2)), "median") if rank == 2 else rd.aggregate_rows(x, "median")),
         (TypeError, "leaf the update is str; expected a NumPy array", lambda: rd.aggregate_rows(x if rank != 3 else "text", "median", f=1)),
         (TypeError, "leaf the update is complex", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
-        (TypeError, r"is a tensor of layout torch.sparse_coo \(pass x.to_dense\(\)\)", lambda: rd.aggregate_rows(torch.ones(5).to_sparse() if rank == 1 else torch.ones(5), "median", f=1)),
+        (TypeError, r"is a torch tensor of layout torch.sparse_coo; expected a dense one \(pass x.to_dense\(\)\)", lambda: rd.aggregate_rows(torch.ones(5).to_sparse() if rank == 1 else torch.ones(5), "median", f=1)),
         (rk.NonFiniteError, r"krum: 2 rows hold NaN or Inf \(rows 2, 3\)", lambda: rd.aggregate_rows(x * (np.nan if rank > 1 else 1), "krum", f=1)),
         (rk.NonFiniteError, r"median: 3 rows hold NaN or Inf \(rows 0, 1, 2\)", lambda: rd.aggregate(np.array([[np.nan if rank == 2 and i < 3 else 1.0] for i in range(5)]), "median", f=2)),
         (ValueError, "2\\*f must be below n", lambda: rd.aggregate_rows(x, "median", f=2)),
@@ -412,6 +486,26 @@ def errors(rank: int, size: int) -> None:
         )
         if _is_used(where, rule)
         and (who == 0 or not where.endswith("solve") or rule in ("mean", "median"))  # else rank 0 alone solves
+    ]  # fmt: skip
+    mine = {"w": x}
+    mesh = init_device_mesh("cpu", (size,))
+    linear = torch.nn.Linear(2, 2)
+    refused: dict[str, tuple[type[Exception], Any]] = {
+        r"leaf \['w'\] is a masked array, whose mask would be lost": (TypeError, np.ma.masked_array(x, mask=x > 0)),
+        r"leaf \['w'\] has dtype object; expected .* \(convert it, x.astype": (TypeError, np.array([1.0, None])),
+        r"leaf \['w'\] has dtype >f8; expected .* \(swap its bytes": (TypeError, np.ones(3, ">f8")),
+        r"leaf \['w'\] has dtype float128; expected .* \(convert it": (TypeError, np.ones(3, np.longdouble)),
+        r"leaf \['w'\] is a torch tensor on device meta; expected cpu or cuda": (ValueError, torch.ones(3, device="meta")),
+        r"leaf \['w'\] is a DTensor; expected .*x.full_tensor\(\).* has robust_fsdp": (TypeError, distribute_tensor(torch.ones(8), mesh, [Shard(0)])),
+        r"leaf \['w'\] is a torch tensor that NumPy cannot view": (TypeError, torch.ones(3).to(torch.float8_e4m3fnuz)),
+    }  # fmt: skip
+    cases += [
+        (kind, message, functools.partial(lambda bad: rd.aggregate_rows({"w": bad} if rank == 1 else mine, "median"), bad))
+        for message, (kind, bad) in refused.items()
+    ]  # fmt: skip
+    cases += [
+        (TypeError, r"parameters is Linear; expected tensors \(pass model.parameters\(\)\)", lambda: rd.aggregate_gradients(linear if rank == 1 else linear.parameters(), "median")),
+        (TypeError, r"parameter 0 is tuple; expected a tensor \(pass model.parameters\(\)\)", lambda: rd.aggregate_gradients(linear.named_parameters() if rank == 1 else linear.parameters(), "median")),
     ]  # fmt: skip
     cases += own_rules(rank)
     for kind, message, work in cases:
@@ -533,6 +627,56 @@ def data_parallel(rank: int, size: int) -> None:
             require_same_bits(gradients(m))
     with pytest.raises(ValueError, match=r"DDPState: ctma\(centre\) measures from a centre, which buckets lack"):
         rd.DDPState("ctma(centre)", f=1, per_bucket=True)
+    with pytest.raises(ValueError, match=r"median: 2\*f must be below n"):
+        rd.DDPState("median", f=2)
+    with pytest.raises(TypeError, match=r"the state is dict; expected a DDPState \(pass it to register_comm_hook"):
+        rd.ddp_hook({}, None)  # type: ignore[arg-type]
+    static_graphs(rank, size)
+
+
+class Mixed(torch.nn.Module):
+    """Parameters of three dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kinds = (torch.float32, torch.bfloat16, torch.float64)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(6, 6).to(kind) for kind in kinds)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.to(layer.weight.dtype))
+        return x
+
+
+def static_graphs(rank: int, size: int) -> None:
+    """Of the first pass over a static graph torch calls all buckets 0, one for each dtype, and none of them the last."""
+
+    def gradients_of(m: torch.nn.Module, who: int, step: int) -> dict[str, Any]:
+        torch.manual_seed(10 * who + step)
+        m(torch.randn(2, 6)).sum().backward()
+        return {name.removeprefix("module."): p.grad for name, p in m.named_parameters()}
+
+    for rule, per_bucket in (("median", False), ("krum", False), ("krum", True), ("ctma(centre)", False)):
+        m = DDP(Mixed(), static_graph=True)
+        m.register_comm_hook(rd.DDPState(rule, f=1, per_bucket=per_bucket), rd.ddp_hook)
+        for step in range(3):
+            m.zero_grad()
+            if rule == "ctma(centre)":
+                if step == 0:
+                    with pytest.raises(ValueError, match=r"which the buckets lack .* \(drop static_graph=True"):
+                        gradients_of(m, rank, step)
+                else:
+                    gradients_of(m, rank, step)
+                    require_same_bits(torch.cat([p.grad.double().reshape(-1) for p in m.parameters()]))
+                continue
+            got = gradients_of(m, rank, step)
+            everyone = [gradients_of(Mixed(), other, step) for other in range(size)]
+            by_bucket = step == 0 or per_bucket
+            for layer in range(3):
+                names = [name for name in got if not by_bucket or name.startswith(f"layers.{layer}.")]
+                want = rk.aggregate([{name: row[name] for name in names} for row in everyone], rule, f=1)
+                assert all(torch.equal(got[name], want[name]) for name in names), (rule, per_bucket, step)
 
 
 def sharded_model(mesh: Any, **options: Any) -> Any:
@@ -768,6 +912,20 @@ def checkpoints(rank: int, size: int) -> None:
     with pytest.raises(ValueError, match="is no checkpoint of torch"):
         rd.aggregate_checkpoints(folders if rank != 2 else [folder], "median", out=folder / "never")
     assert not (folder / "never").exists()
+    with pytest.raises(
+        ValueError,
+        match=r"different checkpoints, or in another order: path 0 is '.*c0' on rank 0, and '.*c5' on rank 3 \(pass .* sorted",
+    ):
+        rd.aggregate_checkpoints(folders if rank != 3 else folders[::-1], "krum", f=1, out=folder / "never")
+    with pytest.raises(ValueError, match=r"path 5 is '.*c5' on rank 0, and none on rank 1"):
+        rd.aggregate_checkpoints(folders if rank != 1 else folders[:5], "krum", f=1, out=folder / "never")
+    with pytest.raises(TypeError, match=r"out is NoneType; expected a path"):
+        rd.aggregate_checkpoints(folders, "median", out=None if rank == 1 else folder / "never")  # type: ignore[arg-type]
+    with torch.device("meta"):
+        rd.aggregate_checkpoints(folders, "krum", f=2, out=folder / "beside")
+    found = {name: torch.empty_like(x) for name, x in states()[0].items()}
+    dcp.load(found, checkpoint_id=folder / "beside", no_dist=True)
+    assert all(torch.equal(found[name], x) for name, x in rk.aggregate(states(), "krum", f=2).items())
     if rank == 0:  # what only the last rank finds out
         (folder / "c2" / "__3_0.distcp").write_bytes(b"no longer")
     dist.barrier()
@@ -837,6 +995,10 @@ def safetensors(rank: int, size: int) -> None:
         index = folder / f"out{k}.safetensors.index.json"
         assert index.exists() == (shard_size is not None)
     assert not list(folder.glob(".*"))
+    with torch.device("meta"):
+        rd.aggregate_checkpoints(paths, "ctma(median)", f=2, out=folder / "beside.safetensors")
+    beside = load_file(folder / "beside.safetensors")
+    assert all(torch.equal(beside[name], x) for name, x in want.items())
     dcp_out = folder / "as dcp"
     rd.aggregate_checkpoints(paths, "ctma(median)", f=2, out=dcp_out)
     found = {name: torch.empty_like(x) for name, x in want.items()}
@@ -964,12 +1126,14 @@ def models(rank: int, size: int) -> None:
 
 def everything_sharded(rank: int, size: int) -> None:
     columns(rank, size)
+    kinds_of_leaves(rank, size)
     pieces_of_everything(rank, size)
     rows(rank, size)
     checkpoints(rank, size)
     safetensors(rank, size)
     dtensors(rank, size)
     errors(rank, size)
+    left_alone(rank, size)
 
 
 def training(rank: int, size: int) -> dict[str, Any]:
