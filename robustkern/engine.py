@@ -475,8 +475,8 @@ def joined(leaves: dict[str, Info]) -> Info:
     n = first.n + len(first.dropped)
 
     def of_all(info: Info, rows: tuple[int, ...]) -> tuple[int, ...]:
-        left = [row for row in range(n) if row not in set(info.dropped)] if info.dropped else range(n)
-        return tuple(left[row] for row in rows)
+        left = np.delete(np.arange(n), info.dropped)
+        return tuple(left[list(rows)].tolist())
 
     return Info(
         first.rule,

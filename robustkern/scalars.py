@@ -12,14 +12,14 @@ __all__ = ["as_float", "as_int"]
 
 def as_int(x: Any) -> int | None:
     """Return a whole number; None where it is none."""
-    return int(x) if isinstance(x, (int, np.integer)) and not isinstance(x, bool) else None
+    return None if isinstance(x, (bool, np.timedelta64)) or not isinstance(x, (int, np.integer)) else int(x)
 
 
 def as_float(x: Any) -> float | None:
-    """Return a number, inf where it is too large for a float; None where it is none."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+    """Return a number, an infinity where it is too large for a float; None where it is none."""
+    if isinstance(x, (bool, np.timedelta64)) or not isinstance(x, (int, float, np.integer, np.floating)):
         return None
     try:
         return float(x)
     except OverflowError:
-        return math.inf
+        return math.inf if x > 0 else -math.inf

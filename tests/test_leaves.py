@@ -434,9 +434,10 @@ def test_what_may_be_byzantine_does_not_shrink_with_the_rows() -> None:
 
 def test_leaves_that_drop_other_rows_speak_of_all() -> None:
     rows = [{"a": RNG.standard_normal(4), "b": RNG.standard_normal(4), "s": "same"} for _ in range(10)]
-    rows[0]["a"][1], rows[7]["b"][2], rows[5]["s"] = np.nan, np.inf, "odd"
-    _, info = rk.aggregate(rows, "trimmed_mean", f=2, scope="leaf", nonfinite="drop", return_info=True)
-    assert (info.n, info.dropped) == (10, (0, 7))
+    rows[0]["a"][1], rows[7]["b"][2], rows[5]["s"], rows[8]["b"] = np.nan, np.inf, "odd", np.full(4, 1e200)
+    _, info = rk.aggregate(rows, "geometric_median", f=2, scope="leaf", nonfinite="drop", return_info=True)
+    assert (info.n, info.dropped, info.nonfinite_rows) == (10, (0, 7), (8,))
+    assert info.leaves["b"].nonfinite_rows == (7,)
     assert set(info.differing.values()) == {(5,)}
     assert {name: (leaf.n, leaf.dropped) for name, leaf in info.leaves.items()} == {"a": (9, (0,)), "b": (9, (7,))}
 

@@ -263,26 +263,55 @@ def test_a_medoid_by_weight(backend: str) -> None:
     assert rk.aggregate(x, "medoid", weights=[1, 1, 1, 4]) == 10
 
 
+def exact_medoid(x: Array, weights: Any = None) -> tuple[int, float]:
+    """Return the medoid, and how much better it is than the next one."""
+    with mpmath.workdps(120):
+        points = [[mpmath.mpf(float(value)) for value in row] for row in x]
+        shares = [1.0] * len(x) if weights is None else [float(weight) for weight in weights]
+        sums = []
+        for p in points:
+            away = (mpmath.sqrt(mpmath.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True))) for q in points)
+            sums.append(mpmath.fsum(share * a for share, a in zip(shares, away, strict=True)))
+        ordered = sorted(sums)
+        return sums.index(ordered[0]), float(ordered[1] - ordered[0])
+
+
 @pytest.mark.parametrize("far", [1e6, 1e12, 1e20, 3e38])
 @pytest.mark.parametrize("kept", [np.float32, np.float64])
 def test_a_far_row_does_not_hide_the_medoid(backend: str, kept: Any, far: float) -> None:
     """In plain sums all distances to it are equal, and whoever stands first is the medoid, wherever it is."""
-    for seed in range(6):
+    for seed in range(8):
         g = np.random.default_rng(seed)
         x = g.standard_normal((11, 4)).astype(kept)
         x[10], x[0] = far, far / 1e3
+        weights = None if seed % 4 < 2 else g.integers(1, 4, 11).astype(float)
         if seed % 2:
             x[9], x[3] = -x[10], x[4]
-        weights = None if seed < 3 else g.integers(1, 4, 11)
-        with mpmath.workdps(120):
-            points = [[mpmath.mpf(float(value)) for value in row] for row in x]
-            shares = [1] * 11 if weights is None else weights.tolist()
-            sums = []
-            for p in points:
-                away = (mpmath.sqrt(mpmath.fsum((a - b) ** 2 for a, b in zip(p, q, strict=True))) for q in points)
-                sums.append(mpmath.fsum(share * a for share, a in zip(shares, away, strict=True)))
+        if seed % 4 == 3:  # most rows are far, and hold little of the weight
+            assert weights is not None
+            x[5:10], weights[5:], weights[0] = x[10] * g.uniform(0.5, 1, (5, 1)).astype(kept), 0.01, 0
         _, info = rk.aggregate(x, "medoid", weights=weights, return_info=True)
-        assert info.order == (sums.index(min(sums)),)
+        assert info.order == (exact_medoid(x, weights)[0],)
+
+
+def test_medoids_that_are_nearly_equal_beside_far_rows() -> None:
+    """Errors of distances to near copies are much larger than those of their squares."""
+    for seed in range(200):
+        g = np.random.default_rng(seed)
+        x = g.standard_normal((8, 2))
+        x[1] = -x[0] * (1 + 1e-9 * g.standard_normal())  # almost as good a candidate
+        x[2:4] = x[:2] * (1 + 1e-9 * g.standard_normal((2, 2)))
+        x[6:] = 1e6 * g.standard_normal((2, 2))
+        want, better = exact_medoid(x)
+        assert rk.aggregate(x, "medoid", return_info=True)[1].order == (want,) or better < 1e-11
+
+
+def test_a_medoid_of_tiny_rows_does_not_depend_on_what_is_told() -> None:
+    x = np.random.default_rng(0).standard_normal((9, 40_000)).astype(np.float32) * np.float32(1e-25)
+    x[0] = x[8] = 1e-8
+    want = rk.aggregate(x.astype(np.float64) * 1e25, "medoid", return_info=True)[1].order[0]
+    assert rk.aggregate(x, "medoid", return_info=True)[1].order == (want,)
+    assert np.array_equal(rk.aggregate(x, "medoid"), x[want])
 
 
 def test_rows_that_are_shortened_onto_each_other(backend: str) -> None:
@@ -293,10 +322,12 @@ def test_rows_that_are_shortened_onto_each_other(backend: str) -> None:
         g = np.random.default_rng(seed)
         x = g.standard_normal((9, 3))
         x[:4] = x[4] * 0.6 * np.array([[1.0], [1], [3], [5]])
+        limit = float(np.linalg.norm(x[0]))
+        cut = x * np.minimum(1, limit / np.linalg.norm(x, axis=1, keepdims=True))
         for rule in ("geometric_median", "ctma(geometric_median)", "geometric_median(nu=0.1)"):
-            limit = float(np.linalg.norm(x[0]))
-            for mixer in ("arc", f"clipping(limit={limit!r})"):
-                assert np.isfinite(rk.aggregate(x, f"{mixer} | {rule}", f=4)).all()
+            assert np.isfinite(rk.aggregate(x, f"arc | {rule}", f=4)).all()
+            got = rk.aggregate(x, f"clipping(limit={limit!r}) | {rule}", f=4)
+            np.testing.assert_allclose(got, rk.aggregate(cut, rule, f=4), atol=1e-6)
 
 
 def test_norms_that_products_cannot_tell_apart_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,6 +287,9 @@ class Mixes(rk.Mixer):
         rk.Mixture(np.ones((2, 5)), np.full(2, 4.0)),
         rk.Mixture(np.zeros((2, 5)), np.zeros(2)),
         rk.Mixture(np.full((2, 5), 1e-310), np.full(2, 5e-310)),
+        rk.Mixture([[1.0, 2], [3]], [1.0, 1]),  # type: ignore[arg-type]
+        rk.Mixture([["1"] * 5], ["5"]),  # type: ignore[arg-type]
+        rk.Mixture([[10**400] * 5], [5 * 10**400]),  # type: ignore[arg-type]
         rk.Mixture(np.full((1, 5), np.nan), np.ones(1)),
         rk.Mixture(np.ones((0, 5)), np.ones(0)),
     ],
@@ -294,6 +297,15 @@ class Mixes(rk.Mixer):
 def test_nonsense_mixtures_are_said(what: Any) -> None:
     with pytest.raises(TypeError, match=r"mixes: mixing\(view\) must return a Mixture: finite weights \(m, 5\)"):
         rk.aggregate(np.eye(5), Mixes(what) | rk.Mean())
+
+
+def test_mixtures_of_mixtures_keep_to_numbers() -> None:
+    mixer = Mixes(rk.Mixture(np.eye(5) * 2.0**700, np.full(5, 2.0**700)))
+    x = make_rows("normal", 5, 40, np.dtype(np.float64))
+    for rule in ("mean", "median", "geometric_median"):
+        np.testing.assert_allclose(
+            rk.aggregate(x, mixer | mixer | rk.parse_rule(rule), f=1), rk.aggregate(x, rule, f=1)
+        )
 
 
 @pytest.mark.parametrize("form", [np.asfortranarray, lambda w: w.astype(int), lambda w: w.tolist()])

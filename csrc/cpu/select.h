@@ -22,6 +22,8 @@ struct Window {
   int64_t *reduced = nullptr, reduced_total = 0, first_cell = 0, last_cell = 0;
 
   bool prepare();  // false: out of memory
+  Window(const Window&) = delete;
+  Window& operator=(const Window&) = delete;
   ~Window() {
     free(network);
     free(reduced);

@@ -696,8 +696,8 @@ _pools: dict[int, tuple[int, ThreadPoolExecutor]] = {}  # by process, as a forke
 
 def _run(tasks: int, body: Callable[[int], T]) -> list[T]:
     """Run body(0..tasks-1) in threads; results in task order."""
-    threads = min(requested_threads() or usable_cores(), tasks)
-    if threads <= 1:
+    threads = requested_threads() or usable_cores()
+    if min(threads, tasks) <= 1:
         return [body(task) for task in range(tasks)]
     size, pool = _pools.get(os.getpid(), (0, None))
     if pool is None or size != threads:  # the one before ends when no call uses it any more

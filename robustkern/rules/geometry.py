@@ -85,6 +85,15 @@ class TooCloseError(Exception):
     """What a rule asks of the geometry is finer than float32 products: to be solved again on float64 ones."""
 
 
+#: Of sums that are averages, so that nothing on the way vanishes or overflows; its reciprocal is the largest.
+LEAST_DIVISOR = 2.0**-900
+
+
+def are_divisors(divisors: Vector) -> bool:
+    """Tell whether sums may be divided by these."""
+    return bool(((divisors >= LEAST_DIVISOR) & (divisors <= 1 / LEAST_DIVISOR)).all())
+
+
 class Mixture(NamedTuple):
     """Averages of rows: ``weights @ rows / divisors[:, None]``; what is missing of a sum of 1 lies on the origin.
 
@@ -112,9 +121,12 @@ class Mixture(NamedTuple):
         """Return this mixture of rows that are themselves mixtures."""
         if inner is None:
             return self
-        if (inner.divisors == inner.divisors[0]).all():
-            return Mixture(np.ascontiguousarray(self.weights @ inner.weights), self.divisors * inner.divisors[0])
-        return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
+        if not (inner.divisors == inner.divisors[0]).all():
+            return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
+        weights, divisors = np.ascontiguousarray(self.weights @ inner.weights), self.divisors * inner.divisors[0]
+        if not are_divisors(divisors):
+            return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
+        return Mixture(weights, divisors)
 
 
 class Selection(NamedTuple):
@@ -353,7 +365,8 @@ class Given:
         if double:
             norms = np.diagonal(gram)[:n]
             wanted = _better_scale(norms, self.weights)
-            if wanted >= 1.0 and not tolerated(np.asarray(norms > MAX_SQUARE), self.f, self.weights, self.share):
+            out_of_reach = wanted >= 1.0 and bool((norms > MAX_SQUARE).any())  # and not only NaN
+            if out_of_reach and not tolerated(~measurable(norms), self.f, self.weights, self.share):
                 wanted = 1 / RESCALE
             if wanted != 1.0:
                 rescaled, _ = self._gram(wanted, False)
@@ -743,8 +756,8 @@ class Given:
         the honest ones out of reach.
         """
         if scale < 1:
-            return not (_middle(before, weights) <= MAX_SQUARE and ((before > 0) & (after == 0)).any())
-        return _middle(after, weights) > 0 and tolerated(
+            return not (middle_by_weight(before, weights) <= MAX_SQUARE and ((before > 0) & (after == 0)).any())
+        return middle_by_weight(after, weights) > 0 and tolerated(
             measurable(before) & ~measurable(after), self.f, weights, self.share
         )
 
@@ -786,13 +799,14 @@ def _reference(gram: Matrix, at: int, finite: Mask) -> Reference:
 
 def _better_scale(squares: Vector, weights: Vector | None) -> float:
     """Return the power of two at which the middle row (by weight) has an ordinary square."""
-    middle = _middle(squares, weights)
+    middle = middle_by_weight(squares, weights)
     if middle > MAX_SQUARE:
         return 1 / RESCALE
     return RESCALE if middle < 1e-250 else 1.0
 
 
-def _middle(squares: Vector, weights: Vector | None) -> float:
+def middle_by_weight(squares: Vector, weights: Vector | None) -> float:
+    """Return the lower median by weight; NaN is as far as it gets."""
     squares = np.where(np.isnan(squares), np.inf, squares)
     order = np.argsort(squares, kind="stable")
     share = np.cumsum(np.ones(len(squares)) if weights is None else weights[order])

@@ -182,7 +182,7 @@ def _of_ordinary_size(gram: Matrix) -> tuple[Matrix, float]:
         return gram, 1.0
     room = 1000 - math.frexp(float(ranked[-1]))[1]  # above the largest one
     power = min(-math.frexp(float(ranked[len(ranked) // 2]))[1], room)
-    return np.asarray(np.ldexp(gram, power)), math.sqrt(math.ldexp(1.0, power))
+    return np.asarray(np.ldexp(gram, power)), 2.0 ** (power / 2)
 
 
 def _relative_costs(gram: Matrix, s: Vector, distances: Matrix) -> Vector:

@@ -13,7 +13,7 @@ from robustkern.contract.rows import Matrix, Vector
 from robustkern.errors import NonFiniteError, brief
 from robustkern.rules.base import Aggregator, Goals, register
 from robustkern.rules.cuts import smallest, smallest_between
-from robustkern.rules.geometry import EPSILON, unscaled
+from robustkern.rules.geometry import EPSILON, middle_by_weight, unscaled
 from robustkern.rules.krum import sq_distances_between
 from robustkern.rules.view import Solution, View
 from robustkern.scalars import as_int
@@ -166,9 +166,10 @@ class Medoid(Aggregator):
             return np.column_stack([np.full_like(finite, row), finite])
 
         found = unscaled(scores(geometry.sq_distances), math.sqrt(geometry.scale))
-        lengths = geometry.lengths[finite]
-        if lengths.max() > FAR * np.sort(lengths)[(len(finite) - 1) // 2]:
-            best = _least_beside_far(view, finite, weights[finite])
+        lengths = np.sqrt(np.maximum(geometry.gram.diagonal()[finite], 0.0))
+        near = lengths <= FAR * middle_by_weight(lengths, weights[finite])
+        if not near.all():
+            best = _least_beside_far(view, finite, weights[finite], near)
         else:
             best = view.least(scores, pairs=pairs)
         return view.mean_of(best)._replace(scores=found)
@@ -182,41 +183,43 @@ class Medoid(Aggregator):
         return np.asarray(x[np.sqrt(sq_distances_between(x)).sum(axis=1).argmin()])
 
 
-def _least_beside_far(view: View, rows: NDArray[np.intp], weights: Vector) -> NDArray[np.intp]:
+def _least_beside_far(view: View, rows: NDArray[np.intp], weights: Vector, near: NDArray[np.bool_]) -> NDArray[np.intp]:
     """Return the row with the least sum of distances to `rows`, which are finite: the sums less that of one of them.
 
     A distance to a far row has its digits; how much less it is than another's follows from the inner products of the
-    far row with what lies between the two: (square - square) / (distance + distance).
+    far row with what lies between the two: (square - square) / (distance + distance). What is left open is measured
+    where that takes reading no more rows than there are.
     """
     geometry = view.geometry(quick=True)
     geometry.require_double()
-    gram, lengths = geometry.gram[np.ix_(rows, rows)], geometry.lengths[rows]
+    gram, lengths, count = geometry.gram[np.ix_(rows, rows)], geometry.lengths[rows], np.arange(len(rows))
     squares, wrong = geometry.sq_distances[np.ix_(rows, rows)], geometry.pair_errors(rows)[:, rows]
-    away, near = np.sqrt(squares), lengths <= FAR * np.sort(lengths)[(len(rows) - 1) // 2]
+    away = np.sqrt(squares)
     base = int(np.argmin(np.where(near, away[:, near] @ weights[near], np.inf)))
 
     def less(away: Matrix, unsure: Matrix) -> tuple[Vector, Vector]:
         """Return the sums less the base's, by distances and the errors of their squares, and bounds of their errors."""
         both = away + away[base]
         both[both == 0] = 1.0
-        norms = gram.diagonal()
+        roots = _root_errors(away, unsure)
+        norms, reach = gram.diagonal(), (lengths + lengths[base])[:, None]
         by_products = ((norms - norms[base])[:, None] - 2 * (gram - gram[base])) / both
-        reach = lengths + lengths[base]
-        off = geometry.rounding * reach[:, None] * (reach[:, None] + 2 * lengths) / both
-        off += abs(by_products) * (unsure + unsure[base]) / both**2
-        direct, direct_off = (
-            away - away[base],
-            EPSILON * both + _root_errors(away, unsure) + _root_errors(away, unsure)[base],
-        )
+        off = (geometry.rounding * reach * (reach + 2 * lengths) + abs(by_products) * (roots + roots[base])) / both
+        direct, direct_off = away - away[base], EPSILON * both + roots + roots[base]
         better = direct_off < off
         terms, errors = np.where(better, direct, by_products), np.where(better, direct_off, off)
-        return terms @ weights, (errors + 4 * EPSILON * abs(terms)) @ weights
+        # How far a row is from the base itself stands in the columns of both, with opposite signs.
+        terms[:, base], terms[count, count] = away[base], -away[base]
+        errors[:, base] = errors[count, count] = 0.0
+        own = (roots[base] + EPSILON * away[base]) * abs(weights - weights[base])
+        return terms @ weights, (errors + 4 * EPSILON * abs(terms)) @ weights + own
 
     values, errors = less(away, wrong)
 
     def again(contenders: NDArray[np.intp]) -> Vector | None:
         first, second = np.meshgrid(np.append(contenders, base), np.flatnonzero(near), indexing="ij")
-        exact = view.exact_between(np.column_stack([rows[first.ravel()], rows[second.ravel()]]), always=False)
+        pairs = np.column_stack([rows[first.ravel()], rows[second.ravel()]])
+        exact = view.exact_between(pairs, always=False)
         if exact is None:
             return None
         known = np.zeros_like(wrong, dtype=np.bool_)

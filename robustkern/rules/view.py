@@ -21,6 +21,7 @@ from robustkern.rules.cuts import TIE, Again, Distances, contending, smallest, s
 from robustkern.rules.geometry import (
     EPSILON,
     FLOAT64,
+    LEAST_DIVISOR,
     MAX_SHIFT,
     SINGLE_ROUNDING,
     UNIT_ROUNDING,
@@ -31,6 +32,7 @@ from robustkern.rules.geometry import (
     Point,
     Reference,
     Selection,
+    are_divisors,
     as_cells,
     cells_of_share,
     share_of_origin,
@@ -40,9 +42,6 @@ from robustkern.rules.geometry import (
 from robustkern.rules.least_distances import moved_to_median
 
 __all__ = ["Mixture", "Solution", "View"]
-
-#: Of sums that are averages, so that nothing on the way vanishes or overflows; its reciprocal is the largest.
-LEAST_DIVISOR = 2.0**-900
 
 
 class HasPoints(Protocol):
@@ -662,19 +661,25 @@ def _as_scores(scores: ArrayLike) -> Vector:
 
 
 def _is_mixture(mixture: Mixture, n: int, has_origin: bool) -> bool:
-    weights, divisors = (np.asarray(part, dtype=np.float64) for part in mixture)
+    try:
+        weights, divisors = map(np.asarray, mixture)
+        if weights.dtype.kind not in "iuf" or divisors.dtype.kind not in "iuf":
+            return False
+    except ValueError:  # lists of unequal lengths
+        return False
     return (
         weights.ndim == 2
         and weights.shape[1] == n
         and divisors.shape == weights.shape[:1]
         and len(weights) > 0
-        and bool(np.isfinite(weights).all() and ((divisors >= LEAST_DIVISOR) & (divisors <= 1 / LEAST_DIVISOR)).all())
+        and bool(np.isfinite(weights).all())
+        and are_divisors(divisors)
         and (has_origin or bool((abs(weights.sum(axis=1) - divisors) <= UNIT_ROUNDING * divisors).all()))
     )
 
 
 def _described(x: object) -> str:
     """Say what came instead of what was expected."""
-    if isinstance(x, Mixture):
+    if isinstance(x, Mixture) and isinstance(x.weights, np.ndarray):
         return f"weights of shape {np.shape(x.weights)} that sum to {np.sum(x.weights, axis=-1)!s:.60}"
     return f"an array of shape {x.shape}" if isinstance(x, np.ndarray) else repr(x)[:60]

@@ -80,6 +80,7 @@ class Settings:
             value = as_int(getattr(self, name))
             if value is None or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}; got {brief(getattr(self, name))}")
+            object.__setattr__(self, name, value)
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2**63; got {self.seed}")
         if 2 * self.byzantine >= self.workers:
@@ -87,8 +88,10 @@ class Settings:
                 f"2*byzantine must be below workers; got byzantine={self.byzantine} with workers={self.workers} "
                 "(no rule survives a majority)"
             )
-        if self.f is not None and (not isinstance(self.f, int) or not 0 <= 2 * self.f < self.workers):
-            raise ValueError(f"f must satisfy 0 <= 2*f < workers; got f={self.f!r} with workers={self.workers}")
+        f = as_int(self.f)
+        if self.f is not None and (f is None or not 0 <= 2 * f < self.workers):
+            raise ValueError(f"f must satisfy 0 <= 2*f < workers; got f={brief(self.f)} with workers={self.workers}")
+        object.__setattr__(self, "f", f)
         for name, zero in (("lr", False), ("clip", True), ("radius", False)):
             value = getattr(self, name)
             if value is None and name == "radius":
