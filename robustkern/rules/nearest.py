@@ -192,7 +192,7 @@ def _least_beside_far(view: View, rows: NDArray[np.intp], weights: Vector, near:
     """
     geometry = view.geometry(quick=True)
     geometry.require_double()
-    gram, lengths, count = geometry.gram[np.ix_(rows, rows)], geometry.lengths[rows], np.arange(len(rows))
+    gram, lengths, each = geometry.gram[np.ix_(rows, rows)], geometry.lengths[rows], np.arange(len(rows))
     squares, wrong = geometry.sq_distances[np.ix_(rows, rows)], geometry.pair_errors(rows)[:, rows]
     away = np.sqrt(squares)
     base = int(np.argmin(np.where(near, away[:, near] @ weights[near], np.inf)))
@@ -209,8 +209,8 @@ def _least_beside_far(view: View, rows: NDArray[np.intp], weights: Vector, near:
         better = direct_off < off
         terms, errors = np.where(better, direct, by_products), np.where(better, direct_off, off)
         # How far a row is from the base itself stands in the columns of both, with opposite signs.
-        terms[:, base], terms[count, count] = away[base], -away[base]
-        errors[:, base] = errors[count, count] = 0.0
+        terms[:, base], terms[each, each] = away[base], -away[base]
+        errors[:, base] = errors[each, each] = 0.0
         own = (roots[base] + EPSILON * away[base]) * abs(weights - weights[base])
         return terms @ weights, (errors + 4 * EPSILON * abs(terms)) @ weights + own
 
