@@ -291,6 +291,12 @@ class Collecting(NamedTuple):
         work.wait()
 
 
+class _Later(NamedTuple):
+    """A row that is made in the call, so that an error in it is an error of all ranks."""
+
+    make: Callable[[], Any]
+
+
 @_untraced
 def aggregate_rows(
     my_row: Any,
@@ -340,32 +346,12 @@ def aggregate_rows(
     out with the word that all is well, a NaN for its first number where it is not: a mean that begins with NaN goes
     twice, as do the columns. Extra memory: a row, and one more where its leaves must be laid end to end.
     """
-    return _of_all_ranks(
-        lambda: my_row, rule, f=f, delta=delta, weights=weights, centre=centre, seed=seed, nonfinite=nonfinite,
-        backend=backend, return_info=return_info, group=group,
-    )  # fmt: skip
-
-
-def _of_all_ranks(
-    my_row: Callable[[], Any],
-    rule: Aggregator | str,
-    *,
-    f: int | None = None,
-    delta: float | None = None,
-    weights: ArrayLike | None = None,
-    centre: Any = None,
-    seed: int | None = None,
-    nonfinite: NonFinite = "error",
-    backend: str = "auto",
-    return_info: bool = False,
-    group: Any = None,
-) -> Any:
-    """Do as `aggregate_rows`, of a row that is made in the call, so that an error in it is an error of all."""
     ranks = Group(group)
 
     def work(together: Together) -> Any:
         asked = Asked(as_aggregator(rule), f, delta, weights, seed, nonfinite, return_info)
-        return _rows(together, ranks, my_row(), asked, centre, backend)
+        row = my_row.make() if isinstance(my_row, _Later) else my_row
+        return _rows(together, ranks, row, asked, centre, backend)
 
     return call(ranks, work)
 
@@ -597,7 +583,7 @@ def aggregate_gradients(parameters: Tensor | Iterable[Tensor], rule: Aggregator 
         held.extend(p for p in _parameters(parameters) if p.requires_grad)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
 
-    found = _of_all_ranks(gradients, rule, **options)
+    found = aggregate_rows(_Later(gradients), rule, **options)
     info = None
     if options.get("return_info"):
         found, info = found

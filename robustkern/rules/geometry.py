@@ -121,12 +121,10 @@ class Mixture(NamedTuple):
         """Return this mixture of rows that are themselves mixtures."""
         if inner is None:
             return self
-        if not (inner.divisors == inner.divisors[0]).all():
-            return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
-        weights, divisors = np.ascontiguousarray(self.weights @ inner.weights), self.divisors * inner.divisors[0]
-        if not are_divisors(divisors):
-            return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
-        return Mixture(weights, divisors)
+        divisors = self.divisors * inner.divisors[0]
+        if (inner.divisors == inner.divisors[0]).all() and are_divisors(divisors):
+            return Mixture(np.ascontiguousarray(self.weights @ inner.weights), divisors)
+        return Mixture(np.ascontiguousarray(self.weights @ inner.matrix), self.divisors)
 
 
 class Selection(NamedTuple):
