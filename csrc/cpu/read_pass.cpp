@@ -10,7 +10,7 @@ uint64_t read_pass(const Rows& rows, int threads) {
   typedef uint64_t Words __attribute__((vector_size(RK_VECTOR_BYTES)));
   typedef uint64_t Unaligned __attribute__((vector_size(RK_VECTOR_BYTES), aligned(1), may_alias));
   constexpr int64_t kRun = 16384, kStreams = 4, kStep = kStreams * RK_VECTOR_BYTES;
-  const int64_t item = size_of(rows.dtype);
+  const int64_t item = item_size(rows.dtype);
   uint64_t total = 0;
   in_threads(threads, [&](const Member& member) {
     Words sum[kStreams] = {};

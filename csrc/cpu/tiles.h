@@ -26,7 +26,7 @@ RK_INLINE Status by_dtype(DType dtype, F&& call) {
       return call(double{});
   }
 }
-RK_INLINE int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+RK_INLINE int64_t item_size(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Columns of a segment of the rows.
 struct Tile {

@@ -131,7 +131,7 @@ bool walk(const Call& call, int threads) {
   Workspace space;
   Worker any(call);
   if (!space.allocate(threads, [&](Layout& at) { any.lay(at); })) return false;
-  Tasks tasks(call.grid.n_tasks, threads, call.grid.columns * call.rows.n * size_of(call.rows.dtype));
+  Tasks tasks(call.grid.n_tasks, threads, call.grid.columns * call.rows.n * item_size(call.rows.dtype));
   in_threads(threads, [&](const Member& member) {
     Worker worker(call);
     space.place(member.thread, [&](Layout& at) { worker.lay(at); });
