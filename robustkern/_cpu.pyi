@@ -1,5 +1,4 @@
 # What csrc/bindings/module_cpu.cpp exports; addresses and offsets as in robustkern.contract.rows.Rows.
-from collections.abc import Sequence
 from typing import Any
 
 from numpy import bool_, float64, int64, uint8, uint32, uint64
@@ -14,7 +13,13 @@ cuda: str
 def supported_isas() -> list[str]: ...
 def max_threads() -> int: ...
 def address_of(array: NDArray[Any]) -> int: ...
-def addresses_of(arrays: Sequence[Any]) -> list[int] | None: ...
+def look_at(
+    columns: list[Any],
+    inputs: int,
+    ndarray: type,
+    torch: tuple[Any, tuple[type, ...], bool, int] | None,
+    begins: NDArray[int64],
+) -> bytes: ...
 def select_columns(
     isa: str,
     data: NDArray[uint64] | Stretches,

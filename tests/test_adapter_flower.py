@@ -228,6 +228,44 @@ def quiet() -> Any:
     logging.getLogger("flwr").setLevel(logging.INFO)
 
 
+def described(head: bytes) -> bytes:
+    """Return an array with any description at all."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"garbage" * 9, r"it is no array of NumPy's"),
+        ("text", r"it is no array of NumPy's"),
+        (b"\x93NUMPY\x09\x00" + b"\0" * 60, r"its header is too long, or of an unknown version"),
+        (described(b" " * 60000), r"its header is too long, or of an unknown version"),
+        (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'more': 1}"), r"its header is none of NumPy's"),
+        (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': [3]}"), r"its header is none of NumPy's"),
+        (npy("<f4", (-1,), b"\0" * 48), r"its header holds a shape or dtype that is none"),
+        (described(b"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (3,)}"), r"its header holds a shape or dtype that is none"),
+        (npy("<U8", (3,), b"\0" * 96), r"its dtype is <U8"),
+        (npy("|O", (3,), b"\x80\x04K\x01."), r"its dtype is object"),
+        (npy("<f4", (3, 5), b"\0" * 59), r"it holds fewer bytes than its shape \(3, 5\) takes"),
+        (npy("<f4", (10**30,), b"\0" * 48), r"it holds fewer bytes than its shape \(1" + "0" * 30 + r",\) takes"),
+    ],
+)  # fmt: skip
+def test_what_is_no_array_says_why(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        flower.decoded(data)
+
+
+def test_who_replies_twice_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "flwr")
+    rows = messages([honest(k) for k in range(5)])
+    arrays, _ = flower.FedMedian().aggregate_train(1, [*rows, rows[3]])
+    assert arrays is not None
+    want = np.median([honest(k)["w"] for k in range(5)], axis=0)  # he counts once
+    np.testing.assert_allclose(arrays["w"].numpy(), want, rtol=1e-6)
+    text = "robustkern: a reply is left out, and counted as a bad one: node 103: it has replied before"
+    assert caplog.messages.count(text) == 1
+
+
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("place", [0, 3])
@@ -585,6 +623,27 @@ def test_no_older_result_ends_a_run(name: str, bad: str) -> None:
     assert few.aggregate_fit(1, worst, []) == (None, {})
     nans = [fitted([x * np.nan for x in layers_of(0)])] * 5
     assert few.aggregate_fit(1, [*nans, *results[:3]], []) == (None, {})
+
+
+@pytest.mark.parametrize(
+    ("hostile", "reason"),
+    [
+        (lambda: fitted(layers_of(0), -5), "its num_examples is no count"),
+        (lambda: fitted(layers_of(0), "many"), "its num_examples is no count"),
+        (lambda: fitted(layers_of(0), float("nan")), "its num_examples is no count"),
+        (lambda: fitted([]), "it holds no layers"),
+        (lambda: fitted(layers_of(0), tensors=[npy("<U8", (3,), b"\0" * 96)]), "its dtype is <U8"),
+    ],
+)
+def test_older_results_that_cannot_be_used_say_why(
+    hostile: Callable[[], Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "flwr")
+    results = [fitted(layers_of(k)) for k in range(4)]
+    got, _ = flower_server.FedMedian().aggregate_fit(2, [hostile(), *results], [])
+    for k, x in enumerate(parameters_to_ndarrays(got)):
+        np.testing.assert_allclose(x, np.median([layers_of(i)[k] for i in range(4)], axis=0), rtol=1e-6)
+    assert f"robustkern: a reply is left out, and counted as a bad one: client 7: {reason}" in caplog.messages
 
 
 @pytest.mark.parametrize("bad", ["negative", "nan loss", "nan metric", "no metric", "absurd"])

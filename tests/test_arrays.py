@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from support import make_rows
 
 import robustkern as rk
+from robustkern.inputs import plain
+from robustkern.inputs.arrays import address_of
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 from torch._subclasses import FakeTensorMode  # noqa: E402
@@ -217,6 +220,118 @@ def test_tensors_that_torch_transforms() -> None:
         make_fx(lambda y: rk.median(y) + 0)(x)
     with FlopCounterMode(display=False):
         assert np.array_equal(rk.median(x).numpy(), rk.median(x.numpy()))
+
+
+@pytest.fixture(params=["compiled", "python", "torch of old"])
+def looks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who finds out where arrays begin: the compiled part; Python without it, or where torch has no table for it."""
+    assert plain.compiled is not None
+    assert plain._torch().exchange is not None
+    if request.param == "python":
+        monkeypatch.setattr(plain, "compiled", None)
+    elif request.param == "torch of old":
+        old = plain._torch()._replace(exchange=None)
+        monkeypatch.setattr(plain, "_torch", lambda: old)
+
+
+class Array(np.ndarray):  # type: ignore[type-arg]
+    pass
+
+
+class Tensor(torch.Tensor):  # type: ignore[misc]
+    pass
+
+
+@pytest.mark.usefixtures("looks")
+def test_arrays_that_are_plain(dtype: np.dtype[Any]) -> None:
+    x = make_rows("normal", 4, 15, dtype).reshape(4, 3, 5)
+    equal = pickle.loads(pickle.dumps(x[0]))  # its dtype need not be the same object
+    numpy = [*x, equal, np.zeros((3, 5), dtype)]
+    odd = np.zeros(15 * dtype.itemsize + 1, np.uint8)[1:].view(dtype).reshape(3, 5)  # an odd address is no trouble
+    tensors = [as_torch(row.copy()) for row in (*x, equal)]
+    tensors += [torch.nn.Parameter(tensors[0]), tensors[1].clone().share_memory_()]
+    flat = [as_torch(row.copy()).as_strided((1, 15), (99, 1)) for row in x]  # the step of one row is none
+    for column, begins in (
+        (numpy, [address_of(y) for y in numpy]),
+        ([odd] * 2, [address_of(odd)] * 2),
+        (tensors, [y.data_ptr() for y in tensors]),
+        (flat, [y.data_ptr() for y in flat]),
+    ):
+        with torch.no_grad():
+            (found,) = plain.look([column], len(column), more=2)
+        assert found is not None
+        assert found.dtype == dtype
+        assert found.begins.shape == (len(column) + 2,)
+        assert found.begins[: len(column)].tolist() == begins
+    whole = plain.look([(a, b) for a, b in zip(numpy, numpy[::-1], strict=True)], 2)
+    assert [each.begins.tolist() for each in whole if each] == [
+        [address_of(a), address_of(b)] for a, b in zip(numpy, numpy[::-1], strict=True)
+    ]
+
+
+@pytest.mark.usefixtures("looks")
+def test_tensors_of_which_gradients_are_recorded() -> None:
+    """One warning for all of them, as far as they are inputs."""
+    x, recorded = torch.ones(3), torch.ones(3, requires_grad=True)
+    for columns, inputs, expected in (
+        ([(x, x), (x, x)], 2, 0),
+        ([(x, recorded), (recorded, x), (x, x)], 2, 1),
+        ([(x, recorded)], 1, 0),  # the result's place
+        ([(torch.nn.Parameter(x),)], 1, 1),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert all(plain.look(columns, inputs))
+        assert [str(w.message)[:25] for w in caught] == ["updates require gradients"] * expected
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert all(plain.look(columns, inputs))
+
+
+@pytest.mark.usefixtures("looks")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_arrays_that_are_not_plain() -> None:
+    """Whatever is said about them is said by others; nothing here may read their memory, nor raise."""
+    a, t = np.ones((3, 5), np.float32), torch.ones(3, 5)
+    freed, part = torch.ones(3, 5), torch.ones(100, 5)[40:43]
+    freed.untyped_storage().resize_(0)
+    part.untyped_storage().resize_(0)
+    arrays: list[Any] = [
+        a[:2], a.T, a.reshape(5, 3), a.view(np.int32), a.view(Array), a.astype(">f4"), a.astype(np.float64), a[:, ::-1],
+        np.ma.masked_array(a), np.float32(1), 1, None, "text", t, np.zeros((3, 5, 1), np.float32),
+    ]  # fmt: skip
+    tensors: list[Any] = [
+        t[:2], t.T, torch.ones(5, 3).T, t.double(), t.bfloat16(), t.view(torch.int32), t.to(torch.complex64),
+        t.as_subclass(Tensor), t.to_sparse(), t.to_mkldnn(), t.to("meta"), torch._neg_view(t), freed, part,
+        torch.zeros(3, 5, dtype=torch.complex64).conj().imag, torch._to_functional_tensor(t),
+        torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), torch._efficientzerotensor((3, 5)),
+        torch.nested.nested_tensor([t, t]), FakeTensorMode().from_tensor(t), 1, None, a, t.unsqueeze(2),
+    ]  # fmt: skip
+    for usual, others in ((a, arrays), (t, tensors)):
+        for other in others:
+            assert plain.look([(usual, other)], 2) == [None], other
+        columns = [(usual, usual), (usual, others[0]), (others[1], usual), (usual, usual)]
+        assert [each is not None for each in plain.look(columns, 2)] == [True, False, False, True]
+    for other in (*arrays, *tensors):
+        alone = plain.look([(other,)], 1)[0]  # is as the others are, and may be plain
+        assert alone is None or alone.dtype in (np.float32, np.float64, ml_dtypes.bfloat16)
+    seen = []
+    torch.func.vmap(lambda x: (seen.append(plain.look([(x, x)], 2)), x)[1])(t)
+    torch.func.grad(lambda x: (seen.append(plain.look([(x, x)], 2)), x.sum())[1])(t)
+    assert seen == [[None], [None]]
+
+
+def test_what_the_compiled_part_is_told_must_fit() -> None:
+    a, begins = np.ones(3), np.zeros((1, 2), np.int64)
+    for columns, torch_, error, words in (
+        ([], None, ValueError, "one line of begins for each column"),
+        ([(a,) * 3], None, ValueError, "a line of begins is too short"),
+        ([()], None, ValueError, "a line of begins is too short"),
+        ([5], None, TypeError, "a column must be a sequence"),
+        ([(a,)], (None, (), False, 0), ValueError, "PyCapsule_GetPointer called with invalid PyCapsule object"),
+    ):
+        with pytest.raises(error, match=words):
+            plain.compiled(columns, 1, np.ndarray, torch_, begins)
 
 
 def test_out_that_torch_would_negate() -> None:

@@ -147,7 +147,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other places": (rewritten(places(relative_path="../client-0/__0_0.distcp")), "a piece lies in '../client-0/__0_0.distcp'"),
     "beyond the file": (rewritten(places(offset=1 << 40)), "cannot be read"),
     "much memory": (rewritten(places(length=1 << 40)), "says it takes 1099511627776 bytes"),
-    "nowhere": (rewritten(lambda index: index.storage_data.clear()), "is nowhere"),
+    "nowhere": (rewritten(lambda index: index.storage_data.clear()), r"tensor 'm.b': its piece at \(\) is nowhere"),
     "another key": (rewritten(lambda index: index.state_dict_metadata.pop("n")), r"tensor 'n' is none, where most checkpoints have \(\(2,\), 'torch.int64'\)"),
     "holes": (rewritten(lambda index: index.state_dict_metadata["m.w"].chunks.clear()), r"the pieces of a tensor of \(50, 3\) hold 0 of its numbers"),
     "outside": (rewritten(lambda index: setattr(index.state_dict_metadata["m.w"].chunks[0], "offsets", torch.Size([9, 0]))), "lies outside of a tensor"),

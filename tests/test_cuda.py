@@ -596,6 +596,23 @@ def test_libraries_whose_arrays_nobody_can_write_say_so(emulation: Any) -> None:
         rk.median([{"a": OnDevice(np.zeros(3, dtype=np.float32)), "n": OnDevice(np.zeros(1, dtype=np.int64))}] * 3)
 
 
+def test_dtypes_are_not_converted_on_a_device(emulation: Any) -> None:
+    x = OnDevice(np.zeros((3, 4), dtype=np.float32))
+    with pytest.raises(
+        TypeError, match=r"^updates are on cuda:0, where float32 is not combined as float64 \(convert\)$"
+    ):
+        rk.median(x, dtype="float64")
+    with pytest.raises(
+        TypeError, match=r"^row 0 is on cuda:0, where float32 is not combined as float64 \(convert it\)$"
+    ):
+        rk.median(list(x), dtype="float64")
+    named = [{"a": row} for row in x]
+    with pytest.raises(
+        TypeError, match=r"^row 0, leaf \['a'\] is on cuda:0, where float32 is not combined as float64 \(convert it\)$"
+    ):
+        rk.median(named, dtype="float64")
+
+
 def test_dtypes_that_nothing_can_use(emulation: Any) -> None:
     with pytest.raises(TypeError, match=r"updates has dtype int64; expected float16, bfloat16, float32 or float64"):
         rk.median(OnDevice(np.zeros((3, 4), dtype=np.int64)))

@@ -73,5 +73,9 @@ def test_messages_are_in_main_memory_whatever_the_default_device() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("when", "who"), [("killed", 2), ("killed_first", 0), ("killed_while_collecting", 2)])
 def test_a_rank_that_dies(when: str, who: int, tmp_path: Path) -> None:
-    for found in on_ranks(when, tmp_path, size=3, seconds=10.0, dead=who):
+    ranks = on_ranks(when, tmp_path, size=3, seconds=10.0, dead=who)
+    for found in ranks:
         assert found["seconds"] < 30
+        assert found["error"].startswith("RuntimeError: ")
+    if when == "killed":  # rank 1 waits for rank 0 alone, which sees it
+        assert ranks[1]["error"] == "RuntimeError: robustkern.distributed: a rank has gone, says rank 0"

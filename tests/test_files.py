@@ -194,6 +194,16 @@ def test_a_file_that_breaks_while_it_is_read_leaves_the_old_output(
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["merged.safetensors"]
 
 
+def test_nothing_lies_before_a_files_beginning(tmp_path: Path) -> None:
+    """No file gets that far: `_check_end` refuses archives whose members would."""
+    (tmp_path / "a.npy").write_bytes(b"12345678")
+    for hold in (True, False):
+        held = files.Held(tmp_path / "a.npy", hold)
+        with pytest.raises(FileError, match=r"a.npy: corrupt, something in it lies before its beginning$"):
+            held.read(-1, 4)
+        held.close()
+
+
 def test_a_dtype_that_no_rule_reads(tmp_path: Path) -> None:
     header = json.dumps({"x": {"dtype": "F6_E2M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"12")

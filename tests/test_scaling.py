@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +26,7 @@ from robustkern.backends.threads import requested_threads
 from robustkern.cli import app
 from robustkern.cli.options import numbers
 from robustkern.cli.scaling import plan_of
-from robustkern.measure import devices, roofline, scaling
+from robustkern.measure import devices, ranks, roofline, scaling
 from robustkern.measure.devices import CupyCuda, Device, TorchCuda
 from robustkern.measure.scaling import Plan, Point
 
@@ -129,6 +131,8 @@ def test_numbers(text: str, want: tuple[int, ...]) -> None:
         (["--d", "1000.5"], "got 1000.5"),
         (["--n", "2"], "--n: expected whole numbers from 3 to 4,096"),
         (["--n", ""], "--n: expected whole numbers"),
+        (["--devices", ","], "--devices: expected some of cpu, cuda, with commas; got nothing"),
+        (["--dtype", ""], "--dtype: expected some of float16, bfloat16, float32, float64, with commas; got nothing"),
         (["--devices", "cpu,gpu"], "--devices: 'gpu' is not known (known: cpu, cuda; several with commas)"),
         (["--dtype", "int8"], "--dtype: 'int8' is not known (known: float16, bfloat16, float32, float64"),
         (["--model", "v100"], "--model: 'v100' is not known (known: a100, h100, rtx4090"),
@@ -153,6 +157,43 @@ def test_a_folder_that_cannot_be_written_is_exit_code_2(tmp_path: Path) -> None:
         said = "".join(run.output.split())
         assert "--out:expectedafolderthatcanbewritten;got" in said
         assert "chooseanotherone" in said
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_fails_says_why() -> None:
+    pytest.importorskip("torch.distributed")
+    with pytest.raises(RuntimeError, match=r"(?s)^a rank failed: .*ValueError: expected non-negative integer"):
+        list(ranks.study_ranks([1], [-1], ["median"], 0.01))
+
+
+@dataclass(frozen=True)
+class Fickle(rk.Aggregator):
+    """Takes another multiple of the mean in each call."""
+
+    name: ClassVar[str] = "fickle"
+    points: ClassVar[tuple[str, ...]] = ("origin",)
+    calls: ClassVar[Iterator[int]] = itertools.count(1)
+
+    def solve(self, view: rk.View) -> rk.Solution:
+        return rk.Solution(np.full(view.n, 1 / view.n / (1 + next(self.calls))))
+
+
+def test_ranks_that_find_something_else_are_an_error(own_rules: None, tmp_path: Path) -> None:
+    distributed = pytest.importorskip("torch.distributed")
+    rk.register(Fickle)
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        points = ranks._points_of(100, ["median", "mean"], 1e-9, 1, 0)
+        assert [(point.how, point.rule, point.checked) for point in points] == [
+            (how, rule, True) for how in ("rows", "fsdp") for rule in ("median", "mean")
+        ]
+        with pytest.raises(RuntimeError, match=r"^fickle: ranks give another result than one process$"):
+            ranks._points_of(100, ["median", "fickle"], 1e-9, 1, 0)
+    finally:
+        distributed.destroy_process_group()
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------

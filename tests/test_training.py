@@ -8,9 +8,11 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -1132,6 +1134,15 @@ def test_errors_of_the_command(tmp_path: Path, arguments: tuple[str, ...], code:
     assert "Traceback" not in done.stderr
 
 
+def test_who_torchrun_starts_trains_in_rounds(tmp_path: Path) -> None:
+    started = {"TORCHELASTIC_RUN_ID": "one", "RANK": "0", "WORLD_SIZE": "7"}
+    done = robustkern("train", *SHORT, "--arrivals", "id", cwd=tmp_path, **started)
+    assert done.returncode == 2
+    message = "--arrivals id: torchrun's processes train in rounds (drop torchrun, or --arrivals)"
+    assert message in " ".join(done.stderr.split()), done.stderr
+    assert not (tmp_path / "train-output").exists()
+
+
 def test_small_models_take_one_thread(tmp_path: Path) -> None:
     """Threads that wait for each other cost up to sixty times as much where another process has a core."""
     code = (
@@ -1227,6 +1238,27 @@ def test_processes_end_when_too_many_are_lost(tmp_path: Path) -> None:
     done = launch(tmp_path, "run", "--crash", "1@3", "--crash", "2@4", processes=3)
     assert done.returncode == 1
     assert "2 workers are lost, more than the --f 1 that are tolerated" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("rank", "why"), [(0, r"Timed out .* waiting for clients"), (1, r"The client socket has timed out")]
+)
+def test_processes_that_nobody_joins(monkeypatch: pytest.MonkeyPatch, rank: int, why: str) -> None:
+    """The server without workers, and a worker without the server; in less time than they have."""
+    from robustkern.training import processes
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in (place | {"RANK": str(rank), "WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "STARTUP", timedelta(seconds=1))
+    settings = Settings(workers=3, byzantine=1)
+    with pytest.raises(rk.RobustkernError, match=rf"^the 3 processes did not come together: {why}"):
+        if rank:
+            processes.work(settings, DIGITS, timeout_s=1)
+        else:
+            processes.ProcessServer(settings, DIGITS, timeout_s=1, checkpoint_every=1)
 
 
 @pytest.mark.slow

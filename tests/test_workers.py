@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import resource
 import signal
 import struct
@@ -29,7 +30,16 @@ from typer.testing import CliRunner
 
 import robustkern as rk
 from robustkern.cli import app
-from robustkern.files import FileError, aggregate_files, find_workers, formats, memory_of, output, pieces
+from robustkern.files import (
+    FileError,
+    aggregate_files,
+    find_workers,
+    formats,
+    memory_of,
+    output,
+    pieces,
+    read_weights,
+)
 from robustkern.files.digest import Digest
 
 
@@ -223,6 +233,10 @@ def test_checkpoints_in_shards_are_one_worker_each_and_one_output(tmp_path: Path
             lambda d: save_file({"z": np.ones(1)}, d / "s1.safetensors"),
             "holds 'z', which the index does not find there",
         ),
+        (
+            lambda d: save_file({"a": np.ones(2), "b": np.ones(2)}, d / "s2.safetensors"),
+            r"s2.safetensors: holds 'a', as another file of .*c does",
+        ),
         (lambda d: save_file({}, d / "s1.safetensors"), "lacks 'a', which its index names"),
         (lambda d: rewrite(d, {"a": "../s1.safetensors"}), r"it names '../s1.safetensors', which is no update file"),
         (lambda d: rewrite(d, {"a": 3}), r"it names '3', which is no update file"),
@@ -291,7 +305,9 @@ def test_files_of_torch(tmp_path: Path, suffix: str) -> None:
 def test_files_of_torch_that_are_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in (
         ([torch.ones(2)], "it holds a list; expected a dict of tensors"),
-        ({"w": [1, 2]}, "its entry 'w' is a list; expected tensors"),
+        ({"w": [1, 2]}, r"its entry 'w' is a list; expected tensors, or save those"),
+        ({"w" * 70_000: 1}, r"it holds more than 131,072 entries, or names too long"),
+        (dict.fromkeys(range(formats.MAX_ENTRIES + 1)), r"it holds more than 131,072 entries, or names too long"),
         ({"w": torch.ones(2).to_sparse()}, "_rebuild_sparse_tensor', which is no tensor"),
         ({"w": Path("x")}, "it holds 'pathlib PosixPath', which is no tensor"),
         ({"w": torch.ones(2, dtype=torch.float8_e8m0fnu)}, "tensor 'w' has the unsupported dtype float8_e8m0fnu"),
@@ -447,6 +463,29 @@ def test_weights_by_name_reach_their_workers(tmp_path: Path) -> None:
         aggregate_files(folder, "mean", weights=[1] * 12, out=out)
     with pytest.raises(ValueError, match="weights: expected one for each of the 1 workers; got 2"):
         aggregate_files([folder / "client-1.npz"], "mean", weights=[1, 2], out=out)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("client-1=1\nclient-2", r"expected lines such as name=3\.5"),
+        ("a line without a number", r"expected lines such as name=3\.5"),
+        ("client-1=1\nclient-1=2", r"names a worker twice"),
+        ("client-1=much", r"'client-1' has 'much'; expected a number"),
+        ('{"client-1": [1]}', r"'client-1' has '\[1\]'; expected a number"),
+        ('{"a":' * 200_000, r"is nested too deeply"),
+    ],
+)
+def test_files_that_hold_no_weights(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "weights"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"weights: {message}$"):
+        read_weights(path)
+    save(tmp_path / "pool", {"client-1": 1, "client-2": 2})
+    result = command(tmp_path / "pool", "--rule", "mean", "--weights", path, "--out", tmp_path / "out.npz")
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split())), result.stderr
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_weights_that_updates_claim_are_capped_and_shown(tmp_path: Path) -> None:
@@ -772,6 +811,18 @@ def test_headers_of_safetensors_that_lie(tmp_path: Path, header: dict[str, Any],
     assert "b.safetensors" in str(error.value)
 
 
+def ending_too_soon(path: Path, values: Any) -> None:
+    """Write a compressed member that holds half of what its directory says, with the sum of that half."""
+    np.save(path.with_suffix(".npy"), values)
+    data = path.with_suffix(".npy").read_bytes()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", data[: len(data) // 2])
+    written = bytearray(path.read_bytes())
+    at = written.rindex(b"PK\1\2") + 24
+    written[at : at + 4] = struct.pack("<L", len(data))
+    path.write_bytes(written)
+
+
 def test_headers_that_are_too_long_or_nested_are_refused_at_once(tmp_path: Path) -> None:
     started = time.process_time()
     metadata = {f"k{i}": "x" * 10 for i in range(1_000_000)}
@@ -794,6 +845,9 @@ def test_headers_that_are_too_long_or_nested_are_refused_at_once(tmp_path: Path)
     axes = json.dumps({"w": {"dtype": "F64", "shape": [1] * 100, "data_offsets": [0, 8]}}).encode()
     (tmp_path / "axes.safetensors").write_bytes(struct.pack("<Q", len(axes)) + axes + bytes(8))
     (tmp_path / "loop.npz").symlink_to("loop.npz")
+    for name in ("begun.npz", "begun.pt"):  # shorter than the end of an archive, which is looked for
+        (tmp_path / name).write_bytes(b"PK\3\4")
+    ending_too_soon(tmp_path / "soon.npz", np.arange(1000.0))
     started = time.process_time()
     for name, message in (
         ("slow.npz", "its member 'w.npy' is encrypted, or compressed in an unusual way"),
@@ -804,6 +858,9 @@ def test_headers_that_are_too_long_or_nested_are_refused_at_once(tmp_path: Path)
         ("deep.safetensors", "nested too deeply"),
         ("digits.safetensors", "corrupt, truncated or no safetensors file"),
         ("twice.npz", "it holds 'w' twice"),
+        ("begun.npz", r"begun.npz: corrupt, truncated .* \(truncated: something lies before its beginning\)"),
+        ("begun.pt", r"begun.pt: corrupt, truncated .* \(truncated: something lies before its beginning\)"),
+        ("soon.npz", r"soon.npz: corrupt, truncated .* \(tensor 'w' ends too soon\)"),
     ):
         with pytest.raises(FileError, match=message) as error:
             aggregate_files([tmp_path / name], "mean", out=tmp_path / "o.npz")

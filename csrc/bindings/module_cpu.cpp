@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "leaves.h"
 #if defined(__unix__) || defined(__APPLE__)
 #define RK_FILES
 #include "files.h"
@@ -209,33 +210,6 @@ std::uintptr_t address_of(nb::handle array) {
   return address;
 }
 
-// Where the arrays begin; nothing unless all are C-contiguous and of one class, dtype and shape.
-std::optional<std::vector<std::uintptr_t>> addresses_of(nb::sequence arrays) {
-  std::vector<std::uintptr_t> found;
-  std::vector<Py_ssize_t> shape;
-  nb::handle type;
-  nb::object dtype;
-  for (nb::handle array : arrays) {
-    Py_buffer view;
-    if ((type.ptr() && !array.type().is(type)) || PyObject_GetBuffer(array.ptr(), &view, PyBUF_C_CONTIGUOUS) != 0) {
-      PyErr_Clear();
-      return std::nullopt;
-    }
-    const auto address = reinterpret_cast<std::uintptr_t>(view.buf);
-    if (!type.ptr()) shape.assign(view.shape, view.shape + view.ndim);
-    const bool same = view.ndim == static_cast<int>(shape.size()) && std::equal(shape.begin(), shape.end(), view.shape);
-    PyBuffer_Release(&view);
-    nb::object its = array.attr("dtype");
-    if (!type.ptr()) {
-      type = array.type();
-      dtype = its;
-    }
-    if (!same || !(its.is(dtype) || its.equal(dtype))) return std::nullopt;  // unpickled ones are equal copies
-    found.push_back(address);
-  }
-  return found;
-}
-
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const char* const* name = rk::supported_isas(); *name; ++name) names.emplace_back(*name);
@@ -251,7 +225,7 @@ NB_MODULE(_cpu, m) {
   m.def("supported_isas", &supported_isas);
   m.def("max_threads", &rk::max_threads);
   m.def("address_of", &address_of, "array"_a);
-  m.def("addresses_of", &addresses_of, "arrays"_a);
+  m.def("look_at", &look_at, "columns"_a, "inputs"_a, "ndarray"_a, "torch"_a.none(), "begins"_a);
   m.def("select_columns", &select_columns, "isa"_a, "data"_a, "offsets"_a, "dtype"_a, "lo"_a, "hi"_a, "nearest"_a,
         "multiplicities"_a.none(), "mix"_a.none(), "mix_divisors"_a.none(), "measure"_a.none(),
         "measure_divisors"_a.none(), "scale"_a, "out"_a.none(), "sq_distances"_a.none(), "nonfinite"_a, "threads"_a);

@@ -24,11 +24,12 @@ MIN_RUN_BYTES = 1024  # shorter contiguous runs are gathered into blocks: their 
 BLOCK_BYTES = 1 << 22
 
 
-@dataclass
+@dataclass(slots=True)
 class Leaf:
     """One leaf of all rows, and the memory of its result.
 
-    Values of another dtype than `dtype`, in which they are computed, are converted block by block.
+    Values of another dtype than `dtype`, in which they are computed, are converted block by block; `size` is its number
+    of columns.
     """
 
     path: tuple[Any, ...]
@@ -39,11 +40,10 @@ class Leaf:
     addresses: NDArray[np.int64] | None = None  # (n + 1,), the result's last, where all are known to be contiguous
     place: Place | None = None
     stored: np.dtype[Any] | None = None  # of row 0's values, where that is another one than `dtype`
+    size: int = field(init=False)
 
-    @property
-    def size(self) -> int:
-        """Number of columns."""
-        return math.prod(self.shape)
+    def __post_init__(self) -> None:
+        self.size = math.prod(self.shape)
 
     @property
     def converted(self) -> bool:
@@ -68,15 +68,21 @@ class Leaf:
         # A row of another dtype than row 0's is no tie, whatever lies in its memory.
         return [(kind, address(row), _layout(row.shape, row.strides), row.dtype) for row in self.arrays]
 
-    def bounds(self) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Yield first bytes of the rows, and how many bytes from there may be theirs."""
+    @property
+    def out_bytes(self) -> int:
+        """How many bytes the result has."""
+        return self.size * (self.dtype if self.addresses is not None else self.out.dtype).itemsize
+
+    def bounds(self) -> list[tuple[NDArray[np.int64], int]]:
+        """Return first bytes of the rows, and how many bytes from there may be theirs."""
         if self.addresses is not None:
-            yield self.addresses[:-1], self.size * self.dtype.itemsize
-            return
+            return [(self.addresses[:-1], self.size * self.dtype.itemsize)]
+        bounds = []
         for source in self.arrays if isinstance(self.arrays, list) else [self.arrays]:
             reach = [(size - 1) * stride for size, stride in zip(source.shape, source.strides, strict=True)]
             low = sum(step for step in reach if step < 0)
-            yield np.array([address(source) + low]), sum(map(abs, reach)) + source.itemsize
+            bounds.append((np.array([address(source) + low]), sum(map(abs, reach)) + source.itemsize))
+        return bounds
 
 
 def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -213,19 +219,20 @@ class MemorySource(Undivided):
 
 def _grouped(leaves: list[Leaf]) -> tuple[Block, list[Leaf]]:
     """Join the segments of all leaves that can be used in place, by dtype; return the other leaves apart."""
-    parts: dict[np.dtype[Any], list[tuple[NDArray[np.int64], int]]] = {}
+    parts: dict[np.dtype[Any], tuple[list[NDArray[np.int64]], list[int]]] = {}
     strided = []
     for leaf in leaves:
         if leaf.size == 0:
             continue
-        segments = _segments(leaf)
-        if segments is None:
+        table, run = (leaf.addresses[None], leaf.size) if leaf.addresses is not None else _segments(leaf)
+        if table is None:
             strided.append(leaf)
-        else:
-            parts.setdefault(leaf.dtype, []).append(segments)
+            continue
+        tables, runs = parts.setdefault(leaf.dtype, ([], []))
+        tables.append(table)
+        runs.append(run)
     rows, out = [], []
-    for dtype, group in parts.items():
-        tables, runs = zip(*group, strict=True)
+    for dtype, (tables, runs) in parts.items():
         table = np.concatenate(tables).view(np.uint64)
         if len(table) == 1:
             offsets = one_segment(runs[0])
@@ -260,12 +267,10 @@ def _copied_blocks(leaf: Leaf, place: Place) -> Iterator[Block]:
         )
 
 
-def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
-    """Addresses (n_segments, n + 1) of equal contiguous runs and of their result, or None where there are none."""
-    if leaf.addresses is not None:
-        return leaf.addresses[None], leaf.size
+def _segments(leaf: Leaf) -> tuple[NDArray[np.int64] | None, int]:
+    """Addresses (n_segments, n + 1) of equal contiguous runs and of their result, or None; and the runs' columns."""
     if leaf.converted:
-        return None
+        return None, 0
     arrays, item = leaf.arrays, leaf.dtype.itemsize
     if isinstance(arrays, (np.ndarray, DeviceArray)):
         strides = [arrays.strides[1:]]
@@ -277,7 +282,7 @@ def _segments(leaf: Leaf) -> tuple[NDArray[np.int64], int] | None:
     outer = leaf.shape[: len(leaf.shape) - axes]
     run = math.prod(leaf.shape[len(outer) :])
     if outer and run * item < MIN_RUN_BYTES:
-        return None
+        return None, 0
     index = np.indices(outer, dtype=np.int64).reshape(len(outer), math.prod(outer))
     table = np.empty((index.shape[1], len(base) + 1), dtype=np.int64)
     # One row of strides serves all rows of one array.
@@ -316,7 +321,7 @@ def check_disjoint(leaves: list[Leaf], others: Sequence[Leaf] = ()) -> None:
     order = np.argsort(low)
     low, reach = low[order], np.maximum.accumulate(high[order])
     begin = np.array([leaf.out_address for leaf in leaves])
-    end = begin + [leaf.size * getattr(leaf.out, "itemsize", leaf.dtype.itemsize) for leaf in leaves]
+    end = begin + [leaf.out_bytes for leaf in leaves]
     order = np.argsort(begin)
     begin, end = begin[order], end[order]
     before = np.searchsorted(low, end)  # so many rows' parts begin before a result ends: does one reach into it?

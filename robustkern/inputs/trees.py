@@ -15,27 +15,25 @@ from numpy.typing import NDArray
 
 from robustkern.contract.rows import DTYPES, MAX_ROWS, Block, Rows, one_segment
 from robustkern.errors import BackendUnavailable, plain
-from robustkern.inputs.addresses import address_of, addresses_of
 from robustkern.inputs.arrays import (
+    address_of,
     array_view,
     check_dtype,
     checked_out,
     described,
     empty,
     empty_tensor,
-    has_memory,
     leaf_of,
     library_of,
     name_of,
     pairs,
     place_of,
-    refuse_traced,
-    warn_of_gradients,
     where_is,
 )
 from robustkern.inputs.devices import DeviceArray
 from robustkern.inputs.leaves import EVERYTHING, Choice, computed
 from robustkern.inputs.memory import Leaf, MemorySource, check_disjoint, plain_leaf
+from robustkern.inputs.plain import Plain, look, new_like
 
 __all__ = ["adapt", "in_the_order_of", "jax_array"]
 
@@ -107,7 +105,7 @@ def adapt(
         updates = [*updates, centre]
     if all(type(u) is np.ndarray for u in updates):
         _require_names(choice)
-        leaf, result = _make_leaf(updates, n, (), out, choice)
+        leaf, result = _make_leaf(updates, n, (), out, choice, _looked([updates], [out])[0])
         if out is not None:
             check_disjoint([leaf])
         return MemorySource.of(n, [leaf], centre is not None), result
@@ -177,9 +175,8 @@ def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
         if updates.dtype not in DTYPES or not updates.flags.c_contiguous:
             return None
         dtype, first, shape = updates.dtype, address_of(updates), updates.shape
-    elif is_torch_array(updates) and (looked := _look((updates,), 1)) is not None:
-        dtype, (first,) = looked
-        shape = tuple(updates.shape)
+    elif is_torch_array(updates) and (plain := look([(updates,)], 1)[0]) is not None:
+        dtype, first, shape = plain.dtype, int(plain.begins[0]), tuple(updates.shape)
     else:
         return None
     if len(shape) < 2 or not 0 < shape[0] <= MAX_ROWS or 0 in shape:
@@ -193,9 +190,9 @@ def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
         result = out
         if type(out) is not type(updates) or out.dtype != updates.dtype or tuple(out.shape) != shape[1:]:
             return None
-        if (type(out) is np.ndarray and not out.flags.writeable) or (looked := _look((out,), 0)) is None:
+        if (type(out) is np.ndarray and not out.flags.writeable) or (plain := look([(out,)], 0)[0]) is None:
             return None
-        (target,) = looked[1]
+        target = int(plain.begins[0])
         if target % dtype.alignment or first - step < target < first + n * step:
             return None
     addresses = np.arange(first, first + n * step, step, dtype=np.uint64)
@@ -206,69 +203,29 @@ def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
     return MemorySource(n, d, {dtype}, "cpu", block), result
 
 
-#: Below it a tensor's storage is looked at: where it was taken away, tensors begin so far from 0 as in the storage.
-UNUSUAL_ADDRESS = 1 << 40
-_TORCH_LOOK = operator.attrgetter("__class__", "dtype", "shape", "layout", "is_cpu")
-
-
-@functools.cache
-def _torch_kinds() -> tuple[frozenset[Any], dict[Any, np.dtype[Any]], Any, Callable[[Any], bool]]:
-    """Classes of plain tensors, NumPy's names of torch's dtypes, the dense layout, and what tells tracers' tensors."""
-    import torch
-
-    dtypes = {getattr(torch, dtype.name): dtype for dtype in DTYPES}
-    return frozenset((torch.Tensor, torch.nn.Parameter)), dtypes, torch.strided, torch._is_functional_tensor
-
-
-def _look(values: Sequence[Any], inputs: int) -> tuple[np.dtype[Any], list[int]] | None:
-    """Return dtype and addresses of plain contiguous arrays that are all alike: the usual case, without a view of each.
-
-    None sends all others to `_make_leaf`'s loop, which also finds the words for what cannot be used.
-    """
-    first = values[0]
-    if type(first) is np.ndarray:
-        found = addresses_of(values) if first.dtype in DTYPES else None
-        return None if found is None else (first.dtype, found)
-    if not is_torch_array(first):
-        return None
-    refuse_traced()
-    classes, dtypes, dense, is_functional = _torch_kinds()
-    if first.dtype not in dtypes or not classes.issuperset(map(type, values)):
-        return None
-    try:
-        looks = [*map(_TORCH_LOOK, values)]
-        if looks.count(looks[0]) != len(looks) or looks[0][3:] != (dense, True):
-            return None
-        if any(value.requires_grad for value in values[:inputs]):
-            warn_of_gradients()
-        if not all(value.is_contiguous() and not value.is_neg() for value in values) or any(map(is_functional, values)):
-            return None
-        addresses = [value.data_ptr() for value in values]
-    except RuntimeError:  # no shape (nested tensors), or no memory of its own
-        return None
-    if min(addresses) < UNUSUAL_ADDRESS and not all(map(has_memory, values)):
-        return None
-    return (dtypes[first.dtype], addresses) if all(addresses) else None
-
-
 def _name_of_row(i: int, n: int) -> str:
     return f"row {i}" if i < n else "centre"
 
 
-def _make_leaf(values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, choice: Choice) -> tuple[Leaf, Any]:
+def _looked(columns: Sequence[Sequence[Any]], targets: Sequence[Any]) -> list[Plain | None]:
+    """Look at the leaves' columns of arrays, and what their results shall be written to."""
+    if targets[0] is None:
+        return look(columns, len(columns[0]), 1)
+    return look([(*column, target) for column, target in zip(columns, targets, strict=True)], len(columns[0]))
+
+
+def _make_leaf(
+    values: Sequence[Any], n: int, path: tuple[Any, ...], out: Any, choice: Choice, plain: Plain | None
+) -> tuple[Leaf, Any]:
     """Check that all n rows, and what follows them, have the same leaf, and allocate its result."""
     like = values[0]
-    looked = _look(values if out is None else (*values, out), len(values))
-    if looked is not None and (choice.dtype is None or choice.dtype == looked[0]):
-        dtype, addresses = looked
-        shape = tuple(like.shape)
-        result = out
+    if plain is not None and (choice.dtype is None or choice.dtype == plain.dtype):
+        result, begins = out, plain.begins
         if out is None:
-            result = np.empty(shape, dtype=like.dtype) if type(like) is np.ndarray else empty_tensor(shape, like)
-            addresses.append(address_of(result) if isinstance(result, np.ndarray) else result.data_ptr())
+            result, begins[-1] = new_like(like)
         writeable = out is None or type(out) is not np.ndarray or out.flags.writeable
-        if writeable and addresses[-1] % dtype.alignment == 0:
-            return Leaf(path, shape, dtype, values, result, np.array(addresses, dtype=np.int64)), result
+        if writeable and begins[-1] % plain.dtype.alignment == 0:
+            return Leaf(path, tuple(like.shape), plain.dtype, values, result, begins), result
     where, arrays = leaf_of(path), []
     for i, value in enumerate(values):
         row = _name_of_row(i, n)
@@ -331,32 +288,15 @@ def _adapt_trees(
         if out is not None:
             others = [leaf for value in left_out if (leaf := _input_only(value)) is not None]
             out = _pruned(out, choice, (), [])
-    paths, leaves, spec = optree.tree_flatten_with_path(updates[0])
-    if not leaves:
-        raise ValueError("row 0 holds no arrays; expected an array or a pytree of arrays")
-    # What is an array needs no look into optree's registry, which is most of its time.
-    is_leaf = functools.partial(type.__instancecheck__, type(leaves[0]))
-    rows = [leaves]
-    for i, update in enumerate(updates[1:], start=1):
-        row, row_spec = optree.tree_flatten(update, is_leaf)
-        if row_spec != spec:  # mappings are matched by their keys, whatever their kind and order
-            row, row_spec = optree.tree_flatten(in_the_order_of(updates[0], update), is_leaf)
-        if row_spec != spec:
-            raise ValueError(f"{_name_of_row(i, n)} {_difference(paths, update)}")
-        rows.append(row)
-    targets: list[Any] = [None] * len(leaves)
-    if out is not None:
-        targets, out_spec = optree.tree_flatten(in_the_order_of(updates[0], out), is_leaf)
-        if out_spec != spec:
-            raise ValueError(f"out {_difference(paths, out)}")
+    paths, spec, columns, targets = _flattened(updates, n, out)
     made, settings, results, places = [], [], [], []
-    for column, path, target in zip(zip(*rows, strict=True), paths, targets, strict=True):
+    for column, path, target, seen in zip(columns, paths, targets, _looked(columns, targets), strict=True):
         if type(column[0]) in PLAIN and all(type(value) in PLAIN for value in column):
             weights = None if within is None else within(n).weights
             settings.append(plain_leaf(path, column[:n], weights))
             results.append(settings[-1].value)
         else:
-            leaf, result = _make_leaf(column, n, path, target, choice)
+            leaf, result = _make_leaf(column, n, path, target, choice, seen)
             made.append(leaf)
             places.append(len(results))
             results.append(result)
@@ -364,15 +304,7 @@ def _adapt_trees(
         raise ValueError(
             "row 0 holds no arrays, only numbers or texts of Python (pass numpy.asarray(x) of each number)"
         )
-    arrays = [leaf for leaf in leaves if type(leaf) not in PLAIN]
-    libraries = sorted({library_of(leaf) for leaf in {type(leaf): leaf for leaf in arrays}.values()})
-    if len(libraries) > 1:
-        raise TypeError(f"row 0 mixes {' and '.join(libraries)} leaves (convert them to one library)")
-    for leaf in made:
-        if leaf.place != made[0].place:
-            here, there = (str(place or "cpu") for place in (leaf.place, made[0].place))
-            first = name_of(made[0].path)
-            raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {first} on {there} (move one)")
+    library = _only_library([column[0] for column in columns], made)
     tied = _tied(made, n, within) if within is not None and len(made) > 1 else {}
     copies: list[tuple[Any, Any]] = []
     for k, other in tied.items():
@@ -382,26 +314,75 @@ def _adapt_trees(
             copies.append((results[places[k]], results[places[other]]))
     kept = [leaf for k, leaf in enumerate(made) if k not in tied]
     if out is not None:
-        outs = {leaf.out_address: leaf for leaf in reversed([made[k] for k in tied])} | {
-            leaf.out_address: leaf for leaf in reversed(kept)
-        }
-        extra = [leaf for k, leaf in enumerate(made) if k in tied and outs[leaf.out_address] is leaf]
-        check_disjoint([*kept, *extra], [*others, *(made[k] for k in tied)])
+        also = [made[k] for k in tied]  # written too, where their results are not those of what they are tied to
+        outs = {leaf.out_address: leaf for leaf in (*reversed(also), *reversed(kept))} if tied else {}
+        check_disjoint([*kept, *(leaf for leaf in also if outs[leaf.out_address] is leaf)], [*others, *also])
     source = MemorySource.of(n, kept, len(updates) > n, settings)
     if apart:
         source.parts = _parts(source, kept)
-    if libraries == ["jax"] or copies or whole_out is not out:
+    if library == "jax" or copies or whole_out is not out:
 
         def finish() -> Any:
             for target, result in copies:
                 np.copyto(_on_host(target), _on_host(result))
-            if libraries == ["jax"]:
+            if library == "jax":
                 results[:] = [jax_array(r) if isinstance(r, np.ndarray) else r for r in results]
             tree = optree.tree_unflatten(spec, results)
             return tree if whole_out is out else _merged(whole_out, tree)
 
         source.finish = finish
     return source, optree.tree_unflatten(spec, results)
+
+
+def _flattened(
+    updates: Sequence[Any], n: int, out: Any
+) -> tuple[list[tuple[Any, ...]], Any, list[tuple[Any, ...]], Sequence[Any]]:
+    """Return paths and structure of row 0, its leaves' columns of all rows, and what their results go to."""
+    import optree
+
+    paths, leaves, spec = optree.tree_flatten_with_path(updates[0])
+    if not leaves:
+        raise ValueError("row 0 holds no arrays; expected an array or a pytree of arrays")
+    # What is an array needs no look into optree's registry, which is most of its time.
+    is_leaf = functools.partial(type.__instancecheck__, type(leaves[0]))
+    get, kinds = _getter(updates[0], paths), set(map(type, leaves))
+
+    def flat(update: Any, name: str) -> Sequence[Any]:
+        if get is not None and type(update) in MAPPINGS and update.keys() == updates[0].keys():
+            values = get(update)
+            if kinds.issuperset(map(type, values)):
+                return values
+        found, its = optree.tree_flatten(update, is_leaf)
+        if its != spec:  # mappings are matched by their keys, whatever their kind and order
+            found, its = optree.tree_flatten(in_the_order_of(updates[0], update), is_leaf)
+        if its != spec:
+            raise ValueError(f"{name} {_difference(paths, update)}")
+        return found
+
+    rows = [leaves, *(flat(update, _name_of_row(i, n)) for i, update in enumerate(updates[1:], start=1))]
+    targets = [None] * len(leaves) if out is None else flat(out, "out")
+    return paths, spec, list(zip(*rows, strict=True)), targets
+
+
+def _getter(first: Any, paths: list[tuple[Any, ...]]) -> Callable[[Any], tuple[Any, ...]] | None:
+    """Return what takes the leaves out of a flat mapping, in half of optree's time; None where it is none."""
+    if type(first) not in MAPPINGS or not len(first) == len(paths) > 1 or any(len(path) > 1 for path in paths):
+        return None
+    return operator.itemgetter(*(name for (name,) in paths))
+
+
+def _only_library(leaves: Sequence[Any], made: list[Leaf]) -> str:
+    """Return of which library the arrays of row 0 are, all of one and in one place."""
+    kinds = {type(leaf): leaf for leaf in leaves}
+    libraries = sorted({library_of(leaf) for kind, leaf in kinds.items() if kind not in PLAIN})
+    if len(libraries) > 1:
+        raise TypeError(f"row 0 mixes {' and '.join(libraries)} leaves (convert them to one library)")
+    for leaf in made:
+        if leaf.place != made[0].place:
+            here, there = (str(place or "cpu") for place in (leaf.place, made[0].place))
+            first = name_of(made[0].path)
+            raise ValueError(f"row 0{leaf_of(leaf.path)} is on {here}, leaf {first} on {there} (move one)")
+    return libraries[0]
 
 
 def _on_host(result: Any) -> NDArray[Any]:

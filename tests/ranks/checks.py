@@ -461,7 +461,7 @@ def errors(rank: int, size: int) -> None:
         (ValueError, "leaf is .*b.* on rank 0, and .*c.* on rank 2", lambda: rd.aggregate(renamed if rank == 2 else trees, "median", scope="leaf")),
         (ValueError, "rank 0 is at a row, rank 2 at a call", lambda: rd.aggregate(np.ones((5, 2)), "median") if rank == 2 else rd.aggregate_rows(x, "median")),
         (TypeError, "leaf the update is str; expected a NumPy array", lambda: rd.aggregate_rows(x if rank != 3 else "text", "median", f=1)),
-        (TypeError, "leaf the update is complex", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
+        (TypeError, r"leaf the update is complex \(pass its real and its imaginary part as two leaves\)", lambda: rd.aggregate_rows(x if rank else x * 1j, "median", f=1)),
         (TypeError, r"is a torch tensor of layout torch.sparse_coo; expected a dense one \(pass x.to_dense\(\)\)", lambda: rd.aggregate_rows(torch.ones(5).to_sparse() if rank == 1 else torch.ones(5), "median", f=1)),
         (rk.NonFiniteError, r"krum: 2 rows hold NaN or Inf \(rows 2, 3\)", lambda: rd.aggregate_rows(x * (np.nan if rank > 1 else 1), "krum", f=1)),
         (rk.NonFiniteError, r"median: 3 rows hold NaN or Inf \(rows 0, 1, 2\)", lambda: rd.aggregate(np.array([[np.nan if rank == 2 and i < 3 else 1.0] for i in range(5)]), "median", f=2)),
@@ -504,7 +504,7 @@ def errors(rank: int, size: int) -> None:
         for message, (kind, bad) in refused.items()
     ]  # fmt: skip
     cases += [
-        (TypeError, r"parameters is Linear; expected tensors \(pass model.parameters\(\)\)", lambda: rd.aggregate_gradients(linear if rank == 1 else linear.parameters(), "median")),
+        (TypeError, r"aggregate_gradients: parameters is Linear; expected tensors \(pass model.parameters\(\)\)", lambda: rd.aggregate_gradients(linear if rank == 1 else linear.parameters(), "median")),
         (TypeError, r"parameter 0 is tuple; expected a tensor \(pass model.parameters\(\)\)", lambda: rd.aggregate_gradients(linear.named_parameters() if rank == 1 else linear.parameters(), "median")),
     ]  # fmt: skip
     cases += own_rules(rank)
@@ -1093,7 +1093,11 @@ def killed(rank: int, size: int, who: int = -1) -> dict[str, Any]:
         while True:
             rd.aggregate_rows(np.ones(4), "krum", f=1)
     except RuntimeError as error:
-        return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+        found = {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - started}
+    others = [Path(os.environ["RANKS_FOLDER"]) / f"{k}.json" for k in range(1, size) if k != who % size]
+    while rank == 0 and not all(map(Path.exists, others)) and time.monotonic() < started + 20:
+        time.sleep(0.05)  # whoever ends resets connections, with a word in them that nobody has read yet
+    return found
 
 
 def killed_first(rank: int, size: int) -> dict[str, Any]:
@@ -1114,7 +1118,7 @@ def killed_while_collecting(rank: int, size: int) -> dict[str, Any]:
     try:
         rd.aggregate_rows(np.ones(1_000_000), "median", f=1)
     except RuntimeError as error:
-        return {"error": type(error).__name__, "seconds": time.monotonic() - started}
+        return {"error": f"{type(error).__name__}: {error}", "seconds": time.monotonic() - started}
     raise AssertionError("a result without the last rank's columns")
 
 
