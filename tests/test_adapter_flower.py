@@ -233,24 +233,26 @@ def described(head: bytes) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"garbage" * 9, r"it is no array of NumPy's"),
-        ("text", r"it is no array of NumPy's"),
-        (b"\x93NUMPY\x09\x00" + b"\0" * 60, r"its header is too long, or of an unknown version"),
-        (described(b" " * 60000), r"its header is too long, or of an unknown version"),
-        (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'more': 1}"), r"its header is none of NumPy's"),
-        (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': [3]}"), r"its header is none of NumPy's"),
-        (npy("<f4", (-1,), b"\0" * 48), r"its header holds a shape or dtype that is none"),
-        (described(b"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (3,)}"), r"its header holds a shape or dtype that is none"),
-        (npy("<U8", (3,), b"\0" * 96), r"its dtype is <U8"),
-        (npy("|O", (3,), b"\x80\x04K\x01."), r"its dtype is object"),
-        (npy("<f4", (3, 5), b"\0" * 59), r"it holds fewer bytes than its shape \(3, 5\) takes"),
-        (npy("<f4", (10**30,), b"\0" * 48), r"it holds fewer bytes than its shape \(1" + "0" * 30 + r",\) takes"),
-    ],
-)  # fmt: skip
-def test_what_is_no_array_says_why(data: Any, message: str) -> None:
+#: What is no array, and why.
+NO_ARRAYS: dict[str, tuple[Any, str]] = {
+    "garbage": (b"garbage" * 9, r"it is no array of NumPy's"),
+    "a text": ("text", r"it is no array of NumPy's"),
+    "version 9": (b"\x93NUMPY\x09\x00" + b"\0" * 60, r"its header is too long, or of an unknown version"),
+    "60 kB header": (described(b" " * 60000), r"its header is too long, or of an unknown version"),
+    "another key": (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': (3,), 'more': 1}"), r"its header is none of NumPy's"),
+    "shape a list": (described(b"{'descr': '<f4', 'fortran_order': False, 'shape': [3]}"), r"its header is none of NumPy's"),
+    "negative shape": (npy("<f4", (-1,), b"\0" * 48), r"its header holds a shape or dtype that is none"),
+    "dtype a list": (described(b"{'descr': [('x', '<f4')], 'fortran_order': False, 'shape': (3,)}"), r"its header holds a shape or dtype that is none"),
+    "texts": (npy("<U8", (3,), b"\0" * 96), r"its dtype is <U8"),
+    "pickle": (npy("|O", (3,), b"\x80\x04K\x01."), r"its dtype is object"),
+    "cut off": (npy("<f4", (3, 5), b"\0" * 59), r"it holds fewer bytes than its shape \(3, 5\) takes"),
+    "1e30 header": (npy("<f4", (10**30,), b"\0" * 48), r"it holds fewer bytes than its shape \(10+,\) takes"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_what_is_no_array_says_why(kind: str) -> None:
+    data, message = NO_ARRAYS[kind]
     with pytest.raises(ValueError, match=f"^{message}$"):
         flower.decoded(data)
 

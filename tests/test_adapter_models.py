@@ -541,7 +541,7 @@ def test_nvflares_messages(nvflare: Any) -> None:
         results_of(own, good)
     assert "krum: 2*f must be below n" in said[-1]
     assert said[-1].endswith("; nothing changes")
-    for params, kind in (("text", "str"), (None, "NoneType"), ([np.ones(3)], "list"), ({}, "dict")):
+    for params, kind in (("text", "str"), (None, "NoneType"), ([np.ones(3)], "list"), ({}, "empty")):
         said.clear()
         assert results_of(own, [model(nvflare, params), *good, *good]).params["w"].tolist() == [1.0] * 3
         assert said == [f"robustkern: a reply is left out, and counted as a bad one: model 0: its params are {kind}"]

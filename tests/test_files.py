@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from test_rules import RULES
 
 import robustkern as rk
-from robustkern.files import FileError, aggregate_files
+from robustkern.files import FileError, aggregate_files, formats
 
 Update = dict[str, NDArray[Any]]
 
@@ -198,7 +198,7 @@ def test_nothing_lies_before_a_files_beginning(tmp_path: Path) -> None:
     """No file gets that far: `_check_end` refuses archives whose members would."""
     (tmp_path / "a.npy").write_bytes(b"12345678")
     for hold in (True, False):
-        held = files.Held(tmp_path / "a.npy", hold)
+        held = formats.Held(tmp_path / "a.npy", hold)
         with pytest.raises(FileError, match=r"a.npy: corrupt, something in it lies before its beginning$"):
             held.read(-1, 4)
         held.close()
@@ -283,6 +283,9 @@ def test_bad_outputs(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"gone.npz: no such file"):
         aggregate_files([tmp_path / "gone.npz"], "median", out=tmp_path / "out.npz")
     save_file({}, tmp_path / "nothing.safetensors")
+    np.savez(tmp_path / "nothing.npz")  # an archive of nothing but its end
+    with pytest.raises(FileError, match=r"nothing.npz: holds no tensors"):
+        aggregate_files([tmp_path / "nothing.npz"] * 3, "median", out=tmp_path / "out.npz")
     with pytest.raises(FileError, match=r"nothing.safetensors: holds no tensors"):
         aggregate_files([tmp_path / "nothing.safetensors"], "median", out=tmp_path / "out.npz")
     np.savez(tmp_path / "text.npz", x=np.array(["a"]))

@@ -575,6 +575,14 @@ def test_a_file_of_rules_on_the_command_line(tmp_path: Path) -> None:
     assert "tightest" in [rule["rule"] for rule in json.loads(done.stdout)["rules"]]
     done = robustkern("rules", "--import", own)
     assert "mean of the n-f rows of smallest diameter; also: minimal_diameter" in done.stdout
+    done = robustkern(
+        *("scaling", "--import", own, "--rules", "tightest", "--ranks", 2, "--d", 1000, "--seconds", 0.01, "--json"),
+        *("--out", tmp_path / "ranks"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert [(p["rule"], p["how"], p["checked"]) for p in json.loads(done.stdout)] == [
+        ("tightest", "rows", True)
+    ]
     done = robustkern("bench", "--import", own, "--n", 8, "--d", 20000, "--rounds", 1, "--against", "numpy", "--json")
     assert done.returncode == 0, done.stderr
     measured = [(result["rule"], result["library"], result["goal"]) for result in json.loads(done.stdout)["results"]]

@@ -205,6 +205,11 @@ def test_a_missing_backend_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(rk.BackendUnavailable, match="cpp: runs on cpu, the rows are on cuda"):
         registry.choose("auto", {np.dtype(np.float32)}, "cuda")
     assert "pip install" in rk.info()["backends"]["numba"]
+    numba = pytest.importorskip("numba")
+    monkeypatch.delitem(registry._loaded, "numba")
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(rk.BackendUnavailable, match=r"Numba's compiler is switched off \(unset NUMBA_DISABLE_JIT\)"):
+        rk.median(np.ones((3, 2)), backend="numba")
     monkeypatch.setitem(registry._loaded, "cpp", "no compiled module")
     monkeypatch.setattr(registry, "_warned", False)
     with pytest.warns(RuntimeWarning, match="runs on its reference backend, .*slower.* Missing: cpp: no compiled"):

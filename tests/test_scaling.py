@@ -168,6 +168,14 @@ def test_a_rank_that_fails_says_why() -> None:
         list(ranks.study_ranks([1], [-1], ["median"], 0.01))
 
 
+def test_rules_that_no_number_of_ranks_suffices_for(tmp_path: Path) -> None:
+    pytest.importorskip("torch.distributed")
+    asked = ("--rules", "bulyan", "--ranks", "1,2", "--d", "100", "--seconds", "0.01", "--out", str(tmp_path / "out"))
+    run = CliRunner().invoke(app, ["scaling", *asked])
+    assert run.exit_code == 1
+    assert "none of the rules takes so few rows, one a rank (1, 2; try --ranks 4)" in " ".join(run.output.split())
+
+
 @dataclass(frozen=True)
 class Fickle(rk.Aggregator):
     """Takes another multiple of the mean in each call."""

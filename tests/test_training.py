@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -1253,12 +1254,9 @@ def test_processes_that_nobody_joins(monkeypatch: pytest.MonkeyPatch, rank: int,
     for name, value in (place | {"RANK": str(rank), "WORLD_SIZE": "3"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "STARTUP", timedelta(seconds=1))
-    settings = Settings(workers=3, byzantine=1)
+    begin: Any = processes.work if rank else functools.partial(processes.ProcessServer, checkpoint_every=1)
     with pytest.raises(rk.RobustkernError, match=rf"^the 3 processes did not come together: {why}"):
-        if rank:
-            processes.work(settings, DIGITS, timeout_s=1)
-        else:
-            processes.ProcessServer(settings, DIGITS, timeout_s=1, checkpoint_every=1)
+        begin(Settings(workers=3, byzantine=1), DIGITS, timeout_s=1)
 
 
 @pytest.mark.slow

@@ -355,7 +355,9 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     for name in data.MNIST_FILES:  # each of them
         mnist(tmp_path / name)
         (tmp_path / name / name).unlink()
-        with pytest.raises(FileNotFoundError, match=rf"mnist needs the files .*{name}.* \(or those with \.gz\); looked in"):
+        with pytest.raises(
+            FileNotFoundError, match=rf"mnist needs the files .*{name}.* \(or those with \.gz\); looked in"
+        ):
             data.load_data("mnist", tmp_path / name)
     with pytest.raises(ValueError, match="data must be one of digits, mnist5k, mnist, cifar10; got 'svhn'"):
         data.load_data("svhn")

@@ -475,6 +475,7 @@ def test_weights_by_name_reach_their_workers(tmp_path: Path) -> None:
         ('{"client-1": [1]}', r"'client-1' has '\[1\]'; expected a number"),
         ('{"a":' * 200_000, r"is nested too deeply"),
     ],
+    ids=["no sign", "no number", "twice", "no float", "a list", "nested"],
 )
 def test_files_that_hold_no_weights(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "weights"

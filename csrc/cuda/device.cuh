@@ -106,6 +106,17 @@ __device__ __forceinline__ void store(S* target, const Pack<S, V>& pack) {
 #endif
   *reinterpret_cast<Pack<S, V>*>(target) = pack;
 }
+// The first `valid` of them, where they are not whole.
+template <class S, int V>
+__device__ __forceinline__ void store(S* target, const Pack<S, V>& pack, bool whole, int valid) {
+  if (whole) {
+    store(target, pack);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (v < valid) target[v] = pack.cell[v];
+  }
+}
 
 // ---- rows in tiles -------------------------------------------------------------------------------------
 

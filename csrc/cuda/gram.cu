@@ -65,6 +65,61 @@ Plan plan(int64_t m, bool weighted) {
   return how;
 }
 
+// Launches the kernel of the plan, in as many parts as its pairs of tiles take.
+template <class S, class P>
+void launch_products(const Plan& how, bool tensor, int64_t n, int64_t blocks, GramArgs args, Queue& queue) {
+  const auto launch = [&](const char* name, auto* kernel) {
+    const int64_t most = lesser(kMostGroups, most_blocks) * how.pairs_of_block;
+    for (int64_t first = 0; first < args.pairs; first += most) {
+      args.first_pair = static_cast<int>(first);
+      const int64_t groups = (lesser(most, args.pairs - first) + how.pairs_of_block - 1) / how.pairs_of_block;
+      queue.launch(name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
+                   dim3(static_cast<unsigned>(how.threads)), how.shared_bytes, args);
+    }
+  };
+  if (sizeof(P) == 8 && tensor) {
+    if (how.fused)
+      by_size(FewSizes{}, args.m, [&](auto size) {
+        constexpr int N = decltype(size)::value;
+        args.low_pads = median_pads(N, n);
+        launch("gram_of_few", &gram_of_few<S, N>);
+      });
+    else
+      launch("gram_of_pairs", &gram_of_pairs<S>);
+  } else if (how.fused) {
+    by_size(GramSizes{}, n, [&](auto size) {
+      constexpr int N = decltype(size)::value;
+      args.low_pads = median_pads(N, n);
+      launch("gram_products", &gram_products<S, P, N>);
+    });
+  } else {
+    launch("gram_products", &gram_products<S, P, 0>);
+  }
+}
+
+// Brings the sums of the lower triangle back, and NaN where a row's flag is set.
+void bring_back(const Workspace& space, Part<unsigned> flags, Part<double> sums, int64_t n, int64_t m, int64_t lines,
+                double* out, Queue& queue) {
+  const char* begin = reinterpret_cast<const char*>(space[flags]);
+  const auto bytes = static_cast<std::size_t>(reinterpret_cast<const char*>(space[sums] + m * m) - begin);
+  std::vector<char> found(bytes);
+  queue.download(found.data(), begin, bytes, "gram");
+  const char* entries = found.data() + (bytes - static_cast<std::size_t>(m * m) * sizeof(double));
+  const auto is_bad = [&](int64_t i) {
+    unsigned flag = 0;
+    if (i < n) std::memcpy(&flag, found.data() + i * static_cast<int64_t>(sizeof(flag)), sizeof(flag));
+    return flag != 0;
+  };
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j <= i && j < lines; ++j) {
+      double sum;
+      std::memcpy(&sum, entries + (i * m + j) * static_cast<int64_t>(sizeof(sum)), sizeof(sum));
+      if (is_bad(i) || is_bad(j)) sum = std::nan("");
+      out[j * m + i] = sum;
+      if (i < lines) out[i * m + j] = sum;
+    }
+}
+
 // Products in P: float64, or float32. `tensor`: by tensor instructions for float64.
 template <class S, class P>
 void products(const Rows& rows, const int64_t* multiplicities, bool origin, double scale, bool tensor, int64_t lines,
@@ -114,53 +169,10 @@ void products(const Rows& rows, const int64_t* multiplicities, bool origin, doub
     args.width = how.width;
     args.slices = how.slices;
     args.vectorised = all_aligned(rows.data, rows.n_segments * n);
-    const auto launch = [&](const char* name, auto* kernel) {
-      const int64_t most = lesser(kMostGroups, most_blocks) * how.pairs_of_block;
-      for (int64_t first = 0; first < pairs; first += most) {
-        args.first_pair = static_cast<int>(first);
-        const int64_t groups = (lesser(most, pairs - first) + how.pairs_of_block - 1) / how.pairs_of_block;
-        queue.launch(name, kernel, dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(groups)),
-                     dim3(static_cast<unsigned>(how.threads)), how.shared_bytes, args);
-      }
-    };
-    if (sizeof(P) == 8 && tensor) {
-      if (how.fused)
-        by_size(FewSizes{}, m, [&](auto size) {
-          constexpr int N = decltype(size)::value;
-          args.low_pads = median_pads(N, n);
-          launch("gram_of_few", &gram_of_few<S, N>);
-        });
-      else
-        launch("gram_of_pairs", &gram_of_pairs<S>);
-    } else if (how.fused) {
-      by_size(GramSizes{}, n, [&](auto size) {
-        constexpr int N = decltype(size)::value;
-        args.low_pads = median_pads(N, n);
-        launch("gram_products", &gram_products<S, P, N>);
-      });
-    } else {
-      launch("gram_products", &gram_products<S, P, 0>);
-    }
+    launch_products<S, P>(how, tensor, n, blocks, args, queue);
     add_partials(queue, space[partials], blocks, m * m, space[sums]);
   }
-  const char* begin = reinterpret_cast<const char*>(space[flags]);
-  const auto bytes = static_cast<std::size_t>(reinterpret_cast<const char*>(space[sums] + m * m) - begin);
-  std::vector<char> found(bytes);
-  queue.download(found.data(), begin, bytes, "gram");
-  const char* entries = found.data() + (bytes - static_cast<std::size_t>(m * m) * sizeof(double));
-  const auto is_bad = [&](int64_t i) {
-    unsigned flag = 0;
-    if (i < n) std::memcpy(&flag, found.data() + i * static_cast<int64_t>(sizeof(flag)), sizeof(flag));
-    return flag != 0;
-  };
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j <= i && j < lines; ++j) {
-      double sum;
-      std::memcpy(&sum, entries + (i * m + j) * static_cast<int64_t>(sizeof(sum)), sizeof(sum));
-      if (is_bad(i) || is_bad(j)) sum = std::nan("");
-      out[j * m + i] = sum;
-      if (i < lines) out[i * m + j] = sum;
-    }
+  bring_back(space, flags, sums, n, m, lines, out, queue);
 }
 
 }  // namespace

@@ -119,6 +119,51 @@ __device__ ComputeOf<S> lower_median(const Table& rows, const Tile& tile, int64_
   return is_finite(median) ? median : C{0};
 }
 
+// Two tiles of rows, or one with itself, that a block of threads multiplies: the rows of the first, filled up to whole
+// blocks with zeros, then those of the second.
+struct TilesOfRows {
+  BlockPair tiles;
+  bool diagonal;
+  int upper, lower, upper_blocks, lower_blocks, pairs;  // of blocks
+
+  __device__ __forceinline__ TilesOfRows(BlockPair pair, int64_t m) : tiles(pair), diagonal(pair.i == pair.j) {
+    const auto count_of = [&](int tile) {
+      const int64_t left = m - static_cast<int64_t>(tile) * kTileRows;
+      return static_cast<int>(left < kTileRows ? left : kTileRows);
+    };
+    upper = count_of(tiles.i);
+    lower = diagonal ? 0 : count_of(tiles.j);
+    upper_blocks = (upper + kBlockRows - 1) / kBlockRows;
+    lower_blocks = (lower + kBlockRows - 1) / kBlockRows;
+    pairs = diagonal ? upper_blocks * (upper_blocks + 1) / 2 : upper_blocks * lower_blocks;
+  }
+  __device__ __forceinline__ int held() const { return (upper_blocks + lower_blocks) * kBlockRows; }
+  __device__ __forceinline__ int64_t row_at(int r) const {  // -1: none
+    if (r < upper) return static_cast<int64_t>(tiles.i) * kTileRows + r;
+    r -= upper_blocks * kBlockRows;
+    return r >= 0 && r < lower ? static_cast<int64_t>(tiles.j) * kTileRows + r : -1;
+  }
+  // Adds the slices of each pair of blocks in their order, from the threads' sums.
+  __device__ __forceinline__ void leave(const double (&sums)[kCells], double* cells, const GramArgs& args) const {
+    const int thread = threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < kCells; ++k) cells[k * kGramThreads + thread] = sums[k];
+    __syncthreads();
+    double* partial = args.partials + blockIdx.x * args.m * args.m;
+    for (int k = thread; k < pairs * kCells; k += kGramThreads) {
+      const int which = k / kCells, cell = k % kCells;
+      const BlockPair at = diagonal ? lower_pair(which) : BlockPair{which / lower_blocks, which % lower_blocks};
+      const int p = at.i * kBlockRows + cell / kBlockRows, q = at.j * kBlockRows + cell % kBlockRows;
+      if (p >= upper || q >= (diagonal ? upper : lower)) continue;
+      double sum = 0;
+      for (int s = 0; s < args.slices; ++s) sum += cells[cell * kGramThreads + which * args.slices + s];
+      const int64_t i = static_cast<int64_t>(tiles.i) * kTileRows + p;
+      const int64_t j = static_cast<int64_t>(tiles.j) * kTileRows + q;
+      if (i >= j) partial[i * args.m + j] = sum;
+    }
+  }
+};
+
 // Products of two tiles of rows, blockIdx.y of the lower triangle of such pairs. N > 0: one tile of up to N rows, whose
 // median is found on the way.
 template <class S, class P, int N>
@@ -127,35 +172,19 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(S) == 8 ? 1 : 2) gram_pro
   RK_DYNAMIC_SHARED(double, memory);
   P* x = reinterpret_cast<P*>(memory);
   const Table& rows = args.rows;
-  const BlockPair tiles = N > 0 ? lower_pair(args.first_pair + static_cast<int>(blockIdx.y))
-                                : lower_pair(args.first_pair + static_cast<int>(blockIdx.y), args.line_tiles);
-  const bool diagonal = tiles.i == tiles.j;
+  const int which = args.first_pair + static_cast<int>(blockIdx.y);
+  const TilesOfRows both(N > 0 ? lower_pair(which) : lower_pair(which, args.line_tiles), args.m);
   const int thread = threadIdx.x, stride = args.width + 1;  // no power of two: rows fall into different banks
-  const auto count_of = [&](int tile) {
-    const int64_t left = args.m - static_cast<int64_t>(tile) * kTileRows;
-    return static_cast<int>(left < kTileRows ? left : kTileRows);
-  };
-  const int upper = count_of(tiles.i), lower = diagonal ? 0 : count_of(tiles.j);
-  const int upper_blocks = (upper + kBlockRows - 1) / kBlockRows, lower_blocks = (lower + kBlockRows - 1) / kBlockRows;
-  const int pairs = diagonal ? upper_blocks * (upper_blocks + 1) / 2 : upper_blocks * lower_blocks;
-  const int slice = thread % args.slices, pair = thread / args.slices;
-  const BlockPair blocks =
-      diagonal ? lower_pair(pair)
-               : BlockPair{pair / (lower_blocks ? lower_blocks : 1), pair % (lower_blocks ? lower_blocks : 1)};
-  // Rows of the first tile, filled up to whole blocks with zeros, then those of the second.
-  const int held = (upper_blocks + lower_blocks) * kBlockRows;
-  const auto row_at = [&](int r) -> int64_t {  // -1: none
-    if (r < upper) return static_cast<int64_t>(tiles.i) * kTileRows + r;
-    r -= upper_blocks * kBlockRows;
-    return r >= 0 && r < lower ? static_cast<int64_t>(tiles.j) * kTileRows + r : -1;
-  };
+  const int slice = thread % args.slices, pair = thread / args.slices,
+            beside = both.lower_blocks ? both.lower_blocks : 1;
+  const BlockPair blocks = both.diagonal ? lower_pair(pair) : BlockPair{pair / beside, pair % beside};
   double sums[kCells] = {};
 
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, args.width);
     __syncthreads();
     const auto put = [&](int r, int c, C centre) {
-      const int64_t i = row_at(r);
+      const int64_t i = both.row_at(r);
       C value = i >= 0 && i < rows.n ? widened(rows.row<S>(tile.segment, i)[tile.first + c]) : C{0};
       if (!is_finite(value)) {
         if (N == 0) set_flag(args.flags, i);
@@ -167,41 +196,26 @@ __global__ void __launch_bounds__(kGramThreads, sizeof(S) == 8 ? 1 : 2) gram_pro
       // A thread a column: what it has just read comes from the cache when it is read again.
       if (thread < tile.count) {
         const C centre = lower_median<S, N>(rows, tile, tile.first + thread, args.low_pads, args.flags);
-        for (int r = 0; r < held; ++r) put(r, thread, centre);
+        for (int r = 0; r < both.held(); ++r) put(r, thread, centre);
       }
     } else {
       const S* centre = static_cast<const S*>(args.centre[tile.segment]) + tile.first;
       const int lane = thread % kWarp;
-      for (int r = thread / kWarp; r < held; r += kGramThreads / kWarp)
+      for (int r = thread / kWarp; r < both.held(); r += kGramThreads / kWarp)
         for (int c = lane; c < tile.count; c += kWarp) {
           const C middle = widened(centre[c]);
           put(r, c, is_finite(middle) ? middle : C{0});
         }
     }
     __syncthreads();
-    if (pair < pairs)
+    if (pair < both.pairs)
       add_products(x + blocks.i * kBlockRows * stride,
-                   x + (blocks.j + (diagonal ? 0 : upper_blocks)) * kBlockRows * stride, stride, slice, tile.count,
-                   args.slices, sums);
+                   x + (blocks.j + (both.diagonal ? 0 : both.upper_blocks)) * kBlockRows * stride, stride, slice,
+                   tile.count, args.slices, sums);
   }
 
-  // The slices of a pair are added in their order.
   __syncthreads();
-  double* cells = memory;
-#pragma unroll
-  for (int k = 0; k < kCells; ++k) cells[k * kGramThreads + thread] = sums[k];
-  __syncthreads();
-  double* partial = args.partials + blockIdx.x * args.m * args.m;
-  for (int k = thread; k < pairs * kCells; k += kGramThreads) {
-    const int which = k / kCells, cell = k % kCells;
-    const BlockPair at = diagonal ? lower_pair(which) : BlockPair{which / lower_blocks, which % lower_blocks};
-    const int p = at.i * kBlockRows + cell / kBlockRows, q = at.j * kBlockRows + cell % kBlockRows;
-    if (p >= upper || q >= (diagonal ? upper : lower)) continue;
-    double sum = 0;
-    for (int s = 0; s < args.slices; ++s) sum += cells[cell * kGramThreads + which * args.slices + s];
-    const int64_t i = static_cast<int64_t>(tiles.i) * kTileRows + p, j = static_cast<int64_t>(tiles.j) * kTileRows + q;
-    if (i >= j) partial[i * args.m + j] = sum;
-  }
+  both.leave(sums, memory, args);
 }
 
 }  // namespace cuda

@@ -149,6 +149,40 @@ __device__ __forceinline__ void add_run_distances(const Table& rows, const Tile&
   }
 }
 
+// Reads a column of a run of rows, filled up with infinities; returns how many NaN, which are infinities now, it held.
+template <class S>
+__device__ __forceinline__ int fill_run(const Selection& args, int64_t segment, int64_t column, int first,
+                                        ComputeOf<S> (&x)[kRunRows]) {
+  using C = ComputeOf<S>;
+  const int n = static_cast<int>(args.rows.n);
+  C check = 0;
+#pragma unroll
+  for (int i = 0; i < kRunRows; ++i) {  // without a branch: the last row stands for those that are not there
+    const int row = first + i;
+    x[i] = widened(args.rows.row<S>(segment, row < n ? row : n - 1)[column]);
+  }
+#pragma unroll
+  for (int i = 0; i < kRunRows; ++i) {
+    check = checked(x[i], check);
+    const int row = first + i;
+    if (row >= n) x[i] = row < n + args.low_pads ? -infinity<C>() : infinity<C>();
+  }
+  if (check == 0) return 0;
+  for (int row = first; row < n && row < first + kRunRows; ++row)
+    if (!is_finite(widened(args.rows.row<S>(segment, row)[column]))) set_flag(args.flags, row);
+  return replace_nan(x);
+}
+
+// The parts of each row's sum added up.
+template <class Shape>
+__device__ __forceinline__ void leave_distances(const double* kept, int n, double* partial) {
+  for (int i = threadIdx.x; i < n; i += Shape::kThreads) {
+    double sum = kept[i];
+    for (int part = 1; part < Shape::kParts; ++part) sum += kept[part * Shape::kRows + i];
+    partial[i] = sum;
+  }
+}
+
 template <class S, int kRuns, bool kMedian>
 __global__ void __launch_bounds__(MergeShape<S, kRuns>::kThreads, MergeShape<S, kRuns>::kBlocks)
     select_by_merging(const Selection args) {
@@ -171,24 +205,8 @@ __global__ void __launch_bounds__(MergeShape<S, kRuns>::kThreads, MergeShape<S, 
   for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
     const Tile tile = tile_at(rows, t, kColumns);
     const int64_t column = tile.first + (read_column < tile.count ? read_column : tile.count - 1);
-    C x[kRunRows], check = 0;
-#pragma unroll
-    for (int i = 0; i < kRunRows; ++i) {  // without a branch: the last row stands for those that are not there
-      const int row = read_run * kRunRows + i;
-      x[i] = widened(rows.row<S>(tile.segment, row < n ? row : n - 1)[column]);
-    }
-#pragma unroll
-    for (int i = 0; i < kRunRows; ++i) {
-      check = checked(x[i], check);
-      const int row = read_run * kRunRows + i;
-      if (row >= n) x[i] = row < n + args.low_pads ? -infinity<C>() : infinity<C>();
-    }
-    int nan_cells = 0;
-    if (check != 0) {
-      for (int row = read_run * kRunRows; row < n && row < (read_run + 1) * kRunRows; ++row)
-        if (!is_finite(widened(rows.row<S>(tile.segment, row)[column]))) set_flag(args.flags, row);
-      nan_cells = replace_nan(x);
-    }
+    C x[kRunRows];
+    int nan_cells = fill_run<S>(args, tile.segment, column, read_run * kRunRows, x);
     sort_wires<Network<kRunRows, false>>(x);
 #pragma unroll
     for (int i = 0; i < kRunRows; ++i) cells[i * Shape::kCellStride + from] = x[i];
@@ -223,12 +241,7 @@ __global__ void __launch_bounds__(MergeShape<S, kRuns>::kThreads, MergeShape<S, 
       __syncthreads();
     }
   }
-  if (Shape::kKeeps && args.partials)
-    for (int i = threadIdx.x; i < n; i += Shape::kThreads) {
-      double sum = kept_distances[i];
-      for (int part = 1; part < Shape::kParts; ++part) sum += kept_distances[part * Shape::kRows + i];
-      args.partials[blockIdx.x * rows.n + i] = sum;
-    }
+  if (Shape::kKeeps && args.partials) leave_distances<Shape>(kept_distances, n, args.partials + blockIdx.x * rows.n);
 }
 
 }  // namespace cuda

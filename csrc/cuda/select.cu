@@ -154,98 +154,121 @@ Found queue_selection(const Rows& rows, const Select& select, Workspace& space, 
 // Mixtures of the rows, or distances of them, by runs of columns that stay in cache: every run is read once from
 // memory.
 template <class S>
-void select_mixed(const Rows& rows, const Select& select, Queue& queue) {
-  using C = ComputeOf<S>;
-  const int64_t n = rows.n, k = select.mix ? select.n_mixed : n;
-  const int64_t n_measured = !select.sq_distances ? 0 : select.measure ? select.n_measured : n;
-  const bool measures = n_measured && select.measure;
-  const int64_t column_bytes = (select.mix ? k * static_cast<int64_t>(sizeof(C)) : 0) +
-                               (measures ? n_measured * 8 : 0) + n * static_cast<int64_t>(sizeof(S));
-  int64_t longest = 0;
-  for (int64_t s = 0; s < rows.n_segments; ++s) {
-    const int64_t columns = rows.offsets[s + 1] - rows.offsets[s];
-    longest = columns > longest ? columns : longest;
-  }
-  const int64_t fit = kRunBytes / column_bytes / kRunColumns * kRunColumns;
-  const int64_t run = fit < kRunColumns ? kRunColumns : fit < longest ? fit : longest;
-
-  const Selector<S> plain(select, k);
-  const Selector<C> of_mixtures(select, k);
-  Workspace space;
-  const Found found(space, n, n_measured);
-  const UploadedRows uploaded(space, rows, 1);
-  const UploadedWeights mixing(space, select.mix, select.mix_divisors, select.mix ? k : 0, n, rows.dtype);
-  const UploadedWeights measuring(space, select.measure, select.measure_divisors, measures ? n_measured : 0, n,
-                                  rows.dtype);
-  const auto multiplicities = space.upload(select.multiplicities, select.multiplicities ? k : 0);
-  const int64_t blocks = summing_blocks(tiles_of(run, kRunColumns), n_measured);
-  const auto partials = space.zeros<double>(blocks * n_measured);
-  const int64_t stride = (run + 63) / 64 * 64;
-  const auto mixed = space.scratch<C>(select.mix ? k * stride : 0);
-  const auto measured = space.scratch<double>(measures ? n_measured * stride : 0);
-  const auto result = space.scratch<C>(stride);
-  const auto stored = space.scratch<S>(stride);
-  const auto mixed_flags = space.zeros<unsigned>(select.mix ? k : 0);
-  const auto mixed_rows = space.pointers(k), measured_rows = space.pointers(n_measured), result_row = space.pointers(1);
-  space.allocate(queue);
-  if (select.mix) {
-    space.point(mixed_rows, mixed, stride, k);
-    space.point(result_row, result, 0, 1);
-  } else {
-    space.point(result_row, stored, 0, 1);
-  }
-  if (measures) space.point(measured_rows, measured, stride, n_measured);
-  space.send(queue);
-
-  const bool aligned = all_aligned(rows.data, rows.n_segments * n);
-  for (int64_t s = 0; s < rows.n_segments; ++s)
-    for (int64_t first = 0; first < rows.offsets[s + 1] - rows.offsets[s]; first += run) {
-      const int64_t left = rows.offsets[s + 1] - rows.offsets[s] - first, columns = left < run ? left : run;
-      const auto table_of = [&](int width) { return uploaded.run(s, first, columns, width); };
-      const auto targets = [&](Part<const void*> to) { return const_cast<void* const*>(space[to]); };
-      const auto made = [&](Part<const void*> rows_at, int64_t count, int width) {
-        return Table{space[rows_at], nullptr, nullptr, 1, count, 0, columns, tiles_of(columns, width)};
-      };
-      queue.launch("find_nonfinite", &find_nonfinite<S>,
-                   dim3(grid_for(tiles_of(columns, kRunColumns)), static_cast<unsigned>(lesser(tiles_of(n, 4), 256))),
-                   dim3(kSumThreads), 0, table_of(kRunColumns), space[found.flags]);
-      Selection args = selection_of(select);
-      args.multiplicities = select.multiplicities ? space[multiplicities] : nullptr;
-      args.out = targets(result_row);
-      if (select.mix) {
-        sum_run<S, C>(queue, uploaded, s, first, columns, mixing.on_device(space), targets(mixed_rows), aligned);
-        args.rows = made(mixed_rows, k, of_mixtures.width());
-        args.flags = space[mixed_flags];
-        args.vectorised = true;
-        of_mixtures.launch(queue, args, args.rows.n_tiles);
-        queue.launch("store_result", &store_result<S>, dim3(grid_for(tiles_of(columns, kSumThreads))),
-                     dim3(kSumThreads), 0, static_cast<const C*>(space[result]), columns, space[stored]);
-      } else {
-        args.rows = table_of(plain.width());
-        args.flags = space[found.flags];
-        args.vectorised = aligned;
-        plain.launch(queue, args, args.rows.n_tiles);
-      }
-      if (select.out)
-        queue.copy(static_cast<S*>(select.out[s]) + first, space[stored],
-                   static_cast<std::size_t>(columns) * sizeof(S));
-      if (!n_measured) continue;
-      const int64_t tiles = tiles_of(columns, kRunColumns);
-      const dim3 grid(static_cast<unsigned>(tiles < blocks ? tiles : blocks));
-      if (measures) {
-        sum_run<S, double>(queue, uploaded, s, first, columns, measuring.on_device(space), targets(measured_rows),
-                           aligned);
-        queue.launch("sq_distances", &sq_distances<double, S>, grid, dim3(kSumThreads), 0,
-                     made(measured_rows, n_measured, kRunColumns), static_cast<const S*>(space[stored]), select.scale,
-                     space[partials]);
-      } else {
-        queue.launch("sq_distances", &sq_distances<S, S>, grid, dim3(kSumThreads), 0, table_of(kRunColumns),
-                     static_cast<const S*>(space[stored]), select.scale, space[partials]);
-      }
+class MixedSelection {
+ public:
+  MixedSelection(const Rows& rows, const Select& select, Queue& queue)
+      : rows_(rows), select_(select), queue_(queue), plain_(select, k_), of_mixtures_(select, k_) {
+    space_.allocate(queue);
+    if (select.mix) {
+      space_.point(mixed_rows_, mixed_, stride_, k_);
+      space_.point(result_row_, result_, 0, 1);
+    } else {
+      space_.point(result_row_, stored_, 0, 1);
     }
-  if (n_measured) add_partials(queue, space[partials], blocks, n_measured, space[found.distances]);
-  found.download(queue, space, select, "select_columns");
-}
+    if (measures_) space_.point(measured_rows_, measured_, stride_, n_measured_);
+    space_.send(queue);
+  }
+  void run() {
+    for (int64_t s = 0; s < rows_.n_segments; ++s)
+      for (int64_t first = 0; first < length_of(s); first += run_) {
+        const int64_t left = length_of(s) - first;
+        run(Run{s, first, left < run_ ? left : run_});
+      }
+    if (n_measured_) add_partials(queue_, space_[partials_], blocks_, n_measured_, space_[found_.distances]);
+    found_.download(queue_, space_, select_, "select_columns");
+  }
+
+ private:
+  using C = ComputeOf<S>;
+  struct Run {  // of columns
+    int64_t segment, first, columns;
+  };
+
+  int64_t length_of(int64_t segment) const { return rows_.offsets[segment + 1] - rows_.offsets[segment]; }
+  int64_t run_of() const {
+    const int64_t column_bytes = (select_.mix ? k_ * static_cast<int64_t>(sizeof(C)) : 0) +
+                                 (measures_ ? n_measured_ * 8 : 0) + n_ * static_cast<int64_t>(sizeof(S));
+    int64_t longest = 0;
+    for (int64_t s = 0; s < rows_.n_segments; ++s) longest = length_of(s) > longest ? length_of(s) : longest;
+    const int64_t fit = kRunBytes / column_bytes / kRunColumns * kRunColumns;
+    return fit < kRunColumns ? kRunColumns : fit < longest ? fit : longest;
+  }
+  Table table_of(const Run& run, int width) const { return uploaded_.run(run.segment, run.first, run.columns, width); }
+  Table made(const Run& run, Part<const void*> rows_at, int64_t count, int width) const {
+    return {space_[rows_at], nullptr, nullptr, 1, count, 0, run.columns, tiles_of(run.columns, width)};
+  }
+  void* const* targets(Part<const void*> to) const { return const_cast<void* const*>(space_[to]); }
+
+  void run(const Run& run) {
+    queue_.launch(
+        "find_nonfinite", &find_nonfinite<S>,
+        dim3(grid_for(tiles_of(run.columns, kRunColumns)), static_cast<unsigned>(lesser(tiles_of(n_, 4), 256))),
+        dim3(kSumThreads), 0, table_of(run, kRunColumns), space_[found_.flags]);
+    Selection args = selection_of(select_);
+    args.multiplicities = select_.multiplicities ? space_[multiplicities_] : nullptr;
+    args.out = targets(result_row_);
+    if (select_.mix) {
+      sum_run<S, C>(queue_, uploaded_, run.segment, run.first, run.columns, mixing_.on_device(space_),
+                    targets(mixed_rows_), aligned_);
+      args.rows = made(run, mixed_rows_, k_, of_mixtures_.width());
+      args.flags = space_[mixed_flags_];
+      args.vectorised = true;
+      of_mixtures_.launch(queue_, args, args.rows.n_tiles);
+      queue_.launch("store_result", &store_result<S>, dim3(grid_for(tiles_of(run.columns, kSumThreads))),
+                    dim3(kSumThreads), 0, static_cast<const C*>(space_[result_]), run.columns, space_[stored_]);
+    } else {
+      args.rows = table_of(run, plain_.width());
+      args.flags = space_[found_.flags];
+      args.vectorised = aligned_;
+      plain_.launch(queue_, args, args.rows.n_tiles);
+    }
+    if (select_.out)
+      queue_.copy(static_cast<S*>(select_.out[run.segment]) + run.first, space_[stored_],
+                  static_cast<std::size_t>(run.columns) * sizeof(S));
+    if (n_measured_) measure(run);
+  }
+  void measure(const Run& run) {
+    const int64_t tiles = tiles_of(run.columns, kRunColumns);
+    const dim3 grid(static_cast<unsigned>(tiles < blocks_ ? tiles : blocks_));
+    if (measures_) {
+      sum_run<S, double>(queue_, uploaded_, run.segment, run.first, run.columns, measuring_.on_device(space_),
+                         targets(measured_rows_), aligned_);
+      queue_.launch("sq_distances", &sq_distances<double, S>, grid, dim3(kSumThreads), 0,
+                    made(run, measured_rows_, n_measured_, kRunColumns), static_cast<const S*>(space_[stored_]),
+                    select_.scale, space_[partials_]);
+    } else {
+      queue_.launch("sq_distances", &sq_distances<S, S>, grid, dim3(kSumThreads), 0, table_of(run, kRunColumns),
+                    static_cast<const S*>(space_[stored_]), select_.scale, space_[partials_]);
+    }
+  }
+
+  const Rows& rows_;
+  const Select& select_;
+  Queue& queue_;
+  const int64_t n_ = rows_.n, k_ = select_.mix ? select_.n_mixed : n_;
+  const int64_t n_measured_ = !select_.sq_distances ? 0 : select_.measure ? select_.n_measured : n_;
+  const bool measures_ = n_measured_ && select_.measure;
+  const int64_t run_ = run_of(), stride_ = (run_ + 63) / 64 * 64;
+  const bool aligned_ = all_aligned(rows_.data, rows_.n_segments* n_);
+  const Selector<S> plain_;
+  const Selector<C> of_mixtures_;
+  Workspace space_;
+  const Found found_{space_, n_, n_measured_};
+  const UploadedRows uploaded_{space_, rows_, 1};
+  const UploadedWeights mixing_{space_, select_.mix, select_.mix_divisors, select_.mix ? k_ : 0, n_, rows_.dtype};
+  const UploadedWeights measuring_{space_, select_.measure, select_.measure_divisors, measures_ ? n_measured_ : 0,
+                                   n_,     rows_.dtype};
+  const Part<int64_t> multiplicities_ = space_.upload(select_.multiplicities, select_.multiplicities ? k_ : 0);
+  const int64_t blocks_ = summing_blocks(tiles_of(run_, kRunColumns), n_measured_);
+  const Part<double> partials_ = space_.zeros<double>(blocks_ * n_measured_);
+  const Part<C> mixed_ = space_.scratch<C>(select_.mix ? k_ * stride_ : 0);
+  const Part<double> measured_ = space_.scratch<double>(measures_ ? n_measured_ * stride_ : 0);
+  const Part<C> result_ = space_.scratch<C>(stride_);
+  const Part<S> stored_ = space_.scratch<S>(stride_);
+  const Part<unsigned> mixed_flags_ = space_.zeros<unsigned>(select_.mix ? k_ : 0);
+  const Part<const void*> mixed_rows_ = space_.pointers(k_), measured_rows_ = space_.pointers(n_measured_);
+  const Part<const void*> result_row_ = space_.pointers(1);
+};
 
 }  // namespace
 
@@ -256,7 +279,7 @@ void select_columns(const Rows& rows, const Select& select, const Call& call) {
     if (mixes_by_network(rows, select, call.device)) {
       select_mixed_by_network(rows, select, queue);
     } else if (select.mix || (select.sq_distances && select.measure)) {
-      select_mixed<S>(rows, select, queue);
+      MixedSelection<S>(rows, select, queue).run();
     } else {
       Workspace space;
       queue_selection<S>(rows, select, space, queue).download(queue, space, select, "select_columns");

@@ -26,22 +26,29 @@ constexpr int kGroupedSums = 4;
 template <class S, int kSums>
 constexpr int kSumColumns = kSums == 1 || sizeof(S) > 4 ? 16 / sizeof(S) : 4;
 
-// out[s * k + r] = sum r of segment s, or of a run of its columns, over its divisor. Single sums of float64 rows carry
-// their rounding errors; grouped ones are of differences from a row that they share, which costs less.
-template <class S, class O, int kSums>
-__global__ void __launch_bounds__(kSumThreads, 1)
-    weighted_sums(const Table rows, const Weights weights, void* const* out, bool vectorised) {
-  constexpr int V = kSumColumns<S, kSums>, kWidth = V * kSumThreads;
-  constexpr bool kDoubled = sizeof(S) == 8 && kSums == 1, kCentred = sizeof(S) == 8 && kSums > 1;
-  const int64_t group = blockIdx.y, begin = weights.start[group], end = weights.start[group + 1];
-  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
-    const Tile tile = tile_at(rows, t, kWidth);
-    const int at = threadIdx.x * V, valid = tile.count - at < V ? tile.count - at : V;
-    if (valid <= 0) continue;
-    const int64_t column = tile.first + at;
-    const bool whole = vectorised && valid == V;
-    DoubledSum sum[kSums][V];
-    double base[V];
+// A thread's columns of a tile, and a group's sums of them.
+template <class S, int kSums>
+struct GroupSums {
+  static constexpr int V = kSumColumns<S, kSums>, kWidth = V * kSumThreads;
+  static constexpr bool kDoubled = sizeof(S) == 8 && kSums == 1, kCentred = sizeof(S) == 8 && kSums > 1;
+  const Table& rows;
+  const Weights& weights;
+  int64_t group, begin, end;  // what the group takes
+  int64_t segment, column;
+  int valid;
+  DoubledSum sum[kSums][V];
+  double base[V];
+
+  __device__ __forceinline__ GroupSums(const Table& table, const Weights& all, int64_t of, const Tile& tile, int at,
+                                       int there)
+      : rows(table),
+        weights(all),
+        group(of),
+        begin(all.start[of]),
+        end(all.start[of + 1]),
+        segment(tile.segment),
+        column(tile.first + at),
+        valid(there) {
 #pragma unroll
     for (int r = 0; r < kSums; ++r)
 #pragma unroll
@@ -49,42 +56,82 @@ __global__ void __launch_bounds__(kSumThreads, 1)
         sum[r][v] = {0, 0};
         base[v] = 0;
       }
-    const auto add_up = [&](auto reads_whole) {
-      const auto read = [&](int64_t row, double (&x)[V]) {
-        const S* source = rows.row<S>(tile.segment, row) + column;
-        if constexpr (decltype(reads_whole)::value) {
-          const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void read(int64_t row, double (&x)[V]) const {
+    const S* source = rows.row<S>(segment, row) + column;
+    if constexpr (kWhole) {
+      const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
 #pragma unroll
-          for (int v = 0; v < V; ++v) x[v] = static_cast<double>(widened(pack.cell[v]));
-        } else {
+      for (int v = 0; v < V; ++v) x[v] = static_cast<double>(widened(pack.cell[v]));
+    } else {
 #pragma unroll
-          for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
-        }
-      };
-      if constexpr (kCentred)
-        if (weights.base[group] >= 0) read(weights.base[group], base);
+      for (int v = 0; v < V; ++v) x[v] = v < valid ? static_cast<double>(widened(source[v])) : 0;
+    }
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void add_up() {
+    if constexpr (kCentred)
+      if (weights.base[group] >= 0) read<kWhole>(weights.base[group], base);
 #pragma unroll 4
-      for (int64_t u = begin; u < end; ++u) {
-        double x[V];
-        read(weights.row[u], x);
+    for (int64_t u = begin; u < end; ++u) {
+      double x[V];
+      read<kWhole>(weights.row[u], x);
 #pragma unroll
-        for (int r = 0; r < kSums; ++r) {
-          const double factor = weights.factor[u * kSums + r];
-          if (kSums > 1 && factor == 0) continue;
+      for (int r = 0; r < kSums; ++r) {
+        const double factor = weights.factor[u * kSums + r];
+        if (kSums > 1 && factor == 0) continue;
 #pragma unroll
-          for (int v = 0; v < V; ++v) {
-            if constexpr (kDoubled)
-              sum[r][v].add_product(factor, x[v]);
-            else
-              sum[r][v].high = fma(factor, kCentred ? x[v] - base[v] : x[v], sum[r][v].high);
-          }
+        for (int v = 0; v < V; ++v) {
+          if constexpr (kDoubled)
+            sum[r][v].add_product(factor, x[v]);
+          else
+            sum[r][v].high = fma(factor, kCentred ? x[v] - base[v] : x[v], sum[r][v].high);
         }
       }
-    };
-    if (whole)  // decided once, so that loads of several rows are under way together
-      add_up(std::true_type{});
+    }
+  }
+  // Sum r of column v over its divisor.
+  __device__ __forceinline__ double quotient(int r, int v, const Average& average) const {
+    double total;
+    if constexpr (kDoubled)
+      total = divided(sum[r][v], average.divisor);
+    else if constexpr (kCentred)
+      total = moved(base[v] * average.whole, sum[r][v].high, average.divisor);
     else
-      add_up(std::false_type{});
+      total = sum[r][v].high / average.divisor;
+    if constexpr (sizeof(S) == 8)
+      if (!is_finite(total) && v < valid) {
+        DoubledSum shrunken{0, 0};
+        for (int64_t u = begin; u < end; ++u) {
+          const double factor = weights.factor[u * kSums + r];
+          if (factor != 0)
+            shrunken.add_product(factor, widened(rows.row<S>(segment, weights.row[u])[column + v]) * kRoom);
+        }
+        total = grown(shrunken, average.divisor, average.averaging);
+      }
+    return total;
+  }
+};
+
+// out[s * k + r] = sum r of segment s, or of a run of its columns, over its divisor. Single sums of float64 rows carry
+// their rounding errors; grouped ones are of differences from a row that they share, which costs less.
+template <class S, class O, int kSums>
+__global__ void __launch_bounds__(kSumThreads, 1)
+    weighted_sums(const Table rows, const Weights weights, void* const* out, bool vectorised) {
+  using Sums = GroupSums<S, kSums>;
+  constexpr int V = Sums::V;
+  const int64_t group = blockIdx.y;
+  for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(rows, t, Sums::kWidth);
+    const int at = threadIdx.x * V, valid = tile.count - at < V ? tile.count - at : V;
+    if (valid <= 0) continue;
+    const bool whole = vectorised && valid == V;
+    Sums sums(rows, weights, group, tile, at, valid);
+    if (whole)  // decided once, so that loads of several rows are under way together
+      sums.template add_up<true>();
+    else
+      sums.template add_up<false>();
 #pragma unroll
     for (int r = 0; r < kSums; ++r) {
       const int64_t which = weights.first[group] + r;
@@ -92,34 +139,8 @@ __global__ void __launch_bounds__(kSumThreads, 1)
       const Average average = weights.average[which];
       Pack<O, V> result;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        double total;
-        if constexpr (kDoubled)
-          total = divided(sum[r][v], average.divisor);
-        else if constexpr (kCentred)
-          total = moved(base[v] * average.whole, sum[r][v].high, average.divisor);
-        else
-          total = sum[r][v].high / average.divisor;
-        if constexpr (sizeof(S) == 8)
-          if (!is_finite(total) && v < valid) {
-            DoubledSum shrunken{0, 0};
-            for (int64_t u = begin; u < end; ++u) {
-              const double factor = weights.factor[u * kSums + r];
-              if (factor != 0)
-                shrunken.add_product(factor, widened(rows.row<S>(tile.segment, weights.row[u])[column + v]) * kRoom);
-            }
-            total = grown(shrunken, average.divisor, average.averaging);
-          }
-        result.cell[v] = rounded<O>(total);
-      }
-      O* target = static_cast<O*>(out[tile.segment * weights.k + which]) + (column - rows.first);
-      if (whole) {
-        store(target, result);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (v < valid) target[v] = result.cell[v];
-      }
+      for (int v = 0; v < V; ++v) result.cell[v] = rounded<O>(sums.quotient(r, v, average));
+      store(static_cast<O*>(out[tile.segment * weights.k + which]) + (sums.column - rows.first), result, whole, valid);
     }
   }
 }

@@ -129,100 +129,124 @@ constexpr int kPairColumns = 64;  // of a tile
 constexpr int kPairRows = 32;     // multiplied with as many others by a warp
 constexpr int kPairWarps = 8;     // at most, that read the same columns for different pairs
 
+#if RK_TENSOR_CODE
+// What a thread holds of some columns of two tiles of rows, or of one where it is multiplied with itself.
+template <class S, bool kDiagonal>
+struct PairOperands {
+  using C = ComputeOf<S>;
+  static constexpr int V = kOperandColumns<S>, kBlocks = kPairRows / kSide, kSides = kDiagonal ? 1 : 2;
+  const S *centre, *source[kSides][kBlocks];
+  C x[kSides][kBlocks][V], middle[V];
+
+  // call(x, its source, its side, its block) for each row.
+  template <class F>
+  __device__ __forceinline__ void each(F&& call) {
+#pragma unroll
+    for (int side = 0; side < kSides; ++side)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) call(x[side][b], source[side][b], side, b);
+  }
+  __device__ __forceinline__ void point_at(const GramArgs& args, const Tile& tile, const int64_t (&first)[2]) {
+    centre = static_cast<const S*>(args.centre[tile.segment]) + tile.first;
+    each([&](const C(&)[V], const S*& from, int side, int b) {
+      const int64_t i = first[side] + b * kSide;
+      from = i < args.rows.n ? args.rows.row<S>(tile.segment, i) + tile.first : nullptr;
+    });
+  }
+  // Reads V columns from c on; `left` of them are there.
+  __device__ __forceinline__ void read(int c, int left, bool whole) {
+    const auto read_all = [&](auto&& read_one) {
+      read_one(middle, centre);
+      each([&](C(&values)[V], const S* from, int, int) { read_one(values, from); });
+    };
+    if (whole)
+      read_all([&](C(&values)[V], const S* from) {
+        Pack<S, V> pack{};
+        if (from) pack = *reinterpret_cast<const Pack<S, V>*>(from + c);
+#pragma unroll
+        for (int v = 0; v < V; ++v) values[v] = widened(pack.cell[v]);
+      });
+    else
+      read_all([&](C(&values)[V], const S* from) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) values[v] = from && v < left ? widened(from[c + v]) : C{0};
+      });
+  }
+  // Values that are no numbers are those of the centre, and their rows are flagged.
+  __device__ __forceinline__ void clean(unsigned* flags, const int64_t (&first)[2]) {
+    C check = 0;
+    each([&](const C(&values)[V], const S*, int, int) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) check = checked(values[v], check);
+    });
+#pragma unroll
+    for (int v = 0; v < V; ++v) middle[v] = is_finite(middle[v]) ? middle[v] : C{0};
+    if (check == 0) return;
+    each([&](C(&values)[V], const S*, int side, int b) {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (!is_finite(values[v])) {
+          set_flag(flags, first[side] + b * kSide);
+          values[v] = middle[v];
+        }
+    });
+  }
+  __device__ __forceinline__ void multiply(double scale, double (&sums)[kBlocks][kBlocks][2]) const {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const double moved = static_cast<double>(middle[v]) * -scale;
+      double operand[kSides][kBlocks];
+#pragma unroll
+      for (int side = 0; side < kSides; ++side)
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) operand[side][b] = fma(static_cast<double>(x[side][b][v]), scale, moved);
+#pragma unroll
+      for (int i = 0; i < kBlocks; i += 2)
+#pragma unroll
+        for (int j = 0; j < (kDiagonal ? i + 2 : kBlocks); ++j)
+          multiply_add(sums[i][j], sums[i + 1][j], operand[0][i], operand[0][i + 1], operand[kSides - 1][j]);
+    }
+  }
+};
+
+// A warp's products, over its block's tiles.
+template <class S, bool kDiagonal, int kBlocks>
+__device__ __forceinline__ void add_pairs(const GramArgs& args, const int64_t (&first)[2],
+                                          double (&sums)[kBlocks][kBlocks][2]) {
+  constexpr int V = kOperandColumns<S>, kStep = V * kDepth;
+  const int quarter = threadIdx.x % kDepth;
+  for (int64_t t = blockIdx.x; t < args.rows.n_tiles; t += gridDim.x) {
+    const Tile tile = tile_at(args.rows, t, kPairColumns);
+    PairOperands<S, kDiagonal> operands;
+    operands.point_at(args, tile, first);
+#pragma unroll 1
+    for (int c = quarter * V; c - quarter * V < tile.count; c += kStep) {
+      operands.read(c, tile.count - c, args.vectorised && c + V <= tile.count);
+      operands.clean(args.flags, first);
+      __syncwarp();
+      operands.multiply(args.scale, sums);
+    }
+  }
+}
+#endif
+
 // Products of two tiles of 32 rows, centred on what is in memory: every warp has a pair of the lower triangle of tiles,
 // and the warps of a block the same columns, so that all but one find them in the cache.
 template <class S>
 __global__ void __launch_bounds__(kPairWarps* kWarp, 1) gram_of_pairs(const GramArgs args) {
 #if RK_TENSOR_CODE
-  using C = ComputeOf<S>;
-  constexpr int V = kOperandColumns<S>, kBlocks = kPairRows / kSide, kStep = V * kDepth;
-  const Table& rows = args.rows;
+  constexpr int kBlocks = kPairRows / kSide;
   const int lane = threadIdx.x % kWarp, row = lane / kDepth, quarter = lane % kDepth;
   const int pair = args.first_pair + static_cast<int>(blockIdx.y * (blockDim.x / kWarp) + threadIdx.x / kWarp);
   if (pair >= args.pairs) return;
   const BlockPair tiles = lower_pair(pair, args.line_tiles);
   const int64_t upper = int64_t{tiles.i} * kPairRows, lower = int64_t{tiles.j} * kPairRows;
+  const int64_t first[2] = {upper + row, lower + row};  // of this thread's rows
   double sums[kBlocks][kBlocks][2] = {};
-
-  const auto multiply = [&](auto is_diagonal) {
-    constexpr bool kDiagonal = decltype(is_diagonal)::value;
-    constexpr int kSides = kDiagonal ? 1 : 2;
-    for (int64_t t = blockIdx.x; t < rows.n_tiles; t += gridDim.x) {
-      const Tile tile = tile_at(rows, t, kPairColumns);
-      const S* centre = static_cast<const S*>(args.centre[tile.segment]) + tile.first;
-      const S* source[kSides][kBlocks];
-#pragma unroll
-      for (int side = 0; side < kSides; ++side)
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          const int64_t i = (side ? lower : upper) + b * kSide + row;
-          source[side][b] = i < rows.n ? rows.row<S>(tile.segment, i) + tile.first : nullptr;
-        }
-#pragma unroll 1
-      for (int c = quarter * V; c - quarter * V < tile.count; c += kStep) {
-        C x[kSides][kBlocks][V], middle[V], check = 0;
-        const auto read_all = [&](auto read) {
-          read(centre, middle);
-#pragma unroll
-          for (int side = 0; side < kSides; ++side)
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b) read(source[side][b], x[side][b]);
-        };
-        if (args.vectorised && c + V <= tile.count)
-          read_all([&](const S* from, C(&values)[V]) {
-            Pack<S, V> pack{};
-            if (from) pack = *reinterpret_cast<const Pack<S, V>*>(from + c);
-#pragma unroll
-            for (int v = 0; v < V; ++v) values[v] = widened(pack.cell[v]);
-          });
-        else
-          read_all([&](const S* from, C(&values)[V]) {
-#pragma unroll
-            for (int v = 0; v < V; ++v) values[v] = from && c + v < tile.count ? widened(from[c + v]) : C{0};
-          });
-#pragma unroll
-        for (int side = 0; side < kSides; ++side)
-#pragma unroll
-          for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-            for (int v = 0; v < V; ++v) check = checked(x[side][b][v], check);
-#pragma unroll
-        for (int v = 0; v < V; ++v) middle[v] = is_finite(middle[v]) ? middle[v] : C{0};
-        if (check != 0) {
-#pragma unroll
-          for (int side = 0; side < kSides; ++side)
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-              for (int v = 0; v < V; ++v)
-                if (!is_finite(x[side][b][v])) {
-                  set_flag(args.flags, (side ? lower : upper) + b * kSide + row);
-                  x[side][b][v] = middle[v];
-                }
-        }
-        __syncwarp();
-#pragma unroll
-        for (int v = 0; v < V; ++v) {
-          const double moved = static_cast<double>(middle[v]) * -args.scale;
-          double operand[kSides][kBlocks];
-#pragma unroll
-          for (int side = 0; side < kSides; ++side)
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b)
-              operand[side][b] = fma(static_cast<double>(x[side][b][v]), args.scale, moved);
-#pragma unroll
-          for (int i = 0; i < kBlocks; i += 2)
-#pragma unroll
-            for (int j = 0; j < (kDiagonal ? i + 2 : kBlocks); ++j)
-              multiply_add(sums[i][j], sums[i + 1][j], operand[0][i], operand[0][i + 1], operand[kSides - 1][j]);
-        }
-      }
-    }
-  };
   if (tiles.i == tiles.j)
-    multiply(std::true_type{});
+    add_pairs<S, true>(args, first, sums);
   else
-    multiply(std::false_type{});
+    add_pairs<S, false>(args, first, sums);
 
   double* partial = args.partials + blockIdx.x * args.m * args.m;
 #pragma unroll

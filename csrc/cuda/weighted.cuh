@@ -100,23 +100,7 @@ __global__ void __launch_bounds__(WeightedShape<S, N>::kThreads, WeightedShape<S
     const bool whole = args.vectorised && left >= V;
     const int64_t column = tile.first + (left > 0 ? at : 0);
     C x[V][N];
-    // All loads before anything that waits for one of them, and no branch between them.
-    if (whole || V == 1) {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const Pack<S, V> pack =
-            *reinterpret_cast<const Pack<S, V>*>(rows.row<S>(tile.segment, i < n ? i : n - 1) + column);
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const S* source = rows.row<S>(tile.segment, i < n ? i : n - 1) + column;
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v][i] = v < left ? widened(source[v]) : C{0};
-      }
-    }
+    read_columns<S, 0>(rows, tile.segment, column, n, whole, left, x);
     Pack<S, V> result;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -143,16 +127,8 @@ __global__ void __launch_bounds__(WeightedShape<S, N>::kThreads, WeightedShape<S
       result.cell[v] = rounded<S>(nan_cells > cells - args.hi ? not_a_number<double>() : value);
       centre[at + v] = widened(result.cell[v]);
     }
-    if (args.out && left > 0) {
-      S* target = static_cast<S*>(args.out[tile.segment]) + (column - rows.first);
-      if (whole) {
-        store(target, result);
-      } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v)
-          if (v < left) target[v] = result.cell[v];
-      }
-    }
+    if (args.out && left > 0)
+      store(static_cast<S*>(args.out[tile.segment]) + (column - rows.first), result, whole, left);
     if (args.partials) {
       __syncthreads();
       add_sq_distances<S>(rows, tile, centre, args.scale, distances);

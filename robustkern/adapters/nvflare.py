@@ -110,7 +110,7 @@ def _read(numbered: tuple[int, FLModel]) -> Read[tuple[FLModel, dict[str, Any]]]
 
 def _params(model: FLModel) -> dict[str, Any]:
     if not isinstance(model.params, dict) or not model.params:
-        raise TypeError(f"its params are {type(model.params).__name__}")
+        raise TypeError("its params are " + ("empty" if model.params == {} else type(model.params).__name__))
     params = {}
     for name, value in model.params.items():
         load = getattr(value, "materialize", None)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, config, njit, types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
@@ -57,7 +57,7 @@ def _pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 
 def _widen(value, table):  # type: ignore[no-untyped-def]
-    raise TypeError("only for compiled code")
+    """Return a stored value as it is computed; compiled code has what follows instead."""
 
 
 @overload(_widen, inline="always")
@@ -948,6 +948,12 @@ class Numba:
         _run(n_tasks, run)
 
 
+class _SwitchedOff(ImportError):
+    remedy = "unset NUMBA_DISABLE_JIT"
+
+
 def load() -> Numba:
     """Return the backend; importing Numba takes about half a second."""
+    if config.DISABLE_JIT:
+        raise _SwitchedOff("Numba's compiler is switched off")
     return Numba()

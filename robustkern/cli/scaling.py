@@ -56,7 +56,7 @@ def scaling(
     folder_to_write(out, "scaling")
     if ranks is not None:
         chosen = tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in listed(rules))) if rules else None
-        _over_ranks(numbers(ranks, "ranks", 1, 64), plan, chosen, out, as_json)
+        _over_ranks(numbers(ranks, "ranks", 1, 64), plan, chosen, own or (), out, as_json)
         return
     there, missing = open_devices(list(plan.devices))
     for name, reason in missing.items():
@@ -81,7 +81,9 @@ def scaling(
         fail(f"{len(wrong)} results are wrong, see results.csv; the first: {wrong[0].reason}", CANNOT)
 
 
-def _over_ranks(sizes: Sequence[int], plan: Plan, rules: Sequence[str] | None, out: Path, as_json: bool) -> None:
+def _over_ranks(
+    sizes: Sequence[int], plan: Plan, rules: Sequence[str] | None, own: Sequence[Path], out: Path, as_json: bool
+) -> None:
     """Measure ranks beside torch's own collectives."""
     import torch.distributed as dist
 
@@ -90,8 +92,10 @@ def _over_ranks(sizes: Sequence[int], plan: Plan, rules: Sequence[str] | None, o
     if not dist.is_available():
         fail("torch has no distributed here", CANNOT)
     points: list[RankPoint] = []
-    for point in over.study_ranks(sizes, plan.d, rules or over.RULES, plan.seconds):
+    for point in over.study_ranks(sizes, plan.d, rules or over.RULES, plan.seconds, own):
         points.append(point)
+    if not points:
+        fail(f"none of the rules takes so few rows, one a rank ({', '.join(map(str, sizes))}; try --ranks 4)", CANNOT)
     saved = over.save_ranks(points, out)
     files = [out / "ranks.csv", out / "ranks.json"]
     try:

@@ -8,6 +8,7 @@ it is used and read by position, never mapped: one that shrinks is an error, not
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -250,7 +251,7 @@ class _Stream(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         at = offset + (0, self._at, self._held.size)[whence]
         if at < 0:
-            raise ValueError("truncated: something lies before its beginning")
+            raise OSError(errno.EINVAL, "something lies before its beginning")  # which zipfile expects
         self._at = at
         return self._at
 

@@ -89,7 +89,9 @@ def sent_bytes(rule: str, ranks: int, d: int, itemsize: int = 4) -> int:
     return sent
 
 
-def study_ranks(ranks: Sequence[int], d: Sequence[int], rules: Sequence[str], seconds: float) -> Iterator[RankPoint]:
+def study_ranks(
+    ranks: Sequence[int], d: Sequence[int], rules: Sequence[str], seconds: float, own: Sequence[Path] = ()
+) -> Iterator[RankPoint]:
     """Measure, one number of ranks after the other.
 
     Parameters
@@ -100,6 +102,8 @@ def study_ranks(ranks: Sequence[int], d: Sequence[int], rules: Sequence[str], se
         In their text form; f is 1 from three ranks on, 0 for Krum of four rows (of which the nearest two always tie).
     seconds : float
         For each rule at each size.
+    own : sequence of Path
+        Python files that register rules, which every process runs.
 
     Raises
     ------
@@ -108,7 +112,8 @@ def study_ranks(ranks: Sequence[int], d: Sequence[int], rules: Sequence[str], se
     """
     for size in ranks:
         with tempfile.TemporaryDirectory(prefix="robustkern-ranks-") as folder:
-            asked = json.dumps({"d": list(d), "rules": list(rules), "seconds": seconds})
+            files = [str(path.resolve()) for path in own]
+            asked = json.dumps({"d": list(d), "rules": list(rules), "seconds": seconds, "own": files})
             command = [sys.executable, "-m", __name__, asked, folder, str(size)]
             logs = [open(Path(folder) / f"{rank}.log", "w+", encoding="utf-8") for rank in range(size)]  # noqa: SIM115
             running = [
@@ -171,7 +176,12 @@ def _rank(asked: dict[str, Any], folder: Path, size: int, rank: int) -> None:
     import torch.distributed as dist
 
     import robustkern as rk
+    from robustkern.rules import names_in
+    from robustkern.rules.own import load_file, load_offered
 
+    for path in asked["own"]:
+        load_file(Path(path))
+    load_offered(name for rule in asked["rules"] for name in names_in(rule))
     torch.set_num_threads(1)
     rk.set_num_threads(1)
     dist.init_process_group(
