@@ -285,7 +285,8 @@ void run_many(const Window& window, const S* const* src, int64_t columns, Comput
       for (int64_t k = 0; k < 4; ++k) x[i + k] = Sorted<S>::read(src[i + k] + at, check[k]);
     for (; i < window.n; ++i) x[i] = Sorted<S>::read(src[i] + at, check[0]);
     if (__builtin_expect(Sorted<S>::special(check[0], check[1]) || Sorted<S>::special(check[2], check[3]), false)) {
-      const auto nan_cells = Sorted<S>::patch(src, window.n, at, x, nonfinite);
+      typename Sorted<S>::Count nan_cells;
+      Sorted<S>::patch(src, window.n, at, x, nonfinite, nan_cells);
       select(out + at);
       spoil_nan(window, nan_cells, out + at);
     } else {

@@ -64,21 +64,19 @@ struct Unrolled {
           x[i] = Sorted<S>::top();
         }
       }
-      if (__builtin_expect(Sorted<S>::special(check[0], check[1]), false))
-        run_patched(window, src, at, out + at, nonfinite, ahead);
-      else
-        sort_and_store(x, window, out + at, ahead);
+      typename Sorted<S>::Count nan_cells;
+      const bool patched = __builtin_expect(Sorted<S>::special(check[0], check[1]), false);
+      if (patched) {
+        V again[N];
+        Sorted<S>::patch(src, window.n, at, again, nonfinite, nan_cells);
+#pragma GCC unroll 32
+        for (int i = 0; i < N; ++i)
+          if (kMedian || i < N - 3 || i < rows) x[i] = again[i];
+      }
+      sort_and_store(x, window, out + at, ahead);
+      if (patched) spoil_nan<typename Sorted<S>::Count>(window, nan_cells, out + at);
       if (N > kFollowedRows) ahead.step();
     }
-  }
-
-  static __attribute__((noinline)) void run_patched(const Window& window, const S* const* src, int64_t at, C* out,
-                                                    uint8_t* nonfinite, Ahead& ahead) {
-    V x[N];
-    const auto nan_cells = Sorted<S>::patch(src, window.n, at, x, nonfinite);
-    for (int i = static_cast<int>(window.n); i < N; ++i) x[i] = Sorted<S>::top();
-    sort_and_store(x, window, out, ahead);
-    spoil_nan(window, nan_cells, out);
   }
 };
 

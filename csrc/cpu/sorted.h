@@ -28,9 +28,9 @@ struct Sorted {
   static RK_INLINE V top() { return V{} + infinity<S>(); }
 
   // Reads all rows again, notes those that hold a NaN or Inf and counts the NaN per column.
-  static __attribute__((noinline)) Count patch(const S* const* src, int64_t n, int64_t at, V* patched,
-                                               uint8_t* nonfinite) {
-    Count nan_cells = {};
+  static __attribute__((noinline)) void patch(const S* const* src, int64_t n, int64_t at, V* patched,
+                                              uint8_t* nonfinite, Count& nan_cells) {
+    nan_cells = Count{};
     for (int64_t i = 0; i < n; ++i) {
       const V x = load(src[i] + at);
       const Count is_nan = x != x;
@@ -38,7 +38,6 @@ struct Sorted {
       patched[i] = is_nan ? top() : x;
       nan_cells -= is_nan;
     }
-    return nan_cells;
   }
   static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, bool narrow, S* out) {
     store_window_mean<S>(sorted, lo, hi, narrow, out);
@@ -60,16 +59,15 @@ struct SortedShort {
   }
   static RK_INLINE bool special(V check, V other) { return any_set(vmax(check, other) >= Storage<S>::infinity); }
   static RK_INLINE V top() { return V{} + Storage<S>::infinity; }
-  static __attribute__((noinline)) Count patch(const S* const* src, int64_t n, int64_t at, V* patched,
-                                               uint8_t* nonfinite) {
-    Count nan_cells = {};
+  static __attribute__((noinline)) void patch(const S* const* src, int64_t n, int64_t at, V* patched,
+                                              uint8_t* nonfinite, Count& nan_cells) {
+    nan_cells = Count{};
     for (int64_t i = 0; i < n; ++i) {
       const I16 x = bits(src[i] + at), magnitude = x & 0x7fff, is_nan = magnitude > Storage<S>::infinity;
       nonfinite[i] |= any_set(magnitude >= Storage<S>::infinity);
       patched[i] = is_nan ? top() : fold(x);
       nan_cells -= is_nan;
     }
-    return nan_cells;
   }
   static RK_INLINE void store_mean(const V* sorted, int64_t lo, int64_t hi, bool, float* out) {
     constexpr int lanes = Simd<float>::lanes;
@@ -92,7 +90,7 @@ struct Sorted<Bfloat> : SortedShort<Bfloat> {};
 
 // A window that reaches a NaN gives NaN, and so do nearest values of which one is a NaN.
 template <class Count, class C>
-RK_INLINE void spoil_nan(const Window& window, Count nan_cells, C* out) {
+__attribute__((noinline)) void spoil_nan(const Window& window, const Count& nan_cells, C* out) {
   for (int lane = 0; lane < static_cast<int>(sizeof(Count) / sizeof(nan_cells[0])); ++lane)
     if (nan_cells[lane] > window.n - max64(window.hi, window.nearest)) out[lane] = static_cast<C>(__builtin_nan(""));
 }

@@ -47,7 +47,8 @@ struct UnrolledWeighted {
       const bool careful = any_nan(check[0] + check[1]);
       Index nan_cells = {};
       if (__builtin_expect(careful, false)) {
-        Sorted<C>::patch(src, window.n, at, x, nonfinite);
+        Index unweighted;
+        Sorted<C>::patch(src, window.n, at, x, nonfinite, unweighted);
         for (int64_t i = 0; i < window.n; ++i) {
           const V value = load(src[i] + at);
           nan_cells += (value != value) & static_cast<I>(window.reduced[i]);
@@ -132,7 +133,8 @@ void run_weighted(const Window& window, const C* const* src, int64_t columns, C*
       __builtin_prefetch(src[i] + at + kPrefetchVectors * lanes);
     }
     const bool careful = any_nan(check);
-    if (__builtin_expect(careful, false)) Sorted<C>::patch(src, window.n, at, x, nonfinite);
+    Index unweighted;
+    if (__builtin_expect(careful, false)) Sorted<C>::patch(src, window.n, at, x, nonfinite, unweighted);
     for (int64_t c = 0; c < window.comparators; ++c) {
       const int64_t low = net[c].low, high = net[c].high;
       const V a = x[low], b = x[high];

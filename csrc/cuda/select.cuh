@@ -175,31 +175,8 @@ struct NetworkShape {
                                  128 / kThreads;
 };
 
-// V columns of up to N rows: all loads before anything that waits for one of them, and no branch between them. Rows
-// from kLeast on that are not there are left out; with kLeast 0 the last row stands for them.
-template <class S, int kLeast, int V, int N>
-__device__ __forceinline__ void read_columns(const Table& rows, int64_t segment, int64_t column, int n, bool whole,
-                                             int valid, ComputeOf<S> (&x)[V][N]) {
-  if (whole || V == 1) {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (kLeast == 0 || i < kLeast || i < n) {
-        const S* source = rows.row<S>(segment, kLeast > 0 || i < n ? i : n - 1) + column;
-        const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
-      }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (kLeast == 0 || i < kLeast || i < n) {
-        const S* source = rows.row<S>(segment, kLeast > 0 || i < n ? i : n - 1) + column;
-#pragma unroll
-        for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : ComputeOf<S>{0};
-      }
-  }
-}
-
+// In one piece: with its loads, stores or checks in functions of their own some of its shapes took up to 28 registers
+// more, or spilled (CUDA 13.0).
 template <class S, int N, bool kMedian>
 __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, NetworkShape<S, N, kMedian>::kBlocks)
     select_by_network(const Selection args) {
@@ -220,7 +197,24 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
     if (valid > 0) {
       C x[V][N], check[V];
       const bool whole = args.vectorised && valid == V;
-      read_columns<S, Shape::kLeastRows>(rows, tile.segment, column, n, whole, valid, x);
+      // All loads before anything that waits for one of them, and no branch between them.
+      if (whole || V == 1) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (i < Shape::kLeastRows || i < n) {
+            const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(rows.row<S>(tile.segment, i) + column);
+#pragma unroll
+            for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
+          }
+      } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+          if (i < Shape::kLeastRows || i < n) {
+            const S* source = rows.row<S>(tile.segment, i) + column;
+#pragma unroll
+            for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : C{0};
+          }
+      }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         check[v] = 0;
@@ -245,7 +239,16 @@ __global__ void __launch_bounds__(NetworkShape<S, N, kMedian>::kThreads, Network
             selected<S, N, kMedian>(x[v], n, nan_cells, args, Sorted<C, Shape::kThreads>{cells + threadIdx.x});
         if (args.partials) centre[at + v] = widened(result.cell[v]);
       }
-      if (args.out) store(static_cast<S*>(args.out[tile.segment]) + (column - rows.first), result, whole, valid);
+      if (args.out) {
+        S* target = static_cast<S*>(args.out[tile.segment]) + (column - rows.first);
+        if (whole) {
+          store(target, result);
+        } else {
+#pragma unroll
+          for (int v = 0; v < V; ++v)
+            if (v < valid) target[v] = result.cell[v];
+        }
+      }
     }
     if (args.partials) {
       __syncthreads();

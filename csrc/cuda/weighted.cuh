@@ -76,6 +76,29 @@ struct WeightedShape {
   static constexpr int kBlocks = N < 32 ? 2 : 3;  // that share a multiprocessor at least: so 10.0's registers suffice
 };
 
+// V columns of N rows, of which the last one stands for those that are not there: all loads before anything that waits
+// for one of them, and no branch between them.
+template <class S, int V, int N>
+__device__ __forceinline__ void read_columns(const Table& rows, int64_t segment, int64_t column, int n, bool whole,
+                                             int valid, ComputeOf<S> (&x)[V][N]) {
+  if (whole || V == 1) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const S* source = rows.row<S>(segment, i < n ? i : n - 1) + column;
+      const Pack<S, V> pack = *reinterpret_cast<const Pack<S, V>*>(source);
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v][i] = widened(pack.cell[v]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const S* source = rows.row<S>(segment, i < n ? i : n - 1) + column;
+#pragma unroll
+      for (int v = 0; v < V; ++v) x[v][i] = v < valid ? widened(source[v]) : ComputeOf<S>{0};
+    }
+  }
+}
+
 template <class S, int N>
 __global__ void __launch_bounds__(WeightedShape<S, N>::kThreads, WeightedShape<S, N>::kBlocks)
     select_weighted(const Selection args) {
@@ -100,7 +123,7 @@ __global__ void __launch_bounds__(WeightedShape<S, N>::kThreads, WeightedShape<S
     const bool whole = args.vectorised && left >= V;
     const int64_t column = tile.first + (left > 0 ? at : 0);
     C x[V][N];
-    read_columns<S, 0>(rows, tile.segment, column, n, whole, left, x);
+    read_columns<S>(rows, tile.segment, column, n, whole, left, x);
     Pack<S, V> result;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
