@@ -190,9 +190,14 @@ def _adapt_plain(updates: Any, out: Any) -> tuple[MemorySource, Any] | None:
         result = out
         if type(out) is not type(updates) or out.dtype != updates.dtype or tuple(out.shape) != shape[1:]:
             return None
-        if (type(out) is np.ndarray and not out.flags.writeable) or (plain := look([(out,)], 0)[0]) is None:
+        if type(out) is np.ndarray:
+            if not (out.flags.c_contiguous and out.flags.writeable):
+                return None
+            target = address_of(out)
+        elif (plain := look([(out,)], 0)[0]) is not None:
+            target = int(plain.begins[0])
+        else:
             return None
-        target = int(plain.begins[0])
         if target % dtype.alignment or first - step < target < first + n * step:
             return None
     addresses = np.arange(first, first + n * step, step, dtype=np.uint64)

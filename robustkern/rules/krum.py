@@ -89,14 +89,18 @@ class _Scored(Aggregator):
 
 
 def krum_scores(squares: Matrix, rows: NDArray[np.intp], others: int, squared: bool = True) -> Vector:
-    """Return (n,) sums of distances from some rows to so many others of them, inf for the rest.
+    """Return (n,) sums of distances from some rows, in ascending order, to so many others of them, inf for the rest.
 
     Rows that are not among them are infinitely far from all alike.
     """
-    result = np.full(len(squares), np.inf)
+    among = squares if len(rows) == len(squares) else squares[np.ix_(rows, rows)]
     # A row's distance to itself, 0, counts too; sorted, so that equal terms have equal sums.
-    nearest = np.sort(squares[np.ix_(rows, rows)], axis=1)[:, : min(others + 1, len(rows))]
-    result[rows] = (nearest if squared else np.sqrt(nearest)).sum(axis=1, dtype=np.longdouble)
+    nearest = np.sort(among, axis=1)[:, : min(others + 1, len(rows))]
+    sums = np.asarray((nearest if squared else np.sqrt(nearest)).sum(axis=1, dtype=np.longdouble), dtype=np.float64)
+    if among is squares:
+        return sums
+    result = np.full(len(squares), np.inf)
+    result[rows] = sums
     return result
 
 
