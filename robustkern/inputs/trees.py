@@ -103,7 +103,9 @@ def adapt(
         if n == MAX_ROWS:
             raise ValueError(f"updates: with a centre, which is one row more, expected at most {n - 1} rows; got {n}")
         updates = [*updates, centre]
-    if all(type(u) is np.ndarray for u in updates):
+    kind = type(updates[0])
+    one_leaf = kind is np.ndarray or (is_torch_array(updates[0]) and not apart)
+    if one_leaf and all(type(u) is kind for u in updates):
         _require_names(choice)
         leaf, result = _make_leaf(updates, n, (), out, choice, _looked([updates], [out])[0])
         if out is not None:
