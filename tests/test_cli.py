@@ -151,6 +151,14 @@ def test_a_learning_rate_that_float32_does_not_hold(tmp_path: Path, more: list[s
         (["--f", "1", "--backend", "fast"], "--backend must be one of"),
         (["--f", "1", "--backend", "cuda"], "cuda"),
         (["--f", "x"], "Invalid value for '--f'"),
+        (["--f", "1", "--only", ""], "--only: expected patterns such as 'layer1.*', with commas; got nothing"),
+        (["--f", "1", "--exclude", ","], "--exclude: expected patterns"),
+        (["--f", "1", "--only", "*", "--exclude", "*"], "--only * and --exclude * leaves no leaf"),
+        (["--f", "1", "--cap-weights", "2"], "--cap-weights 2: nothing to cap (pass --weights or --weights-from)"),
+        (
+            ["--f", "1", "--weights", "1,1,1,1,1,1,1,1,1", "--weights-from", "x"],
+            "--weights-from 'x': --weights says it already (pass one of them)",
+        ),
     ],
 )
 def test_options_that_do_not_fit_are_exit_code_2(tmp_path: Path, arguments: list[str], message: str) -> None:
@@ -171,6 +179,13 @@ def test_what_must_be_given(tmp_path: Path) -> None:
         (["scaling"], "Missing option '--out'"),
         (["dance"], "No such command 'dance'"),
         (["info", "--loud"], "No such option"),
+        (["--version", "x"], "No such command 'x'"),
+        (["--version", "info"], "--version is asked for alone"),
+        (["--"], "Missing command"),
+        (["bench", "--rules", ""], "--rules: expected rules such as median, with commas; got nothing"),
+        (["bench", "--d", ""], "--d: expected whole numbers"),
+        (["bench", "--slack", "nan"], "--slack: expected a share such as 0.1; got nan"),
+        (["reproduce", "--part", ","], "--part: expected some of"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2
@@ -263,6 +278,7 @@ def test_messages_speak_of_options() -> None:
         ("checkpoint_every must be 1", "--checkpoint-every must be 1"),
         ("runs/f=2/worker.npz: gone; half=3", "runs/f=2/worker.npz: gone; half=3"),
         ("for f= alone, of f: nothing", "for --f alone, of f: nothing"),
+        ("lr=* and f=[a] are none", "--lr * and --f [a] are none"),
     ):
         assert console.in_options(text, names) == want
 
@@ -521,6 +537,47 @@ def test_an_interrupt_is_exit_code_130_without_a_traceback(tmp_path: Path, argum
     assert started.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1] == "stopped"
+
+
+def test_an_interrupt_before_the_command_begins() -> None:
+    code = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'robustkern.cli.commands': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "from robustkern.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_no_error(tmp_path: Path, closed: str) -> None:
+    write(tmp_path / "in", make_updates(), "safetensors")
+    command = f"{sys.executable} -m robustkern"
+    for arguments in ("aggregate in --f 2 --out out.safetensors", "rules", "info --json", "--version"):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {arguments} {closed}"],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert set(read(tmp_path / "out.safetensors")) == set(make_updates()[0])
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path: Path) -> None:
+    np.save(tmp_path / "\u2603.npy", np.ones(3))
+    arguments = ("aggregate", "\u2603.npy", "--rule", "mean", "--out", "\xfc.npy")
+    done = python(*arguments, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u2603.npy" in done.stdout
+    assert "-> \\xfc.npy" in done.stdout
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["quickstart.md", "index.md"])
+@pytest.mark.parametrize("page", ["quickstart.md", "index.md", "architecture.md", "../README.md"])
 def test_the_examples_of_a_page_run(page: str, own_rules: None) -> None:
     for module in ("flwr", "torch"):
         pytest.importorskip(module)

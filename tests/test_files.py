@@ -323,6 +323,19 @@ def test_headers_that_lie(tmp_path: Path, shape: str) -> None:
     assert not (tmp_path / "out.npz").exists()
 
 
+@pytest.mark.parametrize(
+    ("encoding", "before"), [("utf-8-sig", ""), ("utf-16", ""), ("utf-16-le", ""), ("utf-32-be", ""), ("utf-8", " ")]
+)
+def test_headers_in_another_encoding(tmp_path: Path, encoding: str, before: str) -> None:
+    save_file({"a": np.ones(2)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = (before + whole[8 : 8 + length].decode()).encode(encoding)
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
+    with pytest.raises(FileError, match=r"a\.safetensors: corrupt, truncated or no safetensors file"):
+        aggregate_files([tmp_path / "a.safetensors"], "mean", out=tmp_path / "out.npz")
+
+
 def test_names_that_a_format_cannot_hold(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **{"__metadata__": np.ones(2)})
     with pytest.raises(FileError, match="safetensors files cannot hold a tensor named '__metadata__'"):

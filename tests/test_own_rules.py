@@ -580,9 +580,7 @@ def test_a_file_of_rules_on_the_command_line(tmp_path: Path) -> None:
         *("--out", tmp_path / "ranks"),
     )
     assert done.returncode == 0, done.stderr
-    assert [(p["rule"], p["how"], p["checked"]) for p in json.loads(done.stdout)] == [
-        ("tightest", "rows", True)
-    ]
+    assert [(p["rule"], p["how"], p["checked"]) for p in json.loads(done.stdout)] == [("tightest", "rows", True)]
     done = robustkern("bench", "--import", own, "--n", 8, "--d", 20000, "--rounds", 1, "--against", "numpy", "--json")
     assert done.returncode == 0, done.stderr
     measured = [(result["rule"], result["library"], result["goal"]) for result in json.loads(done.stdout)["results"]]

@@ -174,6 +174,38 @@ def test_the_command(tmp_path: Path) -> None:
     assert "--scope: not with --processes and --dask" in refused.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--f", "4"],
+        ["--f", "1", "--weights", "1,1"],
+        [],
+        ["--f", "1", "--delta", "0.2"],
+        ["--delta", "0.7"],
+        ["--f", "1", "--only", "zzz"],
+        ["--f", "1", "--backend", "x"],
+        ["--f", "1", "--rule", "ctma(centre)"],
+    ],
+)
+def test_what_the_command_does_not_understand_is_the_same(arguments: list[str], tmp_path: Path) -> None:
+    """With processes, with a cluster and without them."""
+    command = ["aggregate", *saved(tmp_path), "--out", str(tmp_path / "out.safetensors"), *arguments]
+    alone, pool = CliRunner().invoke(app, command), CliRunner().invoke(app, [*command, "--processes", "1"])
+    assert alone.exit_code == pool.exit_code == 2, pool.output
+    assert alone.output == pool.output
+
+
+def test_addresses_that_are_none(tmp_path: Path) -> None:
+    command = ["aggregate", *saved(tmp_path), "--f", "2", "--out", str(tmp_path / "out.safetensors"), "--dask"]
+    for address in ("here", "", "tcp://here:x", "bogus://here:1"):
+        result = CliRunner().invoke(app, [*command, address])
+        assert result.exit_code == 2, result.output
+        assert f"--dask: expected an address such as tcp://host:8786; got '{address}'" in result.output
+    result = CliRunner().invoke(app, [*command, "tcp://here:1", "--processes", "1"])
+    assert result.exit_code == 2
+    assert "--processes and --dask: one of them" in result.output
+
+
 def spoil(path: str, how: str) -> None:
     """Make of an update what nobody can use."""
     if how == "gone":

@@ -255,6 +255,64 @@ def test_groups_of_parameters() -> None:
     assert (fast.item(), slow.item()) == (-1.0, pytest.approx(-0.1))
     with pytest.raises(ValueError, match="Mu2Server: parameters must be added before the first step; 1 are done"):
         server.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+    assert len(server.param_groups) == 2  # what is refused changes nothing
+    given = [{"params": [fast]}]
+    pair = (
+        training.MomentumWorker(given),
+        training.Mu2Server(given, lr=1.0),
+    )  # of which neither counts the other's steps
+    pair[0].step()
+    assert [each.param_groups[0]["steps"] for each in pair] == [1, 0]
+    worker = training.MomentumWorker([{"params": [fast]}, {"params": [slow]}])
+    worker.param_groups[1]["momentum"] = 0.0
+    with pytest.raises(ValueError, match=r"momentum must be the same for all groups .*; got 0\.9 and 0\.0"):
+        worker.step()
+
+
+def test_a_nan_of_which_nothing_is_kept_is_gone() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    for worker in (training.MomentumWorker([p], momentum=0), training.Mu2Worker([p], beta=1)):
+        for value in (1.0, math.nan, math.inf, 2.0):
+
+            def closure(value: float = value) -> None:
+                p.grad = torch.full_like(p, value)
+
+            worker.step(closure)
+        assert p.grad.tolist() == [2.0, 2.0]
+
+
+def test_the_ball_is_of_all_parameters() -> None:
+    """Also of those without a gradient in this step; and what leads far out of it ends at its border, not in NaN."""
+    first, second = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    server = training.Mu2Server([first, second], lr=1.0, radius=1.0, gamma=1.0)
+    for p, other in ((first, second), (second, first)):
+        p.grad, other.grad = torch.tensor([-5.0]), None
+        server.step()
+    np.testing.assert_allclose((first.item(), second.item()), np.array([1, 5]) / math.sqrt(26), rtol=1e-6)
+    far = torch.nn.Parameter(torch.zeros(2))
+    server = training.Mu2Server([far], lr=1e38, radius=1.0)
+    far.grad = torch.tensor([100.0, 1.0])
+    server.step()
+    np.testing.assert_allclose(far.detach(), np.array([-100, -1]) / math.sqrt(10001), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [training.MomentumWorker, training.Mu2Worker, lambda p: training.Mu2Server(p, lr=0.1)])
+def test_gradients_must_be_dense(make: Any) -> None:
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    optimizer = make(table.parameters())
+    with pytest.raises(TypeError, match=r"expected dense gradients; got torch.sparse_coo .* \(5, 2\) \(.*to_dense\(\)"):
+        optimizer.step(lambda: table(torch.tensor([1])).sum().backward())
+    assert optimizer.param_groups[0]["steps"] == 0
+    assert not optimizer.state
+    table.weight.grad = table.weight.grad.to_dense()
+    optimizer.step(lambda: None)
+
+
+def test_the_state_of_another_optimizer() -> None:
+    p = [torch.nn.Parameter(torch.zeros(1))]
+    state = training.MomentumWorker(p).state_dict()
+    with pytest.raises(ValueError, match="expected the state_dict of a Mu2Worker; got one without schedule, beta"):
+        training.Mu2Worker(p).load_state_dict(state)
 
 
 def test_clipping_is_of_the_whole_gradient() -> None:
@@ -270,6 +328,11 @@ def test_clipping_is_of_the_whole_gradient() -> None:
     alone = training.MomentumWorker(parts, clip=1.0)
     alone.step()
     np.testing.assert_allclose([float(p.grad) for p in parts], (0.6, 0.8), rtol=1e-6)
+    for dtype, values in ((torch.float64, [3e300, -4e300, 0]), (torch.complex64, [3, -4, 0])):
+        wide = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        wide.grad = torch.tensor(values, dtype=dtype)
+        training.MomentumWorker([wide], clip=1.0).step()
+        np.testing.assert_allclose(wide.grad, (0.6, -0.8, 0), rtol=1e-6)
     parts[0].grad = torch.tensor([math.nan])
     worker.step()
     assert math.isnan(float(parts[1].grad))  # a norm that is not known cannot be kept to
@@ -293,6 +356,13 @@ def test_clipping_is_of_the_whole_gradient() -> None:
             ),
             "Mu2Worker: clip must be the same for all groups of parameters; got None and 1.0",
         ),
+        (lambda p: training.Mu2Worker([{"params": p, "clip": -1.0}]), "Mu2Worker: clip must be .* got -1.0"),
+        (lambda p: training.Mu2Worker([{"params": p, "beta": 2}]), "beta must be in"),
+        (lambda p: training.MomentumWorker([{"params": p, "momentum": 5}]), r"momentum must be in \[0, 1\); got 5"),
+        (lambda p: training.Mu2Server([{"params": p, "lr": math.nan}], lr=1), "lr must be .* got nan"),
+        (lambda p: training.Mu2Server([{"params": p, "schedule": "x"}], lr=1), "schedule must be one of"),
+        (lambda p: training.Mu2Server([{"params": p, "radius": -3}], lr=1), "radius must be .* got -3"),
+        (lambda p: training.Mu2Server([{"params": p, "steps": 9}], lr=1), "steps are counted, not set; got .* 9"),
     ],
 )
 def test_errors_of_optimizers(make: Any, message: str) -> None:
@@ -499,6 +569,7 @@ def test_text_of_attacks(text: str) -> None:
         ("ipm(strength=1)", r"ipm: .*unexpected keyword argument 'strength' \(its parameters: epsilon\)"),
         ("label_flip(1)", "label_flip: .*its parameters: none"),
         ("nan(1)", "'nan' is not known"),
+        ("ipm(epsilon=1, epsilon=2)", "a parameter is there twice"),
         ("ipm(epsilon='a')", "ipm: epsilon must be a finite number; got 'a'"),
         ("sign_flip(scale=1e999)", "sign_flip: scale must be a finite number; got inf"),
         ("ipm(epsilon=1" + "0" * 400 + ")", "ipm: epsilon must be a finite number; got 1000"),
@@ -1122,6 +1193,8 @@ def test_the_command_goes_on_after_a_kill(tmp_path: Path) -> None:
         (("--arrivals", "id", "--crash", "1@1"), 2, "--crash and --stall must be none with --arrivals 'id'; got"),
         (("--beta", "2"), 2, "--beta must be in"),
         (("--crash", "3@20,9@1"), 2, "--crash and --stall must be .*worker, round"),
+        (("--timeout", "nan"), 2, "--timeout: expected a number of seconds from 0.1 on; got nan"),
+        (("--stall", ","), 2, "--stall: expected worker@round such as 3@20, with commas; got nothing"),
         (("--crash", "x"), 2, "--crash must be worker@round, such as 3@20; got 'x'"),
         (("--data", "mnist"), 1, "mnist needs the files train-images-idx3-ubyte.*no folder was given"),
         (("--data", "cifar10", "--data-dir", "."), 1, "cifar10 needs cifar-10-batches-py.*looked in"),

@@ -517,8 +517,8 @@ def test_weights_that_updates_claim_are_capped_and_shown(tmp_path: Path) -> None
     with pytest.raises(FileError, match=r"c2.safetensors: has no 'num_samples' in its metadata"):
         aggregate_files(paths, "median", weights_from="num_samples", out=out)
     for options, message in (
-        ({"weights": [1, 1, 1, 1], "weights_from": "x"}, "weights and weights_from say the same thing"),
-        ({"cap_weights": 2}, "cap_weights is given, but no weights"),
+        ({"weights": [1, 1, 1, 1], "weights_from": "x"}, "weights_from='x': weights= says it already"),
+        ({"cap_weights": 2}, "cap_weights=2: nothing to cap"),
         ({"weights": [1, 1, 1, 1], "cap_weights": 0.5}, "cap_weights must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -1366,6 +1366,62 @@ def test_shards_beside_the_updates_are_no_workers_next_time(tmp_path: Path) -> N
         info = aggregate_files(pool, "median", out=pool / "model.safetensors", shard_size=100)
         assert info.n == 5
     assert len(list(pool.glob("model*"))) == 3
+
+
+def test_an_output_takes_the_place_of_an_earlier_one_as_a_whole(tmp_path: Path) -> None:
+    paths, out = honest(tmp_path / "pool"), tmp_path / "m" / "model.safetensors"
+    out.parent.mkdir()
+    others = [out.with_name(name) for name in ("model-1.safetensors", "model-00001-of-00009.safetensors", "x")]
+    for other in others:
+        other.write_text("mine")
+    for size, files in ((100, 3), (None, 1), (10**6, 1), (1, 3), (100, 3), (None, 1)):
+        aggregate_files(paths, "median", out=out, shard_size=size)
+        assert len({path for path in out.parent.iterdir() if path not in others}) == files
+    assert all(other.read_text() == "mine" for other in others)
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_models_of_others_in_shards_stay(tmp_path: Path, size: int | None) -> None:
+    """Whose index and shards have the names that the output's would have, as a model's of transformers."""
+    paths, out = honest(tmp_path / "pool"), tmp_path / "m" / "model.safetensors"
+    out.parent.mkdir()
+    shard, index = out.with_name("model-00001-of-00002.safetensors"), Path(f"{out}.index.json")
+    save_file({"a": np.ones(3)}, shard)
+    elsewhere = tmp_path / "model-00001-of-00002.safetensors"
+    aggregate_files(paths, "median", out=elsewhere)
+    linked = tmp_path / "linked.json"
+    linked.write_text(json.dumps({"weight_map": {}}))
+    for content in (
+        [shard.name],
+        ["x"],
+        [f"../{elsewhere.name}"],
+        ["model-00002-of-00002.safetensors"],
+        [1],
+        None,
+        "link",
+    ):
+        index.unlink(missing_ok=True)
+        if content == "link":
+            index.symlink_to(linked)
+        else:
+            index.write_text("{" if content is None else json.dumps({"weight_map": dict(enumerate(content))}))
+        before = {path: path.read_bytes() for path in out.parent.iterdir()}
+        with pytest.raises(FileError, match=r"index\.json: names files that are no output .* choose another name\)"):
+            aggregate_files(paths, "median", out=out, shard_size=size)
+        assert {path: path.read_bytes() for path in out.parent.iterdir()} == before
+    assert elsewhere.exists()
+
+
+def test_an_earlier_output_that_is_an_update_stays(tmp_path: Path) -> None:
+    paths, out = honest(tmp_path / "pool"), tmp_path / "model.safetensors"
+    aggregate_files(paths, "median", out=out)
+    with pytest.raises(FileError, match=r"model\.safetensors: is one of the updates, which are never overwritten"):
+        aggregate_files([*paths, out], "median", out=out, shard_size=100)
+    aggregate_files(paths, "median", out=out, shard_size=100)
+    shard = sorted(tmp_path.glob("model-*"))[0]
+    with pytest.raises(FileError, match=r"model-00001-of-.* is one of the updates, which are never overwritten"):
+        aggregate_files([*paths, shard], "median", f=1, out=out, bad="count")
+    assert len(list(tmp_path.glob("model*"))) == 3
 
 
 def test_integers_only_leaf_by_leaf(tmp_path: Path) -> None:

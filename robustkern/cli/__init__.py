@@ -23,18 +23,21 @@ def __getattr__(name: str) -> Any:
 
 def main() -> None:
     """Run the command line."""
-    from robustkern.cli import plain
-
     try:
+        from robustkern.cli import plain
+
+        plain.prepare()
         try:
-            from robustkern.cli.commands import app as run
-        except ModuleNotFoundError as missing:
-            if str(missing.name).partition(".")[0] not in ("typer", "rich", "safetensors"):
-                raise
-            plain.main(sys.argv[1:], missing)
-        else:
-            run()
-    except KeyboardInterrupt:
+            try:
+                from robustkern.cli.commands import app as run
+            except ModuleNotFoundError as missing:
+                if str(missing.name).partition(".")[0] not in ("typer", "rich", "safetensors"):
+                    raise
+                plain.main(sys.argv[1:], missing)
+            else:
+                run()
+        finally:
+            plain.flush()
+    except KeyboardInterrupt:  # before a command has begun, which says so itself
+        print("stopped", file=sys.stderr)
         sys.exit(130)
-    finally:
-        plain.flush()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import time
 import warnings
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +18,10 @@ import typer
 
 import robustkern
 from robustkern.cli.console import Wrong, bar, command, print_json, said
-from robustkern.cli.options import BadFiles, BadFilesOption, Json, TolerateOption, file_to_write, listed, rule_of
+from robustkern.cli.options import BadFiles, BadFilesOption, Json, TolerateOption, file_to_write, rule_of, some
 from robustkern.cli.report import facts, print_workers
 from robustkern.cli.rules import Import
-from robustkern.cli.several import combine_in_pool, combine_on_ranks, for_ranks
+from robustkern.cli.several import combine_in_pool, combine_on_ranks, for_ranks, refuse
 from robustkern.errors import ConvergenceWarning, NonFiniteError
 from robustkern.files import (
     WRITTEN,
@@ -114,7 +116,10 @@ def aggregate(
     plan = rule_of(rule)
     with said("memory"):
         most = memory_of(memory)
-    patterns: dict[str, Any] = {"only": listed(only) or None, "exclude": listed(exclude) or None}
+    patterns: dict[str, Any] = {
+        option: some(given, option, "patterns such as 'layer1.*'") or None
+        for option, given in (("only", only), ("exclude", exclude))
+    }
     options: dict[str, Any] = {"f": f, "delta": delta, "seed": seed, "backend": backend}
     files_only = {
         "weights-from": weights_from,
@@ -125,21 +130,32 @@ def aggregate(
         "dtype": dtype,
     }
     if processes is not None or dask is not None:
+        if processes is not None and dask is not None:
+            raise Wrong("--processes and --dask: one of them says where the files are read (drop the other)")
+        files_only |= {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
+        refuse(files_only, "--processes and --dask (drop it, or them)")
         file_to_write(out, "out", (".safetensors", ".npy"))
         pool = find_workers(updates, out, bad_files.value)
         _check_out(out, pool)
-        more: dict[str, Any] = {"weights": _weights(weights, pool), "processes": processes, "bad": bad_files.value}
-        refused = files_only | {"nonfinite": nonfinite is NonFinite.drop, "shard-size": shard_size}
-        combine_in_pool(pool, plan, out, dask, options | patterns | more, refused, as_json)
+        options["weights"] = _weights(weights, pool)
+        _check(plan, len(pool.workers), options)
+        more: dict[str, Any] = {"processes": processes, "bad": bad_files.value}
+        with _understood():
+            combine_in_pool(pool, plan, out, dask, options | patterns | more, as_json)
         return
     with said("shard-size"):
         shard = None if shard_size is None else memory_of(shard_size)
     on_ranks = for_ranks(updates, out, bad_files.value)
     if on_ranks is not None:
-        shares = _weights(weights, on_ranks)
-        more = {"weights": shares, "memory": most, "nonfinite": nonfinite.value, "shard_size": shard}
-        more["bad"] = bad_files.value
-        combine_on_ranks(on_ranks, plan, out, options | patterns | more, files_only, as_json)
+        refuse(
+            files_only,
+            "checkpoint folders of torch.distributed, or torchrun (drop it, or use one process and safetensors)",
+        )
+        options["weights"] = _weights(weights, on_ranks)
+        _check(plan, len(on_ranks.workers), options)
+        more = {"memory": most, "nonfinite": nonfinite.value, "shard_size": shard, "bad": bad_files.value}
+        with _understood():
+            combine_on_ranks(on_ranks, plan, out, options | patterns | more, as_json)
         return
     file_to_write(out, "out", WRITTEN)
     with said("dtype"):
@@ -155,40 +171,44 @@ def aggregate(
     point = None if centre is None else np.zeros(1, dtype=np.float32)
     _check(plan, n, options | {"centre": point})
     started = time.perf_counter()
-    with bar("reading", 1, of_bytes=True) as shown:
-        try:
-            info, weighed = aggregate_pool(
-                pool,
-                plan,
-                out=out,
-                f=f,
-                delta=delta,
-                weights=shares
-                if shares is None or pool.folder is False
-                else dict(zip(_names(pool), shares, strict=True)),
-                weights_from=weights_from,
-                cap_weights=cap_weights,
-                centre=centre,
-                seed=seed,
-                choice=choice,
-                base=base,
-                scope=scope.value,
-                nonfinite=nonfinite.value,
-                bad=bad_files.value,
-                memory=most,
-                shard_size=shard,
-                backend=backend,
-                progress=lambda phase, done, total: shown.show(done, phase, total),
-            )
-        except ValueError as error:  # what `_check` could not know: such as a backend that lacks a dtype
-            if isinstance(error, (FileError, NonFiniteError)):
-                raise
-            raise Wrong(re.sub(r"^bad=", "--bad-files ", str(error))) from None
+    with bar("reading", 1, of_bytes=True) as shown, _understood():
+        info, weighed = aggregate_pool(
+            pool,
+            plan,
+            out=out,
+            f=f,
+            delta=delta,
+            weights=shares if shares is None or pool.folder is False else dict(zip(_names(pool), shares, strict=True)),
+            weights_from=weights_from,
+            cap_weights=cap_weights,
+            centre=centre,
+            seed=seed,
+            choice=choice,
+            base=base,
+            scope=scope.value,
+            nonfinite=nonfinite.value,
+            bad=bad_files.value,
+            memory=most,
+            shard_size=shard,
+            backend=backend,
+            progress=lambda phase, done, total: shown.show(done, phase, total),
+        )
     seconds = time.perf_counter() - started
     if as_json:
         print_json(facts(info, pool, weighed, out, seconds))
     else:
         print_workers(info, pool, weighed, out, seconds)
+
+
+@contextlib.contextmanager
+def _understood() -> Iterator[None]:
+    """Make an error of the command of what `_check` could not know, such as a backend that lacks a dtype."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(error, (FileError, NonFiniteError)):
+            raise
+        raise Wrong(re.sub(r"^bad=", "--bad-files ", str(error))) from None
 
 
 def _names(pool: Pool) -> list[str]:

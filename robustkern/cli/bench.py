@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from rich.text import Text
 
 from robustkern.cli.console import Wrong, bar, command, note, print_json, print_table
-from robustkern.cli.options import Json, Rules, file_to_write, listed, names, numbers, rule_of
+from robustkern.cli.options import RULES, Json, Rules, file_to_write, names, numbers, rule_of, some
 from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
 from robustkern.measure import peers, reads, regression
@@ -61,6 +62,8 @@ def bench(
     exits with 1 where something got slower: by more than --slack, and by more
     than the quartiles of both runs overlap.
     """
+    if not math.isfinite(slack):
+        raise Wrong(f"--slack: expected a share such as 0.1; got {slack:g}")
     if compare is not None:
         _compare(*compare, slack, as_json)
         return
@@ -71,13 +74,13 @@ def bench(
         raise Wrong("--plot draws the rules (add --suite rules)")
     if len(names([dtype], "dtype", [each.name for each in DTYPES])) != 1:
         raise Wrong(f"--dtype: one at a time; got {dtype!r}")
-    asked = listed(rules)
+    asked = some(rules, "rules", RULES)
     for rule in asked:
         if rule not in OTHERS:
             rule_of(rule, "rules")
     libraries = names(against, "against", tuple(peers.PEERS))
-    sizes = numbers(n, "n", 1, 65_535) if n else SIZES
-    columns = numbers(d, "d", 1, 10**12)[0] if d else None
+    sizes = SIZES if n is None else numbers(n, "n", 1, 65_535)
+    columns = None if d is None else numbers(d, "d", 1, 10**12)[0]
     file_to_write(save, "save", (".json",))
     file_to_write(plot, "plot", SUFFIXES)
     for library in libraries:

@@ -23,27 +23,27 @@ __all__ = ["app"]
 app = typer.Typer(
     name="robustkern",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        print(f"robustkern {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _robustkern(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     """Byzantine-robust aggregation of updates at the speed of memory.
 
     Exit codes: 0 done; 1 it cannot be done; 2 the command was not understood, or a package is missing; 130 Ctrl-C.
     """
+    if version:
+        if context.invoked_subcommand is not None:
+            context.fail("--version is asked for alone")
+        print(f"robustkern {__version__}")
+    elif context.invoked_subcommand is None:
+        context.fail("Missing command.")
 
 
 for _command in (aggregate, lora, demo, bench, scaling, train, reproduce, rules, info, doctor):

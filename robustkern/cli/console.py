@@ -83,7 +83,7 @@ def in_options(message: str, names: Collection[str]) -> str:
     message = re.sub(rf"^({known})(?= must\b|:)", lambda found: "--" + found[1].replace("_", "-"), message)
     return re.sub(
         rf"(?<![\w/.\-])({known})=(?=(\S?))",
-        lambda found: "--" + found[1].replace("_", "-") + (" " if re.match(r"[\w\-'.]", found[2]) else ""),
+        lambda found: "--" + found[1].replace("_", "-") + (" " if re.match(r"[^\s),;]", found[2]) else ""),
         message,
     )
 

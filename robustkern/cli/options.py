@@ -19,6 +19,7 @@ from robustkern.files.formats import TORCH
 from robustkern.rules import Aggregator, names_in, parse_rule
 
 __all__ = [
+    "RULES",
     "BadFiles",
     "BadFilesOption",
     "Json",
@@ -30,6 +31,7 @@ __all__ = [
     "names",
     "numbers",
     "rule_of",
+    "some",
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print all facts as JSON on stdout, and nothing else there.")]
@@ -49,6 +51,10 @@ BadFilesOption = Annotated[
 ]
 Rules = Annotated[list[str] | None, typer.Option("--rules", help="Rules, with commas: 'median,ctma(median)'.")]
 
+#: What `--rules` is, where it says nothing.
+RULES = "rules such as median"
+#: The most numbers that "1e4..1e9:2" stands for.
+MOST_NUMBERS = 1000
 #: What a command leaves in a folder of its own; and what keeps two of them apart, which says nothing.
 MARK, LOCK = ".robustkern", ".lock"
 
@@ -80,11 +86,17 @@ def listed(given: Sequence[str] | str | None) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
+def some(given: Sequence[str] | str | None, option: str, what: str) -> list[str]:
+    """Split a list that says something where it is given."""
+    found = listed(given)
+    if given is not None and not found:
+        raise Wrong(f"--{option}: expected {what}, with commas; got nothing")
+    return found
+
+
 def names(given: Sequence[str] | str | None, option: str, known: Sequence[str]) -> tuple[str, ...]:
     """Read a list of names."""
-    found = tuple(listed(given))
-    if given is not None and not found:
-        raise Wrong(f"--{option}: expected some of {', '.join(known)}, with commas; got nothing")
+    found = tuple(some(given, option, f"some of {', '.join(known)}"))
     for name in found:
         if name not in known:
             raise Wrong(f"--{option}: {name!r} is not known (known: {', '.join(known)}; several with commas)")
@@ -107,6 +119,8 @@ def numbers(given: Sequence[str] | str | None, option: str, least: int, most: in
             if not (least <= low <= high <= most and each >= 1):
                 raise ValueError
             count = math.floor(each * math.log10(high / low) + 1e-9) + 1
+            if len(found) + count > MOST_NUMBERS:
+                raise Wrong(f"--{option}: {part!r} means {count:,} numbers; expected at most {MOST_NUMBERS:,} in all")
             found.extend(round(low * 10 ** (k / each)) for k in range(count))
     except (ValueError, OverflowError):
         raise Wrong(f"{what}; got {text!r}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -9,7 +10,17 @@ from collections.abc import Sequence
 
 import robustkern
 
-__all__ = ["diagnose", "flush", "main", "print_info", "stop_printing"]
+__all__ = ["diagnose", "flush", "main", "prepare", "print_info", "stop_printing"]
+
+
+def prepare() -> None:
+    """Make printing no error: where stdout or stderr is closed, or its encoding lacks a letter, which is escaped."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", errors="backslashreplace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_info(as_json: bool) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from robustkern.backends.threads import usable_cores
 from robustkern.cli.console import Wrong, bar, command, print_json
-from robustkern.cli.options import Json, folder_to_write, listed
+from robustkern.cli.options import Json, folder_to_write, some
 
 __all__ = ["reproduce"]
 
@@ -33,7 +33,7 @@ def reproduce(
     from robustkern.training.session import alone_in
 
     every = {each.name: each for each in (runs.QUICK if quick else runs.PARTS)}
-    asked = listed(part) or list(every)
+    asked = some(part, "part", f"some of {', '.join(every)}") or list(every)
     for name in asked:
         if name not in every:
             raise Wrong(f"--part: {name!r} is not known (known: {', '.join(every)})")

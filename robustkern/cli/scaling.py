@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from robustkern.cli.console import CANNOT, Wrong, bar, command, fail, note, print_json, print_table
-from robustkern.cli.options import Json, Rules, folder_to_write, listed, names, numbers, rule_of
+from robustkern.cli.options import RULES, Json, Rules, folder_to_write, names, numbers, rule_of, some
 from robustkern.cli.rules import Import
 from robustkern.contract.rows import DTYPES
 from robustkern.measure import scaling as measured
@@ -55,7 +55,7 @@ def scaling(
     plan = plan_of(devices, n, d, dtype, rules, model, seconds)
     folder_to_write(out, "scaling")
     if ranks is not None:
-        chosen = tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in listed(rules))) if rules else None
+        chosen = tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in some(rules, "rules", RULES))) or None
         _over_ranks(numbers(ranks, "ranks", 1, 64), plan, chosen, own or (), out, as_json)
         return
     there, missing = open_devices(list(plan.devices))
@@ -133,7 +133,9 @@ def plan_of(
         raise Wrong(f"--seconds: expected a number above 0, the time of each point; got {seconds:g}")
     return Plan(
         devices=names(devices, "devices", tuple(DEVICES)),
-        rules=tuple(dict.fromkeys(str(rule_of(rule, "rules")) for rule in listed(rules) or measured.RULES)),
+        rules=tuple(
+            dict.fromkeys(str(rule_of(rule, "rules")) for rule in some(rules, "rules", RULES) or measured.RULES)
+        ),
         dtypes=names(dtype, "dtype", [known.name for known in DTYPES]),
         n=numbers(n, "n", measured.LEAST_ROWS, measured.MOST_ROWS),
         d=numbers(d, "d", measured.LEAST_COLUMNS, 10**12),

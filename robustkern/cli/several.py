@@ -18,7 +18,7 @@ from robustkern.files import Pool, Weights, find_workers
 from robustkern.files.workers import Worker, natural
 from robustkern.rules import Aggregator
 
-__all__ = ["combine_in_pool", "combine_on_ranks", "for_ranks"]
+__all__ = ["combine_in_pool", "combine_on_ranks", "for_ranks", "refuse"]
 
 
 def _is_one(path: Path) -> bool:
@@ -48,9 +48,7 @@ def _folders_of(updates: Sequence[Path], bad: str) -> list[Path] | None:
     return list(updates) if len(updates) > 1 and enough else None
 
 
-def combine_on_ranks(
-    pool: Pool, plan: Aggregator, out: Path, options: dict[str, Any], others: dict[str, Any], as_json: bool
-) -> None:
+def combine_on_ranks(pool: Pool, plan: Aggregator, out: Path, options: dict[str, Any], as_json: bool) -> None:
     """Combine checkpoints, each rank of torchrun its part; rank 0 says what came of it.
 
     Parameters
@@ -59,14 +57,9 @@ def combine_on_ranks(
         The workers.
     plan, out, options
         As for `robustkern.distributed.aggregate_checkpoints`.
-    others : dict
-        Options of the command that go with files only, and whether they were given.
     as_json : bool
         Whether machines read it.
     """
-    _refuse(
-        others, "checkpoint folders of torch.distributed, or torchrun (drop it, or use one process and safetensors)"
-    )
     import torch.distributed as dist
 
     from robustkern.distributed import aggregate_checkpoints
@@ -87,9 +80,8 @@ def combine_on_ranks(
 
 
 def combine_in_pool(
-    pool: Pool, plan: Aggregator, out: Path, address: str | None, options: dict[str, Any], others: dict[str, Any],
-    as_json: bool,
-) -> None:  # fmt: skip
+    pool: Pool, plan: Aggregator, out: Path, address: str | None, options: dict[str, Any], as_json: bool
+) -> None:
     """Combine files on a Dask cluster.
 
     Parameters
@@ -98,10 +90,9 @@ def combine_in_pool(
         As for `robustkern.distributed.dask_aggregate`; one file a worker.
     address : str or None
         Of the cluster; None: one of processes on this machine.
-    others, as_json
+    as_json
         As for `combine_on_ranks`.
     """
-    _refuse(others, "--processes and --dask (drop it, or them)")
     usable = [worker for worker in pool.workers if worker.wrong is None]
     several = next((worker for worker in usable if len(worker.files) != 1), None)
     if several is not None:
@@ -115,7 +106,10 @@ def combine_in_pool(
     with contextlib.ExitStack() as stack, bar("reading", 1) as shown:
         client = None
         if address is not None:
-            client = stack.enter_context(Client(address, timeout=30))  # type: ignore[no-untyped-call]
+            try:
+                client = stack.enter_context(Client(address, timeout=30))  # type: ignore[no-untyped-call]
+            except ValueError as error:
+                raise Wrong(f"--dask: expected an address such as tcp://host:8786; got {address!r} ({error})") from None
         info = dask_aggregate(
             paths, plan, out=str(out), client=client, progress=lambda name, done, total: shown.show(done, name, total),
             **options,
@@ -129,7 +123,8 @@ def _named(info: Info, paths: Sequence[str], pool: Pool) -> Info:
     return replace(info, bad={names[path]: reason for path, reason in info.bad.items()})
 
 
-def _refuse(others: dict[str, Any], what: str) -> None:
+def refuse(others: dict[str, Any], what: str) -> None:
+    """Raise where options were given that go with files in one process only."""
     given = ", ".join(f"--{name}" for name, was in others.items() if was)
     if given:
         raise Wrong(f"{given}: not with {what}")

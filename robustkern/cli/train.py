@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import math
 import os
 import sys
 import typing
@@ -16,7 +17,7 @@ import typer
 
 import robustkern
 from robustkern.cli.console import Wrong, bar, command, note, print_json, print_table
-from robustkern.cli.options import Json, folder_to_write, listed, rule_of
+from robustkern.cli.options import Json, folder_to_write, rule_of, some
 from robustkern.cli.rules import Import
 from robustkern.cli.supervisor import HEARTBEAT, launched_rank, supervise
 from robustkern.training.settings import Settings
@@ -74,13 +75,17 @@ def train(
     torchrun --nproc-per-node 17 -m robustkern train; a worker that crashes or
     stalls is dropped and counts as one of the f that are tolerated.
     """
+    if not math.isfinite(timeout):
+        raise Wrong(f"--timeout: expected a number of seconds from 0.1 on; got {timeout:g}")
     rank = launched_rank()
     if rank and HEARTBEAT not in os.environ:  # torchrun would end all workers with the first that fails
         _supervise(rank, timeout)
         return
     rule_of(settings["rule"])
     fates = (("crash", crash), ("stall", stall))
-    failures = tuple(_failure(text, kind) for kind, given in fates for text in listed(given))
+    failures = tuple(
+        _failure(text, kind) for kind, given in fates for text in some(given, kind, "worker@round such as 3@20")
+    )
     try:
         run = Settings(**settings, failures=failures)
     except (ValueError, TypeError) as error:

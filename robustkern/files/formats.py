@@ -42,6 +42,7 @@ __all__ = [
     "Held",
     "Reader",
     "Tensor",
+    "is_marked",
     "is_output",
     "is_same",
     "kind_of",
@@ -284,7 +285,8 @@ def read_json(held: Held, offset: int, count: int) -> Any:
             raise ValueError("its header has the same name twice")
         return found
 
-    return json.loads(held.read(offset, count), object_pairs_hook=once)
+    # From bytes json takes UTF-16 and UTF-32 too, and a byte order mark.
+    return json.loads(held.read(offset, count).decode(), object_pairs_hook=once)
 
 
 # ---- readers ---------------------------------------------------------------------------------------------------
@@ -390,6 +392,8 @@ class _Safetensors(_Spans):
         (length,) = struct.unpack("<Q", held.read(0, 8)) if held.size >= 8 else (0,)
         if not 2 <= length <= held.size - 8:
             raise ValueError(f"its header should have {length} bytes, the file has {held.size}")
+        if held.read(8, 1) != b"{":
+            raise ValueError("its header does not begin with '{'")
         header = read_json(held, 8, length)
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
@@ -739,6 +743,21 @@ def reader_of(held: Any, kind: str) -> Reader:
     """Look at what a file holds that is not of this machine: an object with `Held`'s path, size and reads."""
     with naming(held.path):
         return _READERS[kind](held)
+
+
+def is_marked(path: Path) -> bool:
+    """Tell whether a safetensors file says that this package wrote it: only its header is read."""
+    try:
+        held = Held(path)
+    except FileError:
+        return False
+    try:
+        with naming(path):
+            return MARK in _Safetensors(held).metadata
+    except (FileError, MemoryError):
+        return False
+    finally:
+        held.close()
 
 
 def is_output(path: Path) -> bool:

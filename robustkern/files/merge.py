@@ -90,7 +90,8 @@ def aggregate_files(
     rule, f, delta, seed, only, exclude, scope, dtype, nonfinite, backend
         As for `robustkern.aggregate`; leaves are called by their tensors' names.
     out : path
-        Written under a temporary name beside it, looked at, and renamed when complete; the suffix decides the kind.
+        Written under a temporary name beside it, looked at, and renamed when complete; the suffix decides the kind. An
+        earlier output of this name is replaced as a whole: with its shards and their index.
     weights : array_like of shape (n,), or mapping of str to float, optional
         In the order of the paths, or by worker name; for a pool by name only.
     weights_from : str, optional
@@ -276,7 +277,7 @@ def _weights(
     if cap is not None and not cap >= 1:
         raise ValueError(f"cap_weights must be at least 1, so many times the median; got {cap}")
     if weights is not None and weights_from is not None:
-        raise ValueError("weights and weights_from say the same thing (pass one of them)")
+        raise ValueError(f"weights_from={weights_from!r}: weights= says it already (pass one of them)")
     if weights_from is not None:
         said: list[float | None] = []
         for row in rows:
@@ -297,7 +298,7 @@ def _weights(
         return Weights(claims, below_half(claims, 10.0 if cap is None else cap, f))
     if weights is None:
         if cap is not None:
-            raise ValueError("cap_weights is given, but no weights")
+            raise ValueError(f"cap_weights={cap:g}: nothing to cap (pass weights= or weights_from=)")
         return Weights()
     if isinstance(weights, Mapping):
         claims = named_weights(weights, pool.workers)

@@ -25,11 +25,15 @@ from robustkern.files.formats import (
     MARK,
     WRITTEN,
     FileError,
+    Held,
     Tensor,
+    is_marked,
     is_same,
     kind_of,
     mark_of,
+    naming,
     open_reader,
+    read_json,
     sum_of,
 )
 
@@ -163,6 +167,8 @@ _WRITERS: dict[str, type[_SafetensorsWriter] | type[_NpzWriter] | type[_NpyWrite
 class Output:
     """Where a result goes: one file, or shards of a bounded size with an index.
 
+    It takes the place of an earlier output of that name as a whole, of which nothing stays.
+
     Parameters
     ----------
     out : Path
@@ -206,7 +212,8 @@ class Output:
             raise FileError(f"{out}: only safetensors files are written in shards (use .safetensors)")
         self._index: Path | None = None
         self._files = self._shards(shard_size)
-        for path in [*self._files, *([self._index] if self._index else [])]:
+        self._old = self._replaced() if kind == ".safetensors" else []
+        for path in [*self._files, *([self._index] if self._index else []), *self._old]:
             check_target(path, inputs, folders)
         if kind == ".npy" and len(tensors) != 1:
             raise FileError(f"{out}: an npy file holds one tensor, the updates have {len(tensors)} (use .npz)")
@@ -228,9 +235,29 @@ class Output:
             held += tensor.nbytes
         if len(groups) == 1:
             return {self.out: groups[0]}
-        self._index = self.out.with_name(self.out.name + ".index.json")
+        self._index = self._place_of_index()
         names = (f"{self.out.stem}-{k + 1:05}-of-{len(groups):05}{self.out.suffix}" for k in range(len(groups)))
         return dict(zip(map(self.out.with_name, names), groups, strict=True))
+
+    def _place_of_index(self) -> Path:
+        return self.out.with_name(self.out.name + ".index.json")
+
+    def _replaced(self) -> list[Path]:
+        """Return the files of an earlier output beside the new ones, in which readers would find a second model."""
+        index = self._place_of_index()
+        shard = re.compile(rf"{re.escape(self.out.stem)}-[0-9]{{5}}-of-[0-9]{{5}}{re.escape(self.out.suffix)}")
+        listed = _listed(index)
+        shards = [self.out.with_name(name) for name in listed or () if shard.fullmatch(name)]
+        shards = [path for path in shards if os.path.lexists(path)]
+        if os.path.lexists(index) and (listed is None or len(shards) < len(listed) or not all(map(is_marked, shards))):
+            raise FileError(
+                f"{index}: names files that are no output of this kind, beside which {self.out.name} would be a second "
+                "model (remove them, or choose another name)"
+            )
+        new = {*self._files, self._index}
+        # The index first: whoever finds it finds all shards.
+        old = [path for path in (index, self.out, *shards) if path not in new]
+        return [path for path in old if os.path.lexists(path) and not os.path.isdir(path)]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Writer]:
@@ -291,6 +318,8 @@ class Output:
             made[self._index] = (part, {})
         for path, (part, _) in made.items():  # the index last
             _replace(part, path)
+        for path in self._old:
+            path.unlink(missing_ok=True)
 
 
 class Target:
@@ -366,6 +395,23 @@ class _Parts:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _listed(index: Path) -> set[str] | None:
+    """Return the files that an index names; None where it is a link, or no such index."""
+    if os.path.islink(index):
+        return None
+    try:
+        held = Held(index)
+    except FileError:
+        return None
+    try:
+        with naming(index):
+            return set(map(str, read_json(held, 0, held.size)["weight_map"].values()))
+    except FileError:
+        return None
+    finally:
+        held.close()
 
 
 def check_place(path: Path, folders: Sequence[Path]) -> None:

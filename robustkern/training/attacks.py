@@ -389,6 +389,8 @@ def parse_attack(text: str, /) -> Attack:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             name, arguments = node.func.id, [ast.literal_eval(a) for a in node.args]
             options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+            if len(options) < len(node.keywords):
+                raise ValueError("a parameter is there twice")
         else:
             raise ValueError("neither a name nor a call")
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
