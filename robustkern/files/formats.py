@@ -392,11 +392,11 @@ class _Safetensors(_Spans):
         (length,) = struct.unpack("<Q", held.read(0, 8)) if held.size >= 8 else (0,)
         if not 2 <= length <= held.size - 8:
             raise ValueError(f"its header should have {length} bytes, the file has {held.size}")
-        if held.read(8, 1) != b"{":
-            raise ValueError("its header does not begin with '{'")
         header = read_json(held, 8, length)
         if not isinstance(header, dict):
             raise ValueError("its header is no table")
+        if held.read(8, 1) != b"{":
+            raise ValueError("its header does not begin with '{'")
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are no texts")
