@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -42,6 +42,7 @@ __all__ = [
     "Held",
     "Reader",
     "Tensor",
+    "found_in",
     "is_marked",
     "is_output",
     "is_same",
@@ -52,6 +53,8 @@ __all__ = [
     "read_json",
     "sum_of",
 ]
+
+T = TypeVar("T")
 
 #: Files that torch writes; they are read, not written.
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -745,41 +748,38 @@ def reader_of(held: Any, kind: str) -> Reader:
         return _READERS[kind](held)
 
 
-def is_marked(path: Path) -> bool:
-    """Tell whether a safetensors file says that this package wrote it: only its header is read."""
+def found_in(path: Path, look: Callable[[Held], T]) -> T | None:
+    """Return what is found in a file; None where it cannot be read, or is no file of its kind."""
     try:
         held = Held(path)
     except FileError:
-        return False
+        return None
     try:
         with naming(path):
-            return MARK in _Safetensors(held).metadata
+            return look(held)
     except (FileError, MemoryError):
-        return False
+        return None
     finally:
         held.close()
+
+
+def is_marked(path: Path) -> bool:
+    """Tell whether a safetensors file says that this package wrote it: only its header is read."""
+    return bool(found_in(path, lambda held: MARK in _Safetensors(held).metadata))
 
 
 def is_output(path: Path) -> bool:
     """Tell whether this package wrote a file, and nobody changed it since, as far as the file itself says it."""
-    if kind_of(path) not in (".safetensors", ".npz"):
-        return False
-    try:
-        held = Held(path)
-    except FileError:
-        return False
-    try:
-        with naming(path):
-            if kind_of(path) == ".npz":
-                archive = _archive(held)
-                return archive.comment == mark_of(sum_of(archive))
-            reader = _Safetensors(held)
-            begin = 8 + struct.unpack("<Q", held.read(0, 8))[0]
-            return MARK in reader.metadata and reader.metadata[MARK].encode() == mark_of(_sum(held, begin))
-    except (FileError, MemoryError):
-        return False
-    finally:
-        held.close()
+
+    def look(held: Held) -> bool:
+        if kind_of(path) == ".npz":
+            archive = _archive(held)
+            return archive.comment == mark_of(sum_of(archive))
+        reader = _Safetensors(held)
+        begin = 8 + struct.unpack("<Q", held.read(0, 8))[0]
+        return MARK in reader.metadata and reader.metadata[MARK].encode() == mark_of(_sum(held, begin))
+
+    return kind_of(path) in (".safetensors", ".npz") and bool(found_in(path, look))
 
 
 def mark_of(value: int) -> bytes:

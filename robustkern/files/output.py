@@ -27,11 +27,11 @@ from robustkern.files.formats import (
     FileError,
     Held,
     Tensor,
+    found_in,
     is_marked,
     is_same,
     kind_of,
     mark_of,
-    naming,
     open_reader,
     read_json,
     sum_of,
@@ -399,19 +399,11 @@ class _Parts:
 
 def _listed(index: Path) -> set[str] | None:
     """Return the files that an index names; None where it is a link, or no such index."""
-    if os.path.islink(index):
-        return None
-    try:
-        held = Held(index)
-    except FileError:
-        return None
-    try:
-        with naming(index):
-            return set(map(str, read_json(held, 0, held.size)["weight_map"].values()))
-    except FileError:
-        return None
-    finally:
-        held.close()
+
+    def look(held: Held) -> set[str]:
+        return set(map(str, read_json(held, 0, held.size)["weight_map"].values()))
+
+    return None if os.path.islink(index) else found_in(index, look)
 
 
 def check_place(path: Path, folders: Sequence[Path]) -> None:

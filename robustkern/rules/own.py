@@ -10,7 +10,7 @@ from pathlib import Path
 
 from robustkern.rules.text import known_names
 
-__all__ = ["GROUP", "load_file", "load_offered", "offers"]
+__all__ = ["load_file", "load_offered", "offers"]
 
 #: The group of entry points by which packages offer rules: ``name = "package.module"`` or ``"package.module:Class"``.
 GROUP = "robustkern.rules"

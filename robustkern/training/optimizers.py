@@ -69,7 +69,7 @@ class _Together(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Raise where an option of a group has a value that it cannot have."""
 
     def _check_same(self) -> None:
         """Raise where a group says something else than the first, which is the one that counts."""
@@ -143,10 +143,9 @@ class Mu2Worker(_Worker):
     Notes
     -----
     After ``step(closure)`` each ``p.grad`` holds the estimate, which the worker sends, or for a single worker
-    `Mu2Server` uses as it is. The closure is called twice a step (once at the first, and where
-    beta is 1), with the same state of torch's random numbers, so that dropout sees the same mask; what it does besides
-    (BatchNorm's averages) it does twice.
-    Memory: two copies of the parameters. ``state_dict`` resumes bit for bit.
+    `Mu2Server` uses as it is. The closure is called twice a step (once at the first, and where beta is 1), with the
+    same state of torch's random numbers, so that dropout sees the same mask; what it does besides (BatchNorm's
+    averages) it does twice. Memory: two copies of the parameters. ``state_dict`` resumes bit for bit.
 
     References
     ----------
